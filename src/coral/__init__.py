@@ -1,0 +1,1 @@
+"""CORAL: lossless acceleration of Hugging Face LLMs."""

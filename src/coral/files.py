@@ -1,0 +1,53 @@
+"""Write aside, then rename: nothing on disk is ever half-written."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from coral.errors import CoralError
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty directory beside `path`; on success it replaces `path`, on any failure it is removed.
+
+    Raises:
+        CoralError: `path` is a file, or the disk refuses the write (full, read-only, no permission).
+    """
+    path = Path(path).absolute()
+    if path.exists() and not path.is_dir():
+        raise CoralError(f"{path} is a file, but a directory is to be written there; choose another output.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise CoralError(f"cannot write {path}: {error.strerror}; choose another output.") from error
+    try:
+        yield aside
+        aside.chmod(0o755)
+        old = path.parent / f".{path.name}.old-{os.getpid()}"
+        if path.exists():
+            path.rename(old)
+        aside.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise CoralError(f"cannot write {path}: {error}; free some space or choose another output.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def atomic_text(path: Path, text: str) -> None:
+    """Replace the file at `path` with `text` in one step; raises CoralError when the disk refuses."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise CoralError(f"cannot write {path}: {error.strerror}; choose another output.") from error
+    finally:
+        aside.unlink(missing_ok=True)

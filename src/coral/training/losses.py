@@ -1,14 +1,15 @@
-"""What a draft feature is compared with: the target's feature, and the target's distribution over the vocabulary.
+"""What a draft feature is compared with: the target's feature, and the target's distribution over the
+vocabulary.
 
-All sums run over the trained rows only, which are gathered first; the LM head then sees a few rows at a time, so no
-(batch x length x V) tensor ever exists. The head is frozen, which makes its part of the backward pass cheap: with
-W the head [V,h], f a draft feature, p the target's and q the drafter's distribution,
+All sums run over the trained rows only, which are gathered first; the LM head then sees a few rows at a time,
+so no (batch x length x V) tensor ever exists. The head is frozen, which makes its part of the backward pass
+cheap: with W the head [V,h], f a draft feature, p the target's and q the drafter's distribution,
 
     d/df ( -sum_x p(x) log q(x) )            = q W - p W
     d/df ( -sum_{x in K} p(x) log q(x) )     = P_K q W - sum_{x in K} p(x) W_x,   P_K = sum_{x in K} p(x).
 
-Everything with p in it is computed once for all draft steps, and a step costs two products with the head and one
-softmax in place.
+Everything with p in it is computed once for all draft steps, and a step costs two products with the head and
+one softmax in place.
 
 Shapes: S draft steps, R trained rows, V vocabulary, h hidden size.
 """
@@ -32,7 +33,9 @@ class LossConfig:
     cross_entropy: float = 0.1
     """Weight of the soft cross-entropy against the target's distribution over the whole vocabulary."""
     top_k_weight: float = 0.0
-    """Weight of the top-K loss: cross-entropy on the target's K likeliest tokens, not renormalised (HASS: 1.0)."""
+    """Weight of the top-K loss: cross-entropy on the target's K likeliest tokens, not renormalised (HASS:
+    1.0).
+    """
     top_k: int = 10
     """K of the top-K loss."""
     step_decay: float = 1.0
@@ -41,7 +44,9 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class DraftLosses:
-    """Sums over the trained rows of a batch, per draft step; `total` [S] carries the gradient, the rest does not."""
+    """Sums over the trained rows of a batch, per draft step; `total` [S] carries the gradient, the rest does
+    not.
+    """
 
     total: Tensor
     regression: Tensor
@@ -55,9 +60,9 @@ class DraftLosses:
 def trained_rows(loss_mask: Tensor, document_starts: Tensor | None, steps: int) -> Tensor:
     """Which rows carry a loss at each step, bool [S,B,L].
 
-    Row t predicts the feature of token t+1, from which the LM head predicts token t+2. So row t is trained if the
-    target is to write token t+2 (`loss_mask` [B,L], not shifted) and that token lies in the row's document; at step s
-    the first s-1 rows of a document stand for no state of decoding and are left out.
+    Row t predicts the feature of token t+1, from which the LM head predicts token t+2. So row t is trained if
+    the target is to write token t+2 (`loss_mask` [B,L], not shifted) and that token lies in the row's
+    document; at step s the first s-1 rows of a document stand for no state of decoding and are left out.
     """
     offsets = offsets_in_document(document_starts, loss_mask.shape).to(loss_mask.device)
     trained = torch.zeros_like(loss_mask, dtype=torch.bool)
@@ -72,7 +77,7 @@ def draft_losses(
     head_weight: Tensor,
     head_bias: Tensor | None,
     config: LossConfig,
-    chunk: int = 128,
+    chunk: int = 512,
 ) -> DraftLosses:
     """Compare draft features [S,R,h] with the target's features [R,h] of the same tokens.
 
@@ -118,9 +123,8 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
             p = _logits(features[part], head_weight, head_bias, buffer)  # [c,V]
-            best = p.argmax(-1)
             p = torch.softmax(p, dim=-1, out=p)
-            top, ids = p.topk(min(config.top_k, p.shape[-1]), dim=-1) if k else (p[:, :0], best[:, None][:, :0])
+            top, ids = p.topk(min(config.top_k if k else 1, p.shape[-1]), dim=-1)  # [c,K]
             mass = top.sum(-1)  # P_K
             p_head = _times_head(p, head_weight)  # p W: [c,h]
             top_head = torch.bmm(top.unsqueeze(1), head_weight[ids].to(top.dtype)).squeeze(1)  # [c,h]
@@ -130,12 +134,13 @@ class _HeadLoss(torch.autograd.Function):
             for step in range(steps):
                 draft, keep = drafts[step, part], valid[step, part]
                 q = _logits(draft, head_weight, head_bias, buffer)
-                highest, guess = q.max(-1)
+                highest = q.amax(-1)  # several times faster on CPU than the index of the maximum
+                correct = q.gather(1, ids[:, :1]).squeeze(1) >= highest
                 q = torch.softmax(q, dim=-1, out=q)
-                normaliser = highest - q.gather(1, guess[:, None]).squeeze(1).log()  # log-sum-exp of the logits
+                normaliser = highest - q.amax(-1).log()  # log-sum-exp of the logits
                 cross_entropy = normaliser - (draft * p_head).sum(-1) - p_bias
                 top_k = mass * normaliser - (draft * top_head).sum(-1) - top_bias
-                sums[:, step] += torch.stack([cross_entropy, top_k, (guess == best).float()]) @ keep.float()
+                sums[:, step] += torch.stack([cross_entropy, top_k, correct.float()]) @ keep.float()
                 slope = (weight + k * mass)[:, None] * _times_head(q, head_weight)
                 slope -= weight * p_head + k * top_head
                 gradient[step, part] = slope * keep[:, None]

@@ -1,14 +1,15 @@
 """The unroll: run a drafter for S draft steps on a batch, each with the inputs that decoding would give it.
 
-The frame is fixed (HASS, arXiv 2408.15766): at every step, row r predicts the feature of token r+1. Step 1 reads the
-target's features. Step s reads the drafter's own outputs of step s-1, moved one row on, because a drafter that has
-made s-1 tokens stands s-1 rows behind the last row that the target has checked. So at step s row r attends to
+The frame is fixed (HASS, arXiv 2408.15766): at every step, row r predicts the feature of token r+1. Step 1
+reads the target's features. Step s reads the drafter's own outputs of step s-1, moved one row on, because a
+drafter that has made s-1 tokens stands s-1 rows behind the last row that the target has checked. So at step s
+row r attends to
 
     the keys of step 1 at columns <= r - (s-1)        what the target has checked, and
     the key of step j at column r - (s-j), 2 <= j <= s   one row for each draft step since, its own included,
 
-all of them in one softmax and in the same document. This is the key/value state of decoding after s-1 draft steps.
-(The published HASS code lets masked columns into the normaliser; this does not.)
+all of them in one softmax and in the same document. This is the key/value state of decoding after s-1 draft
+steps. (The published HASS code lets masked columns into the normaliser; this does not.)
 
 Shapes: B sequences, L rows, S steps, h hidden size, H heads, K key/value heads, G = H/K, d head size.
 """
@@ -21,7 +22,9 @@ from coral.drafter.drafter import Drafter, DraftLayer
 
 
 def offsets_in_document(document_starts: Tensor | None, shape: torch.Size) -> Tensor:
-    """Each row's distance from the start of its document, int64 [B,L]; without starts a sequence is one document."""
+    """Each row's distance from the start of its document, int64 [B,L]; without starts a sequence is one
+    document.
+    """
     columns = torch.arange(shape[1], device=None if document_starts is None else document_starts.device)
     if document_starts is None:
         return columns.expand(shape[0], -1)
@@ -44,8 +47,8 @@ def unroll(
         document_starts: bool [B,L], True where a packed document starts; None when nothing is packed.
         detach: stop gradients between a step's output and the next step's input (HASS does).
 
-    Rows that lie less than s-1 rows into their document stand for no state of decoding at step s: their values are
-    finite and without meaning, and no loss may read them.
+    Rows that lie less than s-1 rows into their document stand for no state of decoding at step s: their
+    values are finite and without meaning, and no loss may read them.
     """
     offsets = offsets_in_document(document_starts, features.shape[:2]).to(features.device)  # [B,L]
     visible = offsets if document_starts is not None else None

@@ -1,1 +1,1 @@
-"""The drafter: a small network that predicts the next feature, its heads and its checkpoint."""
+"""The drafter: a network of one decoder layer, and the directory it is stored in."""

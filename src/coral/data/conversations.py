@@ -58,7 +58,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Checked messages: an optional system message, then user and assistant in turn, an answer last."""
+    """Checked messages: an optional system message, then user and assistant in turn."""
 
     where: str  # "file:line", the record's identity
     messages: list[Message]
@@ -77,8 +77,12 @@ class Example:
     loss_mask: list[bool]
 
 
-def read(sources: Sequence[str | Path], dropped: Dropped) -> Iterator[Conversation]:
+def read(
+    sources: Sequence[str | Path], dropped: Dropped, *, prompts_only: bool = False
+) -> Iterator[Conversation]:
     """Yield the conversations of `.jsonl` and `.jsonl.gz` files in order; bad records go to `dropped`.
+
+    With `prompts_only` nothing needs to be answered yet: a conversation may end with a user turn.
 
     Raises:
         CoralError: a source is missing, not a file, or not readable as (compressed) lines.
@@ -89,7 +93,7 @@ def read(sources: Sequence[str | Path], dropped: Dropped) -> Iterator[Conversati
                 continue
             where = f"{source}:{number}"
             try:
-                yield Conversation(where, parse(line))
+                yield Conversation(where, parse(line, prompts_only=prompts_only))
             except BadRecordError as error:
                 dropped.add(where, str(error))
 
@@ -105,8 +109,8 @@ def _lines(source: Path) -> Iterator[bytes]:
         raise CoralError(f"{source} cannot be read to its end ({error}); check or fetch it again.") from error
 
 
-def parse(line: bytes | str) -> list[Message]:
-    """Messages of one JSON line in either format; user turns after the last answer are cut off.
+def parse(line: bytes | str, *, prompts_only: bool = False) -> list[Message]:
+    """Messages of one JSON line in either format, cut after the last answer unless `prompts_only`.
 
     Raises:
         BadRecordError: the line is no conversation that can be trained on.
@@ -124,11 +128,11 @@ def parse(line: bytes | str) -> list[Message]:
     if not isinstance(turns, list):
         raise BadRecordError("no list under 'messages' or 'conversations'")
     messages = [_message(turn, role_key, content_key) for turn in turns]
-    while messages and messages[-1]["role"] != "assistant":
+    while messages and messages[-1]["role"] != "assistant" and not prompts_only:
         messages.pop()
-    if not messages:
-        raise BadRecordError("no assistant turn")
-    start = int(messages[0]["role"] == "system")
+    start = int(messages[:1] != [] and messages[0]["role"] == "system")
+    if len(messages) == start:
+        raise BadRecordError("no user turn" if prompts_only else "no assistant turn")
     for i, message in enumerate(messages[start:]):
         if message["role"] != ("user", "assistant")[i % 2]:
             raise BadRecordError("roles do not alternate from user to assistant")
@@ -182,8 +186,12 @@ class ChatFormat:
         self.suffix: str = probe.rpartition(_PROBE)[2]  # text behind an answer
         self.suffix_ids = self.tokenize(self.suffix)
         self.end_id = next((i for i in self.suffix_ids if i in self.special_ids), None)
-        # How many tokens of a finished answer are not its content.
-        self.ending = len(self.suffix_ids) if self.end_id is None else self.suffix_ids.index(self.end_id) + 1
+        # What a finished answer holds behind its content: text, and number of tokens with the end token.
+        self.closing, self.ending = self.suffix, len(self.suffix_ids)
+        if self.end_id is not None:
+            end_text = str(tokenizer.convert_ids_to_tokens(self.end_id))
+            self.closing = self.suffix.partition(end_text)[0]
+            self.ending = self.suffix_ids.index(self.end_id) + 1
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
         """Text of the messages; BadRecordError where the template refuses them (a system message, say)."""

@@ -101,8 +101,13 @@ def test_bad_records_are_counted_with_their_line_number(tmp_path: Path, suffix: 
     assert dropped.notes == [f"{source}:{line}: {reason}" for line, reason in enumerate(BAD, start=3)]
     assert dropped.counts == dict.fromkeys(BAD, 1)
     brief = Dropped(keep=2)
-    list(read([source], brief))
-    assert len(brief.notes) == 2 and brief.total == len(BAD)
+    list(read([jsonl(tmp_path / "again.jsonl", "{", "{", "{", [1])], brief))
+    assert [note.rpartition("jsonl:")[2] for note in brief.notes] == [
+        "1: unreadable JSON",
+        "2: unreadable JSON",
+        "4: not a JSON object",
+    ]
+    assert brief.total == 4
 
 
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:

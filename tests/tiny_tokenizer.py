@@ -1,6 +1,6 @@
 """Byte-level tokenizers of about 270 tokens with a chat template, built in milliseconds and without files."""
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 SPECIALS = ["<|pad|>", "<|bos|>", "<|eot|>", "<|user|>", "<|assistant|>", "<|system|>"]
@@ -41,6 +41,8 @@ def tiny_tokenizer(chat_template: str | None = PLAIN) -> PreTrainedTokenizerFast
     bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=MERGES))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
+    # As in Llama: plain text gets a <|bos|>, which a template has put there already.
+    bpe.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", BOS)])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<|pad|>",

@@ -40,15 +40,15 @@ class BadRecordError(Exception):
 
 @dataclass
 class Dropped:
-    """What was left out and why: every reason with its count, the first `keep` records with file and line."""
+    """What was left out and why: every reason with its count and first `keep` records, by file and line."""
 
-    keep: int = 20
+    keep: int = 5
     counts: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
     def add(self, where: str, reason: str) -> None:
         self.counts[reason] += 1
-        if len(self.notes) < self.keep:
+        if self.counts[reason] <= self.keep:
             self.notes.append(f"{where}: {reason}")
 
     @property
@@ -184,14 +184,14 @@ class ChatFormat:
         if _PROBE not in probe:
             raise CoralError(f"the chat template of {name} does not print answers; use one that does.")
         self.suffix: str = probe.rpartition(_PROBE)[2]  # text behind an answer
-        self.suffix_ids = self.tokenize(self.suffix)
-        self.end_id = next((i for i in self.suffix_ids if i in self.special_ids), None)
+        suffix_ids = self.tokenize(self.suffix)
+        self.end_id = next((i for i in suffix_ids if i in self.special_ids), None)
         # What a finished answer holds behind its content: text, and number of tokens with the end token.
-        self.closing, self.ending = self.suffix, len(self.suffix_ids)
+        self.closing, self.ending = self.suffix, len(suffix_ids)
         if self.end_id is not None:
             end_text = str(tokenizer.convert_ids_to_tokens(self.end_id))
             self.closing = self.suffix.partition(end_text)[0]
-            self.ending = self.suffix_ids.index(self.end_id) + 1
+            self.ending = suffix_ids.index(self.end_id) + 1
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
         """Text of the messages; BadRecordError where the template refuses them (a system message, say)."""
@@ -209,7 +209,7 @@ class ChatFormat:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of rendered text: special tokens are in the text already, so none is added."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids that the target reads before it answers the last of `messages`, a user turn."""
@@ -249,23 +249,17 @@ class ChatFormat:
             prompt, full = self.tokenize(prompt_text), self.tokenize(full_text)
             if prompt[: len(ids)] != ids or full[: len(prompt)] != prompt:
                 raise BadRecordError("tokens of an answer merge with the tokens beside it")
-            written = self._cut_after_end(full[len(prompt) :])
+            written = full[len(prompt) :]
+            if self.end_id in written:
+                written = written[: written.index(self.end_id) + 1]
+            elif self.end_id is not None:
+                raise BadRecordError("the chat template leaves out the end token of an answer")
             mask += [False] * (len(prompt) - len(ids)) + [True] * len(written)
             ids = prompt + written
             if messages[answer].get("finished") is False:
                 mask[len(mask) - self.ending :] = [False] * self.ending
             history = full_text.removesuffix(self.suffix)
         return Example(ids, mask)
-
-    def _cut_after_end(self, written: list[int]) -> list[int]:
-        """Cut what follows the answer's own end token, counted from the back: special tokens never merge."""
-        if self.end_id is None:
-            return written
-        behind = self.suffix_ids.count(self.end_id)
-        ends = [t for t, token in enumerate(written) if token == self.end_id]
-        if len(ends) < behind:
-            raise BadRecordError("the chat template leaves out the end token of an answer")
-        return written[: ends[-behind] + 1]
 
     def _refuse_special_text(self, messages: Sequence[Message]) -> None:
         """Text that spells a special token would become that token, and end an answer in its middle."""

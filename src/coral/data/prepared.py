@@ -99,10 +99,9 @@ def prepare(
         with bar(console, "preparing", len(trained)) as advance:
             for i, conversation in enumerate(read(sources, Dropped(keep=0))):
                 try:
-                    if openings[i] in aside:
-                        if openings[i] not in prompts:
-                            first = conversation.answers[0]
-                            prompts[openings[i]] = chat.prompt(conversation.messages[:first])
+                    if openings[i] in aside and openings[i] not in prompts:
+                        first = conversation.answers[0]
+                        prompts[openings[i]] = chat.prompt(conversation.messages[:first])
                     elif i in trained:
                         advance()
                         yield _truncate(chat.encode(conversation, last_turn_only=last_turn_only), max_length)
@@ -150,10 +149,7 @@ def report(info: dict[str, Any]) -> str:
         *(f"  {count:,} x {reason}" for reason, count in info["dropped"].items()),
     ]
     if info["dropped_notes"]:
-        lines += [
-            f"the first {len(info['dropped_notes'])} of them:",
-            *(f"  {n}" for n in info["dropped_notes"]),
-        ]
+        lines += ["the first of each kind:", *(f"  {note}" for note in info["dropped_notes"])]
     return "\n".join(lines)
 
 

@@ -80,6 +80,7 @@ class Regenerated:
         ]
         for name, dropped in (("skipped", self.skipped), ("failed", self.failed)):
             lines += [f"  {name}: {count:,} x {reason}" for reason, count in dropped.counts.most_common()]
+            lines += [f"    {note}" for note in dropped.notes]
         return "\n".join(lines)
 
 
@@ -134,7 +135,7 @@ def regenerate(
     with bar(console, "regenerating", len(chosen)) as advance:
         while window := list(islice(jobs, WINDOW * batch_size)):
             ready = [job for job in window if _ask(job, chat, longest, result.skipped)]
-            ready.sort(key=lambda job: (len(job.users), len(job.prompt), job.sequence_id))
+            ready.sort(key=lambda job: (len(job.users), len(job.prompt)))
             advance(len(window) - len(ready))
             for batch in (ready[i : i + batch_size] for i in range(0, len(ready), batch_size)):
                 todo = [job for job in batch if not _was_done(job, done, settings, output)]
@@ -161,22 +162,20 @@ def _choose(
     skipped: Dropped,
 ) -> set[int]:
     """Numbers of the records to ask, among those that can be read; all others are counted in `skipped`."""
-    candidates: list[tuple[int, str]] = []
+    candidates: list[int] = []
     seen: set[int] = set()
     for index, conversation in enumerate(read(sources, skipped, prompts_only=True)):
         if temperatures[index % len(temperatures)] == 0:
             asked = hash(tuple(m["content"] for m in conversation.messages if m["role"] != "assistant"))
             if asked in seen:
-                skipped.add(conversation.where, "same turns as an earlier record at temperature 0")
+                skipped.counts["same turns as an earlier record at temperature 0"] += 1
                 continue
             seen.add(asked)
-        candidates.append((index, conversation.where))
+        candidates.append(index)
     if limit is None or limit >= len(candidates):
-        return {index for index, _ in candidates}
-    chosen = set(random.Random(seed).sample([index for index, _ in candidates], limit))
-    for index, where in candidates:
-        if index not in chosen:
-            skipped.add(where, "beyond the limit (--limit)")
+        return set(candidates)
+    chosen = set(random.Random(seed).sample(candidates, limit))
+    skipped.counts["beyond the limit (--limit)"] += len(candidates) - limit
     return chosen
 
 

@@ -1,0 +1,1 @@
+"""Conversations in, training examples out; nothing here knows of training or decoding."""

@@ -1,0 +1,281 @@
+"""The prepared data directory: conversations as token ids and loss masks on disk, ready for training.
+
+DIR/                an Arrow dataset (`datasets.load_from_disk`) with one row per example, or per packed row:
+                    input_ids list[int32]; loss_mask list[bool], not shifted; document_starts list[int32]
+DIR/coral.json      which tokenizer made it, counts, and what was dropped for which reason
+DIR/held_out.json   prompts (token ids) set aside: never trained on, used to measure acceptance
+"""
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from coral.data.conversations import BadRecordError, ChatFormat, Conversation, Dropped, Example, read
+from coral.data.progress import bar
+from coral.errors import CoralError
+from coral.files import atomic_directory
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT_VERSION = 1
+OPEN_ROWS = 64  # packed rows that are filled side by side
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A prepared directory in memory: see the module's docstring."""
+
+    dataset: "Dataset"
+    held_out_prompts: list[list[int]]
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row to train on; a document starts at each offset of `document_starts`."""
+
+    input_ids: list[int]
+    loss_mask: list[bool]
+    document_starts: list[int]
+
+
+def prepare(
+    sources: Sequence[str | Path],
+    tokenizer: "PreTrainedTokenizerBase",
+    output: str | Path,
+    *,
+    max_length: int = 2048,
+    pack: bool = False,
+    held_out: int = 60,
+    seed: int = 0,
+    limit: int | None = None,
+    last_turn_only: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Write the prepared directory `output` and return its info; progress goes to `console` (None: silent).
+
+    `held_out` different opening prompts are drawn with `seed`; every conversation that opens with one of them
+    is kept from training. `limit` trains on that many of the others, drawn with `seed` from all sources.
+
+    Raises:
+        CoralError: no usable conversation, fewer opening prompts than `held_out` asks for, an unreadable
+            source, a template that rewrites history, or an output that holds something else.
+    """
+    output = Path(output)
+    _refuse_foreign(output)
+    if max_length < 2 or held_out < 0 or (limit is not None and limit < 1):
+        raise CoralError("max_length must be at least 2, held_out at least 0 and limit at least 1.")
+    chat = ChatFormat(tokenizer)
+    dropped = Dropped()
+
+    # First pass, text only: which conversations there are, and which of them are set aside.
+    openings = [_opening(conversation) for conversation in read(sources, dropped)]
+    if not openings:
+        raise CoralError(f"no usable conversation in {_names(sources)}{_because(dropped)}")
+    chooser = random.Random(seed)
+    different = list(dict.fromkeys(openings))
+    if held_out >= len(different):
+        raise CoralError(
+            f"{held_out} prompts are to be held out, but the conversations open with only {len(different)} "
+            "different ones; lower held_out (--held-out) or add data."
+        )
+    aside = set(chooser.sample(different, held_out))
+    rest = [i for i, opening in enumerate(openings) if opening not in aside]
+    trained = set(rest if limit is None or limit >= len(rest) else chooser.sample(rest, limit))
+
+    # Second pass: render, tokenize, truncate or pack, write.
+    prompts: dict[bytes, list[int]] = {}
+
+    def examples() -> Iterator[Example]:
+        with bar(console, "preparing", len(trained)) as advance:
+            for i, conversation in enumerate(read(sources, Dropped(keep=0))):
+                try:
+                    if openings[i] in aside and openings[i] not in prompts:
+                        first = conversation.answers[0]
+                        prompts[openings[i]] = chat.prompt(conversation.messages[:first])
+                    elif i in trained:
+                        advance()
+                        yield _truncate(chat.encode(conversation, last_turn_only=last_turn_only), max_length)
+                except BadRecordError as error:
+                    dropped.add(conversation.where, str(error))
+
+    with atomic_directory(output) as directory:
+        rows = (
+            packed(examples(), max_length)
+            if pack
+            else (Row(e.input_ids, e.loss_mask, [0]) for e in examples())
+        )
+        counts = _write_rows(rows, directory)
+        if not counts["examples"]:
+            raise CoralError(f"no conversation in {_names(sources)} can be trained on{_because(dropped)}")
+        info = {
+            "format_version": FORMAT_VERSION,
+            "tokenizer": tokenizer.name_or_path,
+            "vocab_size": len(tokenizer),
+            "vocabulary": vocabulary_digest(tokenizer),
+            "max_length": max_length,
+            "packed": pack,
+            "last_turn_only": last_turn_only,
+            "seed": seed,
+            **counts,
+            "held_out": len(prompts),
+            "kept_from_training": len(openings) - len(rest),
+            "dropped": dict(dropped.counts.most_common()),
+            "dropped_notes": dropped.notes,
+            "source": [str(source) for source in sources],
+        }
+        (directory / "held_out.json").write_text(json.dumps(list(prompts.values())), encoding="utf-8")
+        (directory / "coral.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    return info
+
+
+def report(info: dict[str, Any]) -> str:
+    """The summary of a prepared directory as a person reads it, dropped records with their file and line."""
+    share = info["trained_tokens"] / max(info["tokens"], 1)
+    lines = [
+        f"{info['examples']:,} examples in {info['rows']:,} rows, {info['tokens']:,} tokens, "
+        f"{info['trained_tokens']:,} of them trained on ({share:.0%})",
+        f"{info['held_out']:,} prompts held out (with {info['kept_from_training']:,} conversations)",
+        f"{sum(info['dropped'].values()):,} records dropped",
+        *(f"  {count:,} x {reason}" for reason, count in info["dropped"].items()),
+    ]
+    if info["dropped_notes"]:
+        lines += ["the first of each kind:", *(f"  {note}" for note in info["dropped_notes"])]
+    return "\n".join(lines)
+
+
+def load(source: str | Path) -> PreparedData:
+    """Open a prepared directory (the rows stay memory-mapped on disk).
+
+    Raises:
+        CoralError: it does not exist, is no prepared directory, or was written by a newer version.
+    """
+    from datasets import load_from_disk
+
+    directory = Path(source)
+    if not directory.is_dir():
+        raise CoralError(f"{directory} does not exist; make it with `coral data prepare`.")
+    if not (directory / "coral.json").is_file():
+        raise CoralError(
+            f"{directory} is no prepared data directory (no coral.json); run `coral data prepare`."
+        )
+    try:
+        info = json.loads((directory / "coral.json").read_text(encoding="utf-8"))
+        if info["format_version"] > FORMAT_VERSION:
+            raise CoralError(f"{directory} was prepared by a newer coral; update coral or prepare it again.")
+        prompts = json.loads((directory / "held_out.json").read_text(encoding="utf-8"))
+        return PreparedData(load_from_disk(str(directory)), prompts, info)
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise CoralError(f"{directory} is damaged ({error}); run `coral data prepare` again.") from error
+
+
+def check(info: dict[str, Any], vocab_size: int, tokenizer: "PreTrainedTokenizerBase | None" = None) -> None:
+    """Refuse data made for another target: ids beyond its `vocab_size`, or, if given, another tokenizer.
+
+    Raises:
+        CoralError: names both vocabularies and says to prepare the data again.
+    """
+    again = "prepare the data with the target's own tokenizer."
+    if info["vocab_size"] > vocab_size:
+        raise CoralError(
+            f"the data was prepared with {info['tokenizer']} ({info['vocab_size']} tokens), but the target "
+            f"has a vocabulary of {vocab_size}; {again}"
+        )
+    if tokenizer is not None and info["vocabulary"] != vocabulary_digest(tokenizer):
+        raise CoralError(
+            f"the data was prepared with the vocabulary of {info['tokenizer']}, which is not that of "
+            f"{tokenizer.name_or_path or 'the target'}; {again}"
+        )
+
+
+def vocabulary_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A short fingerprint of the map from token to id."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    return hashlib.sha256(vocabulary.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def packed(examples: Iterator[Example], max_length: int) -> Iterator[Row]:
+    """Put whole examples into rows of at most `max_length` tokens, each into the fullest open row it fits."""
+    rows: list[Row] = []
+    for example in examples:
+        fitting = [r for r in rows if len(r.input_ids) + len(example.input_ids) <= max_length]
+        if fitting:
+            row = max(fitting, key=lambda r: len(r.input_ids))
+        else:
+            if len(rows) == OPEN_ROWS:
+                fullest = max(range(OPEN_ROWS), key=lambda i: len(rows[i].input_ids))
+                yield rows.pop(fullest)
+            rows.append(row := Row([], [], []))
+        row.document_starts.append(len(row.input_ids))
+        row.input_ids.extend(example.input_ids)
+        row.loss_mask.extend(example.loss_mask)
+    yield from rows
+
+
+def _truncate(example: Example, max_length: int) -> Example:
+    # A row's first trained token needs one before it, which every template's prompt gives.
+    mask = example.loss_mask[:max_length]
+    if not any(mask):
+        raise BadRecordError(f"no token to train on within {max_length} tokens (--max-length)")
+    return Example(example.input_ids[:max_length], mask)
+
+
+def _write_rows(rows: Iterator[Row], directory: Path) -> dict[str, int]:
+    """Stream rows into an Arrow dataset in `directory`, with nothing kept in memory; returns counts."""
+    from datasets import Dataset, Features, Sequence, Value, disable_progress_bars, enable_progress_bars
+    from datasets.arrow_writer import ArrowWriter
+
+    features = Features(
+        input_ids=Sequence(Value("int32")),
+        loss_mask=Sequence(Value("bool")),
+        document_starts=Sequence(Value("int32")),
+    )
+    counts = dict.fromkeys(("examples", "rows", "tokens", "trained_tokens"), 0)
+    stream = directory / "stream" / "rows.arrow"  # copied by save_to_disk, which adds its description
+    stream.parent.mkdir()
+    writer = ArrowWriter(path=str(stream), features=features)
+    for row in rows:
+        writer.write(vars(row))
+        counts["examples"] += len(row.document_starts)
+        counts["rows"] += 1
+        counts["tokens"] += len(row.input_ids)
+        counts["trained_tokens"] += sum(row.loss_mask)
+    writer.finalize()
+    if counts["rows"]:
+        disable_progress_bars()
+        try:
+            Dataset.from_file(str(stream)).save_to_disk(str(directory))
+        finally:
+            enable_progress_bars()
+    shutil.rmtree(stream.parent)
+    return counts
+
+
+def _opening(conversation: Conversation) -> bytes:
+    """Digest of what comes before the first answer: conversations with the same one open with one prompt."""
+    messages = conversation.messages[: conversation.answers[0]]
+    return hashlib.blake2b(json.dumps(messages).encode(), digest_size=12).digest()
+
+
+def _refuse_foreign(output: Path) -> None:
+    if output.is_dir() and any(output.iterdir()) and not (output / "coral.json").is_file():
+        raise CoralError(f"{output} holds other files and will not be replaced; choose another output.")
+
+
+def _names(sources: Sequence[str | Path]) -> str:
+    return ", ".join(map(str, sources)) or "an empty list of sources"
+
+
+def _because(dropped: Dropped) -> str:
+    if not dropped.total:
+        return "; name .jsonl or .jsonl.gz files of conversations."
+    return f": {dropped.total} records dropped, the first is {dropped.notes[0]}."

@@ -59,7 +59,7 @@ def test_loss_is_least_when_steps_agree():
 
 
 def test_stop_gradient_teaches_the_later_step_only():
-    """Stops: the better-informed early step being drawn towards the later one although the option forbids it."""
+    """Stops: the better-informed early step being drawn towards the later one."""
     drafts, valid, sequences = inputs()
     alignment_loss(drafts, valid, sequences, replace(CONFIG, pairs="anchor", stop_gradient=True)).backward()
     assert drafts.grad[0].abs().max() == 0

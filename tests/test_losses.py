@@ -61,7 +61,7 @@ def test_a_perfect_drafter_has_no_slope():
 
 
 def test_masked_rows_get_no_gradient():
-    """Stops: prompt tokens trained on, through a mask that is dropped on the way from the batch to the loss."""
+    """Stops: prompt tokens trained on, through a mask that is dropped on the way to the loss."""
     generator = torch.Generator().manual_seed(2)
     embeddings, features = (torch.randn(2, 9, 16, generator=generator) for _ in range(2))
     mask = torch.zeros(2, 9, dtype=torch.bool)

@@ -106,7 +106,9 @@ def dense_attention(q, keys, values, offsets):
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_fast_attention_equals_its_definition(steps):
-    """Stops: masked columns leaking into the softmax (the public HASS code), heads grouped the wrong way round."""
+    """Stops: masked columns leaking into the softmax (the public HASS code), heads grouped the wrong way
+    round.
+    """
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(B, 4, L, 6, generator=generator).double()
     keys, values = (
@@ -120,7 +122,7 @@ def test_fast_attention_equals_its_definition(steps):
 
 @torch.no_grad()
 def test_no_step_sees_the_future():
-    """Stops: a causal mask one column too wide; perturbing row t must leave all rows before t as they were."""
+    """Stops: a causal mask one column too wide; a change at row t must leave all rows before t alone."""
     drafter = tiny_drafter().double()
     embeddings, features = random_inputs()
     before = unroll(drafter, embeddings, features, None, STEPS)

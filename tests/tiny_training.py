@@ -42,7 +42,10 @@ def tiny_target(vocab_size: int = 31, hidden_size: int = 16, seed: int = 0) -> T
         max_position_embeddings=128,
         initializer_range=0.3,
     )
-    return TinyTarget(LlamaForCausalLM(config))
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4.0)  # decisive, so that the loss is not mostly the target's own entropy
+    return TinyTarget(model)
 
 
 def tiny_drafter(seed: int = 1, **options: Any) -> Drafter:

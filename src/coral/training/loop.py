@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from rich.console import Console
 from torch import Tensor
 
@@ -91,6 +92,7 @@ def train(
     output = Path(output)
     checkpoint.refuse_foreign(output)
     dataset = data.dataset
+    AcceleratorState._reset_state()  # one process may train twice, each time at its own precision
     accelerator = Accelerator(
         cpu=target.device.type == "cpu", mixed_precision="bf16" if config.precision == "bfloat16" else "no"
     )

@@ -183,8 +183,9 @@ def two_processes(output):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_two_processes_learn_what_one_does(tmp_path):
+def test_two_processes_learn_what_one_does(tmp_path, monkeypatch):
     """Stops: gradients averaged over processes with unequal numbers of rows, rows read twice."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     AcceleratorState._reset_state(reset_partial_state=True)  # else the forks take over this process's
     debug_launcher(two_processes, (tmp_path / "two",), num_processes=2)
     one = replace(CONFIG, batch_size=8, accumulate=1, noise=0.0, alignment=AlignmentConfig())
@@ -196,6 +197,14 @@ def test_two_processes_learn_what_one_does(tmp_path):
     assert metrics(tmp_path / "two")[0]["loss"] == pytest.approx(
         metrics(tmp_path / "one")[0]["loss"], rel=1e-4
     )
+
+
+def test_data_of_another_tokenizer_is_refused(tmp_path):
+    """Stops: an index error from deep inside, or training on the wrong embeddings."""
+    with pytest.raises(CoralError, match="the target's own tokenizer"):
+        run(tmp_path / "o", data=tiny_data(vocab_size=99))
+    with pytest.raises(CoralError, match="no rows"):
+        run(tmp_path / "o", data=SimpleNamespace(dataset=[]))
 
 
 def test_every_row_is_read_once_an_epoch(tmp_path):

@@ -9,12 +9,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from coral.errors import CoralError
+
 
 class FeatureSource(Protocol):
     """What live features ask of a target."""
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def vocab_size(self) -> int: ...
 
     def features(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor: ...
 
@@ -48,7 +53,11 @@ class FeatureBatch:
 
 
 def live_batch(target: FeatureSource, dataset: Rows, rows: Sequence[int]) -> FeatureBatch:
-    """Read rows of prepared data and run the target on them; each is cut after its last trained token."""
+    """Read rows of prepared data and run the target on them; each is cut after its last trained token.
+
+    Raises:
+        CoralError: a token id that the target does not have.
+    """
     examples = [dataset[row] for row in rows]
     lengths = [_used_length(example["loss_mask"]) for example in examples]
     shape = (len(rows), max(2, *lengths))
@@ -60,6 +69,11 @@ def live_batch(target: FeatureSource, dataset: Rows, rows: Sequence[int]) -> Fea
         loss_mask[i, :length] = torch.as_tensor(example["loss_mask"])[:length].bool()
         starts = torch.as_tensor(example["document_starts"])
         document_starts[i, starts[starts < shape[1]].long()] = True
+    if int(input_ids.max()) >= target.vocab_size:
+        raise CoralError(
+            f"the prepared data holds the token id {int(input_ids.max())}, but the target's vocabulary ends "
+            f"at {target.vocab_size - 1}; prepare the data with the target's own tokenizer."
+        )
     packed = bool(document_starts[:, 1:].any())
     input_ids, loss_mask = input_ids.to(target.device), loss_mask.to(target.device)
     starts_given = document_starts.to(target.device) if packed else None

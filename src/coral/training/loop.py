@@ -77,21 +77,21 @@ def train(
     """Train a drafter for `target` on `data` and keep it, with its state, in the directory `output`.
 
     Args:
-        acceptance: measures the drafter's real acceptance length; called every `reports.acceptance_every`
-        updates and
-            at the end, in the main process.
+        acceptance: measures the drafter's real acceptance length; called in the main process, every
+            `reports.acceptance_every` updates and at the end.
         resume: go on with the run in `output`, if there is one; otherwise it is replaced.
         console: where progress is shown; standard error if not given.
 
     Raises:
-        CoralError: a bad configuration, an output that is something else, a changed configuration on resume,
-        no
-            trained rows in the data, or `PATIENCE` updates in a row that are not finite.
+        CoralError: a bad configuration, an output that is something else, another configuration or other
+            data than the run in `output` had, no data, or `PATIENCE` updates in a row that are not finite.
     """
     check(config)
     output = Path(output)
     checkpoint.refuse_foreign(output)
     dataset = data.dataset
+    if len(dataset) == 0:
+        raise CoralError("the prepared data holds no rows; prepare it from other conversations.")
     AcceleratorState._reset_state()  # one process may train twice, each time at its own precision
     accelerator = Accelerator(
         cpu=target.device.type == "cpu", mixed_precision="bf16" if config.precision == "bfloat16" else "no"
@@ -112,11 +112,9 @@ def train(
     if resumed:
         state, moments = run_state.load(output, config, len(dataset))
         optimiser.load_state_dict(moments)
-    head_weight, head_bias = target.head_weight.detach(), target.head_bias
     learner: Any
     learner, optimiser = accelerator.prepare(Learner(drafter, config), optimiser)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    rows_per_update = config.batch_size * config.accumulate * world
+    rows_per_update = config.batch_size * config.accumulate * accelerator.num_processes
     peak = options.learning_rate or 0.25 / target.hidden_size
 
     def save() -> None:
@@ -149,44 +147,24 @@ def train(
             reporter.forget_after(state.update)
             reporter.say(f"going on after update {state.update}")
         while True:
+            # All processes follow the main one's clock, and all stop when one is told to.
             clock = time.monotonic() - started if accelerator.is_main_process else 0.0
-            clock, stopping = accelerator.reduce(
-                torch.tensor([clock, float(bool(stop))], dtype=torch.float64, device="cpu")
-                if world == 1
-                else torch.tensor([clock, float(bool(stop))], device=accelerator.device)
-            ).tolist()
-            state.seconds = clock
+            shared = torch.tensor([clock, float(len(stop))], device=accelerator.device)
+            state.seconds, stopping = accelerator.reduce(shared).tolist()
             fraction = _progress(config, state, len(dataset), rows_per_update)
             if fraction >= 1 or stopping:
                 break
+            rate = peak * schedule(options, fraction)
             for group in optimiser.param_groups:
-                group["lr"] = peak * schedule(options, fraction)
-            first = state.update * rows_per_update
-            rows = _order(config.seed, len(dataset), first, rows_per_update)
-            mine = rows[rank::world]
-            batches = [
-                live_batch(target, dataset, mine[i : i + config.batch_size])
-                for i in range(0, len(mine), config.batch_size)
-            ]
-            count = sum(trained_rows(b.loss_mask, b.document_starts, 1).sum() for b in batches)
-            count = accelerator.reduce(torch.as_tensor(count, device=accelerator.device).float())
-            total, sums = torch.zeros((), device=accelerator.device), 0
-            for index, batch in enumerate(batches):
-                last = index == len(batches) - 1
-                with nullcontext() if last else accelerator.no_sync(learner):
-                    generator = run_state.random_generator(config.seed, 2, state.update, rank, index)
-                    outcome = learner(batch, head_weight, head_bias, generator)
-                    # Distributed engines average gradients over processes; the mean is over rows, hence
-                    # world.
-                    accelerator.backward(outcome.loss * world / count.clamp(min=1))
-                total, sums = total + outcome.loss.detach(), sums + outcome.sums
-            total, sums = accelerator.reduce(total), accelerator.reduce(sums)
-            norm = accelerator.clip_grad_norm_(learner.parameters(), options.gradient_clip)
+                group["lr"] = rate
+            rows = _order(config.seed, len(dataset), state.update * rows_per_update, rows_per_update)
+            loss, sums = _accumulate(accelerator, learner, target, dataset, rows, state.update)
+            norm = float(accelerator.clip_grad_norm_(learner.parameters(), options.gradient_clip))
             state.update += 1
-            if math.isfinite(float(norm)) and math.isfinite(total.item()):
+            if math.isfinite(norm) and math.isfinite(loss):
                 broken = 0
                 optimiser.step()
-                reporter.add(total.item(), sums.cpu())
+                reporter.add(loss, sums)
             else:
                 broken, state.skipped = broken + 1, state.skipped + 1
                 reporter.say(
@@ -203,8 +181,8 @@ def train(
                 reporter.log(
                     state.update,
                     fraction,
-                    learning_rate=peak * schedule(options, fraction),
-                    gradient_norm=float(norm),
+                    learning_rate=rate,
+                    gradient_norm=norm,
                     skipped=state.skipped,
                     seconds=state.seconds,
                 )
@@ -226,6 +204,32 @@ def train(
             reporter.say(f"finished after update {state.update}: {output}")
     accelerator.end_training()
     return TrainOutcome(state.update, fraction >= 1, state.skipped, state.seconds, state.acceptance)
+
+
+def _accumulate(
+    accelerator: Accelerator, learner: Any, target: TrainTarget, dataset: Rows, rows: list[int], update: int
+) -> tuple[float, Tensor]:
+    """Leave the gradient of the mean loss over `rows` in the learner; the summed loss and sums [S,6]."""
+    config: TrainConfig = accelerator.unwrap_model(learner).config
+    rank, world = accelerator.process_index, accelerator.num_processes
+    mine = rows[rank::world]
+    batches = [
+        live_batch(target, dataset, mine[start : start + config.batch_size])
+        for start in range(0, len(mine), config.batch_size)
+    ]
+    trained = torch.stack([trained_rows(b.loss_mask, b.document_starts, 1).sum() for b in batches]).sum()
+    count = accelerator.reduce(trained.float()).clamp(min=1)
+    loss = torch.zeros((), device=accelerator.device)
+    sums = torch.zeros(config.steps, 6, device=accelerator.device)
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        with nullcontext() if last else accelerator.no_sync(learner):
+            generator = run_state.random_generator(config.seed, 2, update, rank, index)
+            outcome = learner(batch, target.head_weight, target.head_bias, generator)
+            # The mean is over the rows of all processes, but gradients are averaged over processes.
+            accelerator.backward(outcome.loss * world / count)
+        loss, sums = loss + outcome.loss.detach(), sums + outcome.sums
+    return accelerator.reduce(loss).item(), accelerator.reduce(sums).cpu()
 
 
 def new_drafter(target: TrainTarget, config: TrainConfig) -> Drafter:

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 
 from coral.drafter.drafter import Drafter, DrafterConfig
@@ -123,7 +124,7 @@ def write(
         "metrics": metrics,
     }
     (directory / "coral").mkdir(exist_ok=True)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").write_bytes(serialise(tensors, metadata={"format": "pt"}))
     _write_json(directory / "config.json", _engine_config(drafter))
     _write_json(directory / "coral" / "config.json", ours)
 
@@ -208,14 +209,14 @@ def _check_target(directory: Path, recorded: TargetRecord, given: TargetRecord) 
         ours, theirs = getattr(recorded, what), getattr(given, what)
         if ours != theirs:
             raise CoralError(
-                f"the drafter {directory} has {what} {ours}, but the target {given.name} has {theirs}; it was "
-                f"trained for {recorded.name}: use that target."
+                f"the drafter {directory} has {what} {ours}, but the target {given.name} has {theirs}; it "
+                f"was trained for {recorded.name}: use that target."
             )
     if recorded.fingerprint != given.fingerprint:
         revision = f" at revision {recorded.revision}" if recorded.revision else ""
         raise CoralError(
-            f"the drafter {directory} was trained for the target {recorded.name}{revision}, but {given.name} has "
-            "other weights; use that target, or train a drafter for this one."
+            f"the drafter {directory} was trained for the target {recorded.name}{revision}, but {given.name} "
+            "has other weights; use that target, or train a drafter for this one."
         )
 
 

@@ -1,0 +1,92 @@
+"""Feature batches: what training reads. The features are computed live by the target, row by row of prepared
+data.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from coral.errors import CoralError
+
+
+class FeatureSource(Protocol):
+    """What live features ask of a target."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def features(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor: ...
+
+    def embed(self, ids: Tensor) -> Tensor: ...
+
+
+class Rows(Protocol):
+    """Prepared rows: a mapping with input_ids, loss_mask and document_starts for each index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """B rows of length L, padded at the right, where no causal row sees it and none is trained."""
+
+    rows: list[int]
+    """Where the rows stand in the prepared data."""
+    input_ids: Tensor
+    """int64 [B,L]."""
+    loss_mask: Tensor
+    """bool [B,L], True where the token is one that the target is to write."""
+    document_starts: Tensor | None
+    """bool [B,L], True where a packed document starts; None when every row is one document."""
+    features: Tensor
+    """The target's feature of each token, float32 [B,L,h]."""
+    embeddings: Tensor
+    """The embedding of the token after each, float32 [B,L,h] (the last one stands for nothing)."""
+
+
+def live_batch(target: FeatureSource, dataset: Rows, rows: Sequence[int]) -> FeatureBatch:
+    """Read rows of prepared data and run the target on them; each is cut after its last trained token.
+
+    Raises:
+        CoralError: a token id that the target does not have.
+    """
+    examples = [dataset[row] for row in rows]
+    lengths = [_used_length(example["loss_mask"]) for example in examples]
+    shape = (len(rows), max(2, *lengths))
+    input_ids = torch.zeros(shape, dtype=torch.int64)
+    loss_mask = torch.zeros(shape, dtype=torch.bool)
+    document_starts = torch.zeros(shape, dtype=torch.bool)
+    for i, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+        input_ids[i, :length] = torch.as_tensor(example["input_ids"])[:length]
+        loss_mask[i, :length] = torch.as_tensor(example["loss_mask"])[:length].bool()
+        starts = torch.as_tensor(example["document_starts"])
+        document_starts[i, starts[starts < shape[1]].long()] = True
+    if int(input_ids.max()) >= target.vocab_size:
+        raise CoralError(
+            f"the prepared data holds the token id {int(input_ids.max())}, but the target's vocabulary ends "
+            f"at {target.vocab_size - 1}; prepare the data with the target's own tokenizer."
+        )
+    packed = bool(document_starts[:, 1:].any())
+    input_ids, loss_mask = input_ids.to(target.device), loss_mask.to(target.device)
+    starts_given = document_starts.to(target.device) if packed else None
+    return FeatureBatch(
+        rows=list(rows),
+        input_ids=input_ids,
+        loss_mask=loss_mask,
+        document_starts=starts_given,
+        features=target.features(input_ids, starts_given).float(),
+        embeddings=target.embed(input_ids.roll(-1, dims=1)).float(),
+    )
+
+
+def _used_length(loss_mask: Sequence[int]) -> int:
+    trained = torch.as_tensor(loss_mask).bool().nonzero()
+    return int(trained[-1]) + 1 if len(trained) else 0

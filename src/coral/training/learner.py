@@ -1,0 +1,71 @@
+"""One forward pass of training: unroll, gather the trained rows, compare with the target."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from coral.data.features import FeatureBatch
+from coral.drafter.drafter import Drafter
+from coral.training.alignment import alignment_loss
+from coral.training.losses import draft_losses, trained_rows
+from coral.training.recipe import TrainConfig
+from coral.training.unroll import unroll
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A batch's loss, summed over its trained rows, and what it is made of."""
+
+    loss: Tensor
+    """Scalar with gradient."""
+    sums: Tensor
+    """float32 [S,6] without gradient: rows, correct, regression, cross-entropy, top-K, alignment."""
+
+
+class Learner(nn.Module):
+    """Holds the drafter, so that distributed engines see one forward pass for one backward pass."""
+
+    def __init__(self, drafter: Drafter, config: TrainConfig) -> None:
+        super().__init__()
+        self.drafter = drafter
+        self.config = config
+
+    def forward(
+        self,
+        batch: FeatureBatch,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+        generator: torch.Generator,
+    ) -> Outcome:
+        """Run S draft steps on a batch; `generator` (CPU) draws the noise and the aligned rows."""
+        config, features = self.config, batch.features
+        read = features
+        if config.noise:
+            noise = torch.rand(features.shape, generator=generator).to(features.device)
+            read = features + (2 * noise - 1) * config.noise
+        outputs = unroll(
+            self.drafter, batch.embeddings, read, batch.document_starts, config.steps, config.detach
+        )
+        valid = trained_rows(batch.loss_mask, batch.document_starts, config.steps)  # [S,B,L]
+        sequence, row = valid[0].nonzero(as_tuple=True)
+        kept = valid[:, sequence, row]  # [S,R]
+        drafts = torch.stack([output[sequence, row] for output in outputs]).float()  # [S,R,h]
+        with torch.autocast(features.device.type, enabled=False):
+            losses = draft_losses(
+                drafts,
+                features[sequence, row + 1],
+                kept,
+                head_weight,
+                head_bias,
+                config.loss,
+                config.head_chunk,
+            )
+            loss = losses.total.sum()
+            aligned = torch.zeros((), device=drafts.device)
+            if config.alignment.weight and config.steps > 1:
+                aligned = alignment_loss(drafts, kept, sequence, config.alignment, generator) * len(row)
+                loss = loss + config.alignment.weight * aligned
+        parts = (losses.rows, losses.correct, losses.regression, losses.cross_entropy, losses.top_k)
+        sums = torch.stack([*(part.float() for part in parts), aligned.detach().expand(config.steps)], dim=1)
+        return Outcome(loss, sums)

@@ -1,0 +1,317 @@
+"""The training loop: batches in a fixed random order, updates, checkpoints, and an exact way back after a
+stop.
+
+Everything an update does is a function of (seed, number of the update, weights), so a run that is stopped and
+started again equals one that was never stopped.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from rich.console import Console
+from torch import Tensor
+
+from coral.data.features import FeatureSource, Rows, live_batch
+from coral.drafter import checkpoint
+from coral.drafter.drafter import Drafter, DrafterConfig
+from coral.errors import CoralError
+from coral.training import state as run_state
+from coral.training.learner import Learner
+from coral.training.losses import trained_rows
+from coral.training.progress import Reporter
+from coral.training.recipe import OptimiserConfig, TrainConfig, check
+
+PATIENCE = 10
+"""Updates in a row without a finite gradient after which a run gives up."""
+
+
+class TrainTarget(checkpoint.TargetLike, FeatureSource, Protocol):
+    """What training asks of a target."""
+
+    model: Any
+    config: Any
+    head_bias: Tensor | None
+
+
+class Data(Protocol):
+    """Prepared data."""
+
+    @property
+    def dataset(self) -> Rows: ...
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """How a run ended."""
+
+    update: int
+    """Updates made, those of earlier sittings included."""
+    finished: bool
+    """False when a signal stopped it before its limit."""
+    skipped: int
+    """Batches left out because their loss or gradient was not finite."""
+    seconds: float
+    acceptance: dict[str, Any]
+    """The last measurement of the acceptance length, if any."""
+
+
+def train(
+    target: TrainTarget,
+    data: Data,
+    output: str | Path,
+    config: TrainConfig,
+    *,
+    acceptance: Callable[[Drafter], dict[str, Any]] | None = None,
+    resume: bool = True,
+    console: Console | None = None,
+) -> TrainOutcome:
+    """Train a drafter for `target` on `data` and keep it, with its state, in the directory `output`.
+
+    Args:
+        acceptance: measures the drafter's real acceptance length; called in the main process, every
+            `reports.acceptance_every` updates and at the end.
+        resume: go on with the run in `output`, if there is one; otherwise it is replaced.
+        console: where progress is shown; standard error if not given.
+
+    Raises:
+        CoralError: a bad configuration, an output that is something else, another configuration or other
+            data than the run in `output` had, no data, or `PATIENCE` updates in a row that are not finite.
+    """
+    check(config)
+    output = Path(output)
+    checkpoint.refuse_foreign(output)
+    dataset = data.dataset
+    if len(dataset) == 0:
+        raise CoralError("the prepared data holds no rows; prepare it from other conversations.")
+    AcceleratorState._reset_state()  # one process may train twice, each time at its own precision
+    accelerator = Accelerator(
+        cpu=target.device.type == "cpu", mixed_precision="bf16" if config.precision == "bfloat16" else "no"
+    )
+    resumed = resume and (output / "coral" / "config.json").exists()
+    accelerator.wait_for_everyone()  # before the main process writes there
+    record = checkpoint.TargetRecord.of(target)
+    drafter = checkpoint.load(output, target) if resumed else new_drafter(target, config)
+    drafter = drafter.to(device=target.device, dtype=torch.float32).train().requires_grad_(True)
+    options = config.optimiser
+    optimiser: Any = torch.optim.AdamW(
+        drafter.parameters(),
+        lr=0.0,
+        betas=(options.beta1, options.beta2),
+        weight_decay=options.weight_decay,
+    )
+    state = run_state.RunState()
+    if resumed:
+        state, moments = run_state.load(output, config, len(dataset))
+        optimiser.load_state_dict(moments)
+    learner: Any
+    learner, optimiser = accelerator.prepare(Learner(drafter, config), optimiser)
+    rows_per_update = config.batch_size * config.accumulate * accelerator.num_processes
+    peak = options.learning_rate or 0.25 / target.hidden_size
+
+    def save() -> None:
+        if accelerator.is_main_process:
+            moments = optimiser.state_dict()
+            run_state.save(output, drafter, record, config, moments, state, len(dataset))
+        accelerator.wait_for_everyone()
+
+    def measure(reporter: Reporter) -> None:
+        if acceptance is not None and accelerator.is_main_process:
+            paused = reporter.pause()
+            drafter.eval()
+            with torch.no_grad():
+                state.acceptance = acceptance(drafter)
+            drafter.train()
+            reporter.go_on(paused)
+            reporter.write({"update": state.update, "acceptance": state.acceptance})
+            shown = "  ".join(
+                f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in state.acceptance.items()
+            )
+            reporter.say(f"update {state.update}  acceptance length: {shown}")
+        accelerator.wait_for_everyone()
+
+    if not resumed:
+        save()  # so that a full or read-only disk is found now, not after hours
+    started = time.monotonic() - state.seconds
+    saved, broken, measured = time.monotonic(), 0, -1
+    with Reporter(output, not accelerator.is_main_process, console) as reporter, _signals() as stop:
+        if resumed:
+            reporter.forget_after(state.update)
+            reporter.say(f"going on after update {state.update}")
+        while True:
+            # All processes follow the main one's clock, and all stop when one is told to.
+            clock = time.monotonic() - started if accelerator.is_main_process else 0.0
+            shared = torch.tensor([clock, float(len(stop))], device=accelerator.device)
+            state.seconds, stopping = accelerator.reduce(shared).tolist()
+            fraction = _progress(config, state, len(dataset), rows_per_update)
+            if fraction >= 1 or stopping:
+                break
+            rate = peak * schedule(options, fraction)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            rows = _order(config.seed, len(dataset), state.update * rows_per_update, rows_per_update)
+            loss, sums = _accumulate(accelerator, learner, target, dataset, rows, state.update)
+            norm = float(accelerator.clip_grad_norm_(learner.parameters(), options.gradient_clip))
+            state.update += 1
+            if math.isfinite(norm) and math.isfinite(loss):
+                broken = 0
+                optimiser.step()
+                reporter.add(loss, sums)
+            else:
+                broken, state.skipped = broken + 1, state.skipped + 1
+                reporter.say(
+                    f"update {state.update} skipped: loss or gradient not finite on rows {sorted(rows)}"
+                )
+                if broken == PATIENCE:
+                    raise CoralError(
+                        f"{PATIENCE} updates in a row had no finite loss or gradient (last: rows "
+                        f"{sorted(rows)}); {output} keeps the last good checkpoint: lower the learning rate "
+                        "or check these rows."
+                    )
+            optimiser.zero_grad()
+            if state.update % config.reports.log_every == 0:
+                reporter.log(
+                    state.update,
+                    fraction,
+                    learning_rate=rate,
+                    gradient_norm=norm,
+                    skipped=state.skipped,
+                    seconds=state.seconds,
+                )
+            every = config.reports.acceptance_every
+            if every and state.update % every == 0:
+                measure(reporter)
+                measured = state.update
+            if time.monotonic() - saved > 60 * config.reports.checkpoint_minutes and not broken:
+                paused = reporter.pause()
+                save()
+                reporter.go_on(paused)
+                saved = time.monotonic()
+        if fraction >= 1 and measured != state.update:
+            measure(reporter)
+        save()
+        if fraction < 1:
+            reporter.say(f"stopped at update {state.update}; run the same command to go on")
+        else:
+            reporter.say(f"finished after update {state.update}: {output}")
+    accelerator.end_training()
+    return TrainOutcome(state.update, fraction >= 1, state.skipped, state.seconds, state.acceptance)
+
+
+def _accumulate(
+    accelerator: Accelerator, learner: Any, target: TrainTarget, dataset: Rows, rows: list[int], update: int
+) -> tuple[float, Tensor]:
+    """Leave the gradient of the mean loss over `rows` in the learner; the summed loss and sums [S,6]."""
+    config: TrainConfig = accelerator.unwrap_model(learner).config
+    rank, world = accelerator.process_index, accelerator.num_processes
+    mine = rows[rank::world]
+    batches = [
+        live_batch(target, dataset, mine[start : start + config.batch_size])
+        for start in range(0, len(mine), config.batch_size)
+    ]
+    trained = torch.stack([trained_rows(b.loss_mask, b.document_starts, 1).sum() for b in batches]).sum()
+    count = accelerator.reduce(trained.float()).clamp(min=1)
+    loss = torch.zeros((), device=accelerator.device)
+    sums = torch.zeros(config.steps, 6, device=accelerator.device)
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        with nullcontext() if last else accelerator.no_sync(learner):
+            generator = run_state.random_generator(config.seed, 2, update, rank, index)
+            outcome = learner(batch, target.head_weight, target.head_bias, generator)
+            # The mean is over the rows of all processes, but gradients are averaged over processes.
+            accelerator.backward(outcome.loss * world / count)
+        loss, sums = loss + outcome.loss.detach(), sums + outcome.sums
+    return accelerator.reduce(loss).item(), accelerator.reduce(sums).cpu()
+
+
+def new_drafter(target: TrainTarget, config: TrainConfig) -> Drafter:
+    """A drafter as `config.drafter` says, with weights that are a function of the seed."""
+    options = config.drafter
+    sizes = asdict(options)
+    del sizes["init_layer"], sizes["init_drafter"]
+    if sizes["intermediate_size"] is None:
+        del sizes["intermediate_size"]
+    wanted = DrafterConfig.for_target(target.config, **sizes)
+    if options.init_drafter is not None:
+        drafter = checkpoint.load(options.init_drafter, target)
+        if drafter.config != wanted:
+            raise CoralError(
+                f"the drafter {options.init_drafter} has other sizes than this run: {drafter.config}; "
+                f"{wanted} is asked for."
+            )
+        return drafter
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run_state.random_generator(config.seed, 0).initial_seed())
+        drafter = Drafter(wanted)
+    if options.init_layer is not None:
+        layers = target.model.get_decoder().layers
+        if not -len(layers) <= options.init_layer < len(layers):
+            raise CoralError(
+                f"drafter.init_layer is {options.init_layer}, but the target has {len(layers)} layers."
+            )
+        drafter.init_from_layer(layers[options.init_layer])
+    return drafter
+
+
+def schedule(options: OptimiserConfig, fraction: float) -> float:
+    """The learning rate as a part of its peak, when `fraction` of the run is done."""
+    if fraction < options.warmup:
+        return max(fraction, 1e-6) / options.warmup
+    done = (fraction - options.warmup) / max(1 - options.warmup, 1e-9)
+    match options.decay:
+        case "cosine":
+            return options.final + (1 - options.final) * (1 + math.cos(math.pi * done)) / 2
+        case "linear":
+            return options.final + (1 - options.final) * (1 - done)
+        case "constant":
+            return 1.0
+
+
+def _progress(config: TrainConfig, state: run_state.RunState, examples: int, rows_per_update: int) -> float:
+    """The part of the run that is done: that of the nearest limit."""
+    limits, parts = config.limits, [0.0]
+    if limits.updates is not None:
+        parts.append(state.update / limits.updates)
+    if limits.epochs is not None:
+        parts.append(state.update / math.ceil(limits.epochs * examples / rows_per_update))
+    if limits.minutes is not None:
+        parts.append(state.seconds / (60 * limits.minutes))
+    return min(1.0, max(parts))
+
+
+def _order(seed: int, examples: int, first: int, count: int) -> list[int]:
+    """Rows first .. first+count of the endless sequence of one random permutation of the data after the
+    other.
+    """
+    rows: list[int] = []
+    while len(rows) < count:
+        epoch, offset = divmod(first + len(rows), examples)
+        permutation = torch.randperm(examples, generator=run_state.random_generator(seed, 1, epoch))
+        rows += permutation[offset : offset + count - len(rows)].tolist()
+    return rows
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that fills when SIGINT or SIGTERM arrives; the update in work is finished first."""
+    received: list[int] = []
+    try:
+        old = {
+            number: signal.signal(number, lambda number, frame: received.append(number))
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+    except ValueError:  # not the main thread, which alone receives signals
+        old = {}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

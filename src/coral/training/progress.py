@@ -1,0 +1,129 @@
+"""What a person sees of a run: a live bar on a terminal, plain lines anywhere else, and metrics.jsonl."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from coral.training.state import folder
+
+_COLUMNS = ("correct", "regression", "cross_entropy", "top_k", "alignment")
+
+
+class Reporter:
+    """Averages the sums of several updates into one line of metrics, and shows it. Mute in all but one
+    process.
+    """
+
+    def __init__(self, output: Path, mute: bool, console: Console | None = None) -> None:
+        self.path = folder(output) / "metrics.jsonl"
+        self.mute = mute
+        self.console = console or Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=mute or not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("starting", total=1.0)
+        self.sums: torch.Tensor | None = None
+        self.loss = 0.0
+        self.since = time.monotonic()
+
+    def __enter__(self) -> "Reporter":
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.stop()
+
+    def say(self, message: str) -> None:
+        if not self.mute:
+            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def forget_after(self, update: int) -> None:
+        """Drop the lines of a run that went on after its last checkpoint: they will be written again."""
+        if not self.mute and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["update"] <= update]
+            self.path.write_text("".join(kept), encoding="utf-8")
+
+    def pause(self) -> float:
+        """Call before work that is not training; hand the answer to `go_on` after it."""
+        return time.monotonic()
+
+    def go_on(self, paused: float) -> None:
+        self.since += time.monotonic() - paused
+
+    def add(self, loss: float, sums: torch.Tensor) -> None:
+        """Count one update: its summed loss and the sums of `learner.Outcome`, over all processes."""
+        self.loss += loss
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def log(self, update: int, fraction: float, **more: Any) -> None:
+        """Write the average since the last call to metrics.jsonl, and show it."""
+        if self.sums is None:
+            return
+        rows = self.sums[:, 0].clamp(min=1)
+        average = {
+            name: [round(x, 5) for x in (self.sums[:, i + 1] / rows).tolist()]
+            for i, name in enumerate(_COLUMNS)
+        }
+        elapsed = time.monotonic() - self.since
+        speed = rows[0].item() / max(elapsed, 1e-9)
+        line = {
+            "update": update,
+            "progress": round(fraction, 5),
+            "loss": self.loss / rows[0].item(),
+            "accuracy": average.pop("correct"),
+            **average,
+            "trained_tokens_per_second": round(speed, 1),
+            "memory_bytes": _memory(),
+            **more,
+        }
+        line["alignment"] = line["alignment"][0]
+        self.write(line)
+        accuracy = " ".join(f"{x:.1%}" for x in line["accuracy"])
+        text = (
+            f"update {update}  loss {line['loss']:.4f}  top-1 {accuracy}  {speed:,.0f} trained tokens/s  "
+            f"{line['memory_bytes'] / 2**30:.1f} GiB"
+        )
+        self.bar.update(self.task, description=text, completed=fraction)
+        if not self.console.is_terminal:
+            left = elapsed_text(more.get("seconds", 0.0) * (1 / max(fraction, 1e-9) - 1))
+            self.say(f"{fraction:4.0%}  {text}  {left} left")
+        self.loss, self.sums, self.since = 0.0, None, time.monotonic()
+
+    def write(self, line: dict[str, Any]) -> None:
+        if not self.mute:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def elapsed_text(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def _memory() -> int:
+    """Peak memory of this process: the accelerator's where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,140 @@
+"""All options of a training run. A recipe is a YAML file of these keys; three come with the package."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from coral import config
+from coral.errors import CoralError
+from coral.training.alignment import AlignmentConfig
+from coral.training.losses import LossConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class DrafterOptions:
+    """What the drafter is made of; sizes that are not given are the target's."""
+
+    num_layers: int = 1
+    """Decoder layers. Engines load one-layer drafters only."""
+    intermediate_size: int | None = None
+    """Width of the feed-forward block."""
+    normalised_feedback: bool = False
+    """Bring draft features to unit RMS before they are fed back. Engines do not know this option."""
+    init_layer: int | None = None
+    """Start from this decoder layer of the target (-1 is the last) instead of from random weights."""
+    init_drafter: str | None = None
+    """Start from the weights of this drafter directory or hub id."""
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """AdamW and its schedule, which is a function of the run's progress from 0 to 1."""
+
+    learning_rate: float | None = None
+    """Peak learning rate; none: 0.25 / hidden size, that is 1e-3 at 256 and 6e-5 at 4096."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    warmup: float = 0.02
+    """Part of the run in which the learning rate rises."""
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after that."""
+    final: float = 0.02
+    """Part of the peak learning rate at which cosine and linear decay end."""
+    gradient_clip: float = 0.5
+    """Largest gradient norm."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When the run ends: at the first limit that is reached. They may change when a run is resumed."""
+
+    updates: int | None = None
+    """Number of updates."""
+    epochs: float | None = None
+    """Passes over the data."""
+    minutes: float | None = None
+    """Wall time. The schedule then follows the clock, so two such runs are not equal number for number."""
+
+
+@dataclass(frozen=True)
+class Reports:
+    """How often to log, measure and save. They may change when a run is resumed."""
+
+    log_every: int = 10
+    """Updates between two lines of metrics.jsonl."""
+    acceptance_every: int = 300
+    """Updates between two measurements of the real acceptance length; 0 never measures."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between two checkpoints."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    recipe: str = "custom"
+    """Name of the recipe, recorded in the checkpoint."""
+    steps: int = 3
+    """Draft steps of the unroll."""
+    detach: bool = True
+    """Stop gradients between draft steps."""
+    noise: float = 0.0
+    """Half-width of uniform noise added to the target features that the drafter reads (EAGLE: 0.1)."""
+    batch_size: int = 16
+    """Rows of the prepared data in one forward pass of one process."""
+    accumulate: int = 1
+    """Forward passes in one update."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs the drafter's products under autocast; weights and losses stay float32."""
+    head_chunk: int = 512
+    """Trained rows that meet the LM head at a time: fewer need less memory, more run faster."""
+    seed: int = 0
+    """Of the initial weights, the order of the data and every other random draw."""
+    drafter: DrafterOptions = field(default_factory=DrafterOptions)
+    loss: LossConfig = field(default_factory=LossConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    limits: Limits = field(default_factory=lambda: Limits(epochs=10))
+    reports: Reports = field(default_factory=Reports)
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The recipe of this name or in this YAML file, with `group.key=value` overrides.
+
+    Raises:
+        CoralError: no such recipe, or a key or value that `coral.config.load` refuses, or one out of range.
+    """
+    path = RECIPES / f"{name_or_path}.yaml"
+    if not path.exists():
+        path = Path(name_or_path)
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        raise CoralError(f"there is no recipe {str(name_or_path)!r}; give one of {known}, or a YAML file.")
+    loaded = config.load(TrainConfig, path, overrides)
+    check(loaded)
+    return loaded
+
+
+def check(c: TrainConfig) -> None:
+    """Raise CoralError for a value that no run can use."""
+    for name, value, least in (
+        ("steps", c.steps, 1),
+        ("batch_size", c.batch_size, 1),
+        ("accumulate", c.accumulate, 1),
+        ("head_chunk", c.head_chunk, 1),
+        ("drafter.num_layers", c.drafter.num_layers, 1),
+        ("loss.top_k", c.loss.top_k, 1),
+        ("alignment.max_rows", c.alignment.max_rows, 2),
+        ("reports.log_every", c.reports.log_every, 1),
+    ):
+        if value < least:
+            raise CoralError(f"{name} must be at least {least}, not {value}.")
+    if not c.alignment.temperature > 0:
+        raise CoralError(f"alignment.temperature must be above 0, not {c.alignment.temperature}.")
+    given = [v for v in (c.limits.updates, c.limits.epochs, c.limits.minutes) if v is not None]
+    if not given or min(given) <= 0:
+        raise CoralError("give one of limits.updates, limits.epochs or limits.minutes, above 0.")

@@ -1,0 +1,112 @@
+"""The state of a run on disk, inside the drafter's own directory, so that both are replaced in one step.
+
+    OUTPUT/                 a drafter, at every moment (see drafter/checkpoint.py)
+    OUTPUT/coral/training/  state.pt (optimiser, position, clock) and metrics.jsonl
+
+There is no random state to keep: every draw is a function of the seed and of the number of the update.
+"""
+
+import io
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from coral.drafter import checkpoint
+from coral.drafter.drafter import Drafter
+from coral.errors import CoralError
+from coral.files import atomic_directory
+from coral.training.recipe import TrainConfig
+
+MAY_CHANGE = {"limits", "reports"}
+
+
+@dataclass
+class RunState:
+    """Where a run stands; the data position follows from `update`."""
+
+    update: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    acceptance: dict[str, Any] = field(default_factory=dict)
+
+
+def random_generator(seed: int, *place: int) -> torch.Generator:
+    """A CPU generator that is a function of the seed and of where it is used."""
+    mixed = np.random.SeedSequence([seed, *place]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(mixed) >> 1)
+
+
+def folder(output: Path) -> Path:
+    return output / "coral" / "training"
+
+
+def save(
+    output: Path,
+    drafter: Drafter,
+    target: checkpoint.TargetRecord,
+    config: TrainConfig,
+    optimiser: dict[str, Any],
+    state: RunState,
+    examples: int,
+) -> None:
+    """Write drafter and state as `output`, in one step; raises CoralError when the disk refuses."""
+    buffer = io.BytesIO()  # torch.save hides the reason of a failed write
+    torch.save(
+        {"state": asdict(state), "config": asdict(config), "optimiser": optimiser, "examples": examples},
+        buffer,
+    )
+    metrics = folder(output) / "metrics.jsonl"
+    lines = metrics.read_bytes() if metrics.exists() else b""
+    with atomic_directory(output) as aside:
+        reported = {"updates": state.update, "seconds": round(state.seconds), "acceptance": state.acceptance}
+        checkpoint.write(drafter, aside, target=target, recipe=asdict(config), metrics=reported)
+        folder(aside).mkdir()
+        (folder(aside) / "state.pt").write_bytes(buffer.getvalue())
+        (folder(aside) / "metrics.jsonl").write_bytes(lines)
+
+
+def load(output: Path, config: TrainConfig, examples: int) -> tuple[RunState, dict[str, Any]]:
+    """The state of the run in `output` and its optimiser's.
+
+    Raises:
+        CoralError: no state there, or the run was started with another configuration or other data.
+    """
+    path = folder(output) / "state.pt"
+    try:
+        stored = torch.load(path, weights_only=True)
+        state = RunState(**stored["state"])
+    except FileNotFoundError as error:
+        raise CoralError(
+            f"{output} holds a drafter but no training state; choose another output directory."
+        ) from error
+    except Exception as error:
+        raise CoralError(f"{path} cannot be read ({error}); choose another output directory.") from error
+    if changed := _changed(stored["config"], asdict(config)):
+        key, before, now = changed
+        raise CoralError(
+            f"the run in {output} was started with {key}={before!r}, now it is {now!r}; use the old value, "
+            "or choose another output directory."
+        )
+    if stored["examples"] != examples:
+        raise CoralError(
+            f"the run in {output} was started on {stored['examples']} rows of data, now there are "
+            f"{examples}; use the old data, or choose another output directory."
+        )
+    return state, stored["optimiser"]
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
+    """The first key whose value differs, with both values."""
+    for key in sorted(before.keys() | now.keys()):
+        if not prefix and key in MAY_CHANGE:
+            continue
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            if inner := _changed(old, new, f"{prefix}{key}."):
+                return inner
+        elif old != new:
+            return f"{prefix}{key}", old, new
+    return None

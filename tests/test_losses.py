@@ -1,0 +1,99 @@
+"""The chunked losses against the lines that define them."""
+
+import pytest
+import torch
+from tiny_training import tiny_drafter
+from torch.nn.functional import linear, smooth_l1_loss
+
+from coral.training.losses import LossConfig, draft_losses, trained_rows
+from coral.training.unroll import unroll
+
+S, R, H, V = 3, 13, 8, 31
+CONFIG = LossConfig(regression=0.9, cross_entropy=0.3, top_k_weight=0.7, top_k=4, step_decay=0.8)
+
+
+def inputs(bias, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(R, H, generator=generator)
+    drafts = features + torch.randn(S, R, H, generator=generator)
+    weight = torch.randn(V, H, generator=generator)
+    head_bias = torch.randn(V, generator=generator) if bias else None
+    valid = torch.rand(S, R, generator=generator) > 0.3
+    return drafts.to(dtype).requires_grad_(), features, valid, weight, head_bias
+
+
+def dense(drafts, features, valid, weight, bias):
+    p = linear(features, weight, bias).softmax(-1)
+    log_q = linear(drafts, weight, bias).log_softmax(-1)
+    top, ids = p.topk(CONFIG.top_k)
+    cross_entropy = -(p * log_q).sum(-1)
+    top_k = -(top * log_q.gather(-1, ids.expand(S, -1, -1))).sum(-1)
+    regression = smooth_l1_loss(drafts, features.expand_as(drafts), reduction="none").mean(-1)
+    loss = CONFIG.regression * regression + CONFIG.cross_entropy * cross_entropy + CONFIG.top_k_weight * top_k
+    correct = (log_q.argmax(-1) == p.argmax(-1)) * valid
+    return (loss * valid).sum(1) * CONFIG.step_decay ** torch.arange(S), correct.sum(1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_chunked_losses_and_gradients_equal_dense_ones(bias, chunk):
+    """Stops: a hand-written gradient that is wrong, a chunk edge counted twice, masked rows that count."""
+    drafts, features, valid, weight, head_bias = inputs(bias)
+    losses = draft_losses(drafts, features, valid, weight, head_bias, CONFIG, chunk)
+    (gradient,) = torch.autograd.grad(losses.total.sum(), drafts)
+    total, correct = dense(drafts, features, valid, weight, head_bias)
+    (expected,) = torch.autograd.grad(total.sum(), drafts)
+    torch.testing.assert_close(losses.total, total, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
+    assert losses.correct.tolist() == correct.tolist()
+    assert losses.rows.tolist() == valid.sum(1).tolist()
+
+
+def test_a_perfect_drafter_has_no_slope():
+    """Stops: a teacher shifted by a row or a top-K loss that is renormalised: its slope would not vanish."""
+    _, features, valid, weight, _ = inputs(False)
+    drafts = features.expand(S, R, H).clone().requires_grad_()
+    full = LossConfig(top_k_weight=1.0, top_k=V)
+    losses = draft_losses(drafts, features, valid, weight, None, full)
+    (gradient,) = torch.autograd.grad(losses.total.sum(), drafts)
+    assert gradient.abs().max() < 1e-5
+    assert losses.correct.tolist() == valid.sum(1).tolist()
+
+
+def test_masked_rows_get_no_gradient():
+    """Stops: prompt tokens trained on, through a mask that is dropped on the way to the loss."""
+    generator = torch.Generator().manual_seed(2)
+    embeddings, features = (torch.randn(2, 9, 16, generator=generator) for _ in range(2))
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[0, 5:7] = True
+    outputs = unroll(tiny_drafter(), embeddings, features, None, S)
+    for output in outputs:
+        output.retain_grad()
+    valid = trained_rows(mask, None, S)
+    sequence, row = valid[0].nonzero(as_tuple=True)
+    drafts = torch.stack([output[sequence, row] for output in outputs])
+    weight = torch.randn(V, 16, generator=generator)
+    draft_losses(
+        drafts, features[sequence, row + 1], valid[:, sequence, row], weight, None, CONFIG
+    ).total.sum().backward()
+    for output in outputs:
+        trained = output.grad.abs().sum(-1).nonzero().tolist()
+        assert trained == [[0, 3], [0, 4]]
+
+
+def test_no_trained_row_is_no_error():
+    """Stops: a batch of prompts only ending the run."""
+    drafts, features, valid, weight, _ = inputs(False)
+    losses = draft_losses(drafts[:, :0], features[:0], valid[:, :0], weight, None, CONFIG)
+    assert losses.total.tolist() == [0.0] * S
+    losses.total.sum().backward()
+
+
+def test_a_bfloat16_head_is_used_in_its_own_dtype():
+    """Stops: a silent float32 copy of a large head, and buffers of the wrong dtype."""
+    drafts, features, valid, weight, _ = inputs(False)
+    rounded = draft_losses(drafts, features, valid, weight.bfloat16(), None, CONFIG)
+    rounded.total.sum().backward()
+    exact = draft_losses(drafts, features, valid, weight, None, CONFIG)
+    torch.testing.assert_close(rounded.total, exact.total, rtol=0.05, atol=0.05)
+    assert drafts.grad.dtype == torch.float32

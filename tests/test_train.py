@@ -1,0 +1,232 @@
+"""The training loop: learns, survives stops and bad batches, and says what it does."""
+
+import io
+import json
+import signal
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
+from rich.console import Console
+from tiny_training import tiny_data, tiny_target
+
+from coral.drafter import checkpoint
+from coral.errors import CoralError
+from coral.training.alignment import AlignmentConfig
+from coral.training.loop import schedule, train
+from coral.training.losses import LossConfig
+from coral.training.recipe import Limits, OptimiserConfig, Reports, TrainConfig
+
+CONFIG = TrainConfig(
+    steps=3,
+    noise=0.05,
+    batch_size=3,
+    accumulate=2,
+    loss=LossConfig(top_k_weight=1.0),
+    alignment=AlignmentConfig(weight=0.1, max_rows=8),
+    optimiser=OptimiserConfig(learning_rate=5e-3),
+    limits=Limits(updates=8),
+    reports=Reports(log_every=1, acceptance_every=4),
+)
+
+
+def run(output, config=CONFIG, target=None, data=None, **options):
+    console = Console(file=io.StringIO())
+    outcome = train(target or tiny_target(), data or tiny_data(), output, config, console=console, **options)
+    return outcome, console.file.getvalue()
+
+
+def metrics(output):
+    lines = (output / "coral" / "training" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def weights(output):
+    return checkpoint.load(output).state_dict()
+
+
+def interrupt_at_first(drafter):
+    signal.raise_signal(signal.SIGINT)
+    return {"chain": 1.0}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_thirty_updates_on_one_batch_halve_the_loss(tmp_path, precision):
+    """Stops: targets shifted by a row, a loss without gradient, a learning rate that stays at zero."""
+    config = replace(
+        CONFIG,
+        batch_size=4,
+        accumulate=1,
+        noise=0.0,
+        precision=precision,
+        limits=Limits(updates=30),
+        optimiser=OptimiserConfig(learning_rate=3e-2, gradient_clip=5.0),
+    )
+    run(tmp_path / "o", config, data=tiny_data(rows=4))
+    lines = metrics(tmp_path / "o")
+    assert lines[-1]["loss"] < lines[0]["loss"] / 2
+    assert len(lines[-1]["accuracy"]) == 3 and max(lines[-1]["accuracy"]) <= 1
+
+
+def test_resumed_equals_never_stopped(tmp_path):
+    """Stops: optimiser moments, schedule, data position or random draws that restart after a stop."""
+    run(tmp_path / "whole", acceptance=lambda drafter: {"chain": 1.0})
+    outcome, said = run(tmp_path / "parts", acceptance=interrupt_at_first)
+    assert not outcome.finished and outcome.update == 4
+    assert "stopped at update 4; run the same command to go on" in said
+    outcome, said = run(tmp_path / "parts", acceptance=lambda drafter: {"chain": 1.0})
+    assert outcome.finished and outcome.update == 8 and "going on after update 4" in said
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    timeless = ("update", "loss", "accuracy", "gradient_norm", "acceptance")
+    assert [[line.get(key) for key in timeless] for line in metrics(tmp_path / "whole")] == [
+        [line.get(key) for key in timeless] for line in metrics(tmp_path / "parts")
+    ]
+
+
+def test_a_signal_is_ours_only_while_training(tmp_path):
+    """Stops: Ctrl-C being swallowed after training has ended."""
+    before = signal.getsignal(signal.SIGINT)
+    run(tmp_path / "o", acceptance=interrupt_at_first)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_changed_run_is_not_resumed(tmp_path):
+    """Stops: two configurations mixed in one checkpoint; limits alone may change."""
+    run(tmp_path / "o")
+    with pytest.raises(CoralError, match=r"started with loss.top_k_weight=1.0, now it is 0.5"):
+        run(tmp_path / "o", replace(CONFIG, loss=LossConfig(top_k_weight=0.5)))
+    with pytest.raises(CoralError, match="started on 24 rows of data, now there are 5"):
+        run(tmp_path / "o", data=tiny_data(rows=5))
+    outcome, _ = run(tmp_path / "o", replace(CONFIG, limits=Limits(updates=10)))
+    assert outcome.update == 10
+    outcome, _ = run(tmp_path / "o", replace(CONFIG, steps=2, limits=Limits(updates=2)), resume=False)
+    assert outcome.update == 2
+
+
+class Poisoned:
+    """A target whose features are not finite for rows that start with token 0."""
+
+    def __new__(cls):
+        target = tiny_target()
+        clean = target.features
+
+        def features(input_ids, document_starts=None):
+            found = clean(input_ids, document_starts)
+            found[input_ids[:, 0] == 0] = float("nan")
+            return found
+
+        target.features = features
+        return target
+
+
+def poisoned_data(bad):
+    data = tiny_data(rows=24)
+    for index, row in enumerate(data.dataset):
+        row["input_ids"][0] = 0 if index in bad else 1
+    return data
+
+
+def test_a_batch_that_is_not_finite_is_skipped_and_reported(tmp_path):
+    """Stops: one bad record turning all weights into NaN, and nobody knowing which record."""
+    config = replace(CONFIG, limits=Limits(updates=4), reports=Reports(log_every=1))
+    outcome, said = run(tmp_path / "o", config, Poisoned(), poisoned_data({7}))
+    assert outcome.skipped == 1 and "skipped: loss or gradient not finite on rows" in said
+    reported = said.split("on rows [")[1].split("]")[0].split(", ")
+    assert "7" in reported and len(reported) == 6
+    assert len(metrics(tmp_path / "o")) == 3
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "o").values())
+
+
+def test_a_run_of_bad_batches_ends_the_run(tmp_path):
+    """Stops: hours of skipping, and a checkpoint that is replaced by a bad one."""
+    with pytest.raises(CoralError, match="10 updates in a row had no finite loss"):
+        run(tmp_path / "o", replace(CONFIG, limits=Limits(updates=20)), Poisoned(), poisoned_data(range(24)))
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "o").values())
+
+
+def test_output_is_a_loadable_drafter_with_its_history(tmp_path):
+    """Stops: a run whose result cannot be traced to its recipe, and measurements that reach no file."""
+    target = tiny_target()
+    lengths = iter([1.5, 2.5])
+    run(
+        tmp_path / "o",
+        target=target,
+        acceptance=lambda drafter: {"chain": next(lengths), "training": drafter.training},
+    )
+    checkpoint.load(tmp_path / "o", target)
+    ours = checkpoint.read_config(tmp_path / "o")
+    assert ours["recipe"]["loss"]["top_k_weight"] == 1.0
+    assert ours["metrics"]["updates"] == 8
+    assert ours["metrics"]["acceptance"] == {"chain": 2.5, "training": False}
+    measured = [line["acceptance"]["chain"] for line in metrics(tmp_path / "o") if "acceptance" in line]
+    assert measured == [1.5, 2.5]
+    assert [path.name for path in (tmp_path / "o").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_other_peoples_files_are_safe(tmp_path):
+    """Stops: a training run that replaces the directory it was pointed at by mistake."""
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "thesis.txt").write_text("years of work")
+    with pytest.raises(CoralError, match="not a drafter"):
+        run(tmp_path / "o")
+    assert (tmp_path / "o" / "thesis.txt").exists()
+
+
+def two_processes(output):
+    torch.set_num_threads(1)
+    config = replace(CONFIG, batch_size=2, accumulate=2, noise=0.0, alignment=AlignmentConfig())
+    run(output, config)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_two_processes_learn_what_one_does(tmp_path, monkeypatch):
+    """Stops: gradients averaged over processes with unequal numbers of rows, rows read twice."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    AcceleratorState._reset_state(reset_partial_state=True)  # else the forks take over this process's
+    debug_launcher(two_processes, (tmp_path / "two",), num_processes=2)
+    one = replace(CONFIG, batch_size=8, accumulate=1, noise=0.0, alignment=AlignmentConfig())
+    run(tmp_path / "one", one)
+    alone, together = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in alone:
+        torch.testing.assert_close(alone[name], together[name], rtol=1e-3, atol=1e-4)
+    assert [line["update"] for line in metrics(tmp_path / "two")] == list(range(1, 9))
+    assert metrics(tmp_path / "two")[0]["loss"] == pytest.approx(
+        metrics(tmp_path / "one")[0]["loss"], rel=1e-4
+    )
+
+
+def test_data_of_another_tokenizer_is_refused(tmp_path):
+    """Stops: an index error from deep inside, or training on the wrong embeddings."""
+    with pytest.raises(CoralError, match="the target's own tokenizer"):
+        run(tmp_path / "o", data=tiny_data(vocab_size=99))
+    with pytest.raises(CoralError, match="no rows"):
+        run(tmp_path / "o", data=SimpleNamespace(dataset=[]))
+
+
+def test_every_row_is_read_once_an_epoch(tmp_path):
+    """Stops: rows that are never trained on because the last batch of an epoch is not full."""
+    seen = []
+
+    class Recorded(list):
+        def __getitem__(self, index):
+            seen.append(index)
+            return super().__getitem__(index)
+
+    data = SimpleNamespace(dataset=Recorded(tiny_data(rows=11).dataset))
+    config = replace(CONFIG, batch_size=2, accumulate=1, limits=Limits(epochs=2))
+    outcome, _ = run(tmp_path / "o", config, data=data)
+    assert outcome.update == 11
+    assert sorted(seen[:11]) == sorted(seen[11:]) == list(range(11)) and seen[:11] != seen[11:]
+
+
+def test_schedule_rises_then_falls():
+    """Stops: a first update at full rate, and a rate that never comes down."""
+    for decay, last in (("cosine", 0.02), ("linear", 0.02), ("constant", 1.0)):
+        options = OptimiserConfig(decay=decay, warmup=0.1)
+        rates = [schedule(options, x / 100) for x in range(101)]
+        assert rates[0] < 1e-4 and max(rates) == rates[10] == 1.0
+        assert rates[-1] == pytest.approx(last)

@@ -1,1 +1,40 @@
-"""CORAL: lossless acceleration of Hugging Face LLMs."""
+"""CORAL: makes a Hugging Face LLM write faster without changing a word of its output.
+
+    import coral
+    llm = coral.load("path-or-hub-id", "drafter-directory")
+    print(llm.generate_text("What is a reef?"))
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from coral.api import Pair, load
+    from coral.decoding.sampling import Sampling
+    from coral.decoding.state import Cycle, State
+    from coral.decoding.tree import Budget, DraftTree
+    from coral.errors import CoralError
+    from coral.target import Target
+
+__version__ = "0.1.0"
+__all__ = ["Budget", "CoralError", "Cycle", "DraftTree", "Pair", "Sampling", "State", "Target", "load"]
+
+_HOME = {
+    "Pair": "coral.api",
+    "load": "coral.api",
+    "Sampling": "coral.decoding.sampling",
+    "Cycle": "coral.decoding.state",
+    "State": "coral.decoding.state",
+    "Budget": "coral.decoding.tree",
+    "DraftTree": "coral.decoding.tree",
+    "CoralError": "coral.errors",
+    "Target": "coral.target",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `coral --help` must not wait for torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'coral' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)

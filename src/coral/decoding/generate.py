@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from time import perf_counter
 from typing import Protocol
 
@@ -34,11 +34,13 @@ def generate(
     while live:
         begin = perf_counter()
         trees = proposer.propose(live, committed, budget)
+        for state, rows in zip(live, committed, strict=True):
+            state.rows_read = rows.start + len(rows.tokens)
         drafted = perf_counter()
         logits, features = target.verify(live, trees)
         samples = [
-            state.sampling.sample(rows, len(state.tokens) + tree.depth, state.sequence_id).tolist()
-            for state, tree, rows in zip(live, trees, logits, strict=True)
+            state.sampling.sample(scores, len(state.tokens) + tree.depth, state.sequence_id).tolist()
+            for state, tree, scores in zip(live, trees, logits, strict=True)
         ]
         verified = perf_counter()
         cycles, paths = [], []
@@ -54,3 +56,9 @@ def generate(
         yield [Cycle(*cycle, *times) for cycle in cycles]
         kept = [(state, rows) for state, rows in zip(live, committed, strict=True) if not state.done]
         live, committed = [state for state, _ in kept], [rows for _, rows in kept]
+
+
+def acceptance_length(cycles: Iterable[Cycle]) -> float:
+    """tau: emitted tokens per cycle, sum over sum, over cycles that the end of the text did not cut."""
+    emitted = [len(cycle.tokens) for cycle in cycles if not cycle.cut]
+    return sum(emitted) / len(emitted) if emitted else float("nan")

@@ -35,6 +35,7 @@ class State:
     stop: Callable[[list[int]], bool] | None = None
     memory: Any = None
     prompt_length: int = 0
+    rows_read: int = 0  # rows whose features the proposer has been given
     done: bool = False
 
     def __post_init__(self) -> None:
@@ -49,6 +50,21 @@ class State:
     @property
     def written(self) -> list[int]:
         return self.tokens[self.prompt_length :]
+
+    def go_on(self, tokens: list[int], max_length: int) -> None:
+        """Take `tokens` as the new prompt and keep the cached rows that it shares with the old text.
+
+        A proposer's row pairs a feature with the token after it, so the last shared row is read again.
+        """
+        shared = 0
+        for old, new in zip(self.tokens, tokens, strict=False):
+            if old != new:
+                break
+            shared += 1
+        self.rows_read = max(0, min(shared - 1, self.rows_read))
+        self.cache.keep(self.rows_read)
+        self.tokens, self.max_length, self.prompt_length = list(tokens), max_length, len(tokens)
+        self.done = self.remaining <= 0
 
     def extend(self, tokens: list[int]) -> int:
         """Append emitted tokens up to the first that ends the sequence; return how many were taken."""

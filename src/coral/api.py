@@ -1,0 +1,183 @@
+"""A target and a proposer, ready to write: what `coral.load` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coral.decoding.generate import Proposer, generate
+from coral.decoding.sampling import Sampling
+from coral.decoding.state import Cycle, State
+from coral.decoding.text import Detokenizer, cut_at, stop_at
+from coral.decoding.tree import Budget
+from coral.errors import CoralError
+from coral.target import Target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = Path(__file__).parent / "embedded"
+"""The pair that the package ships: `target` and `drafter`."""
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+
+
+def load(
+    target: str | Path | PreTrainedModel | Target | None = None,
+    drafter: str | Path | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    attention: str = "sdpa",
+    budget: Budget | None = None,
+    coupled: bool = True,
+    revision: str | None = None,
+    drafter_revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Pair:
+    """Load a target and what drafts for it.
+
+    Args:
+        target: directory, hub id, loaded model, or None for the pair that the package ships.
+        drafter: drafter directory or hub id, "ngram" (prompt lookup, no training) or None for plain decoding.
+        budget: how large draft trees grow.
+        coupled: at temperature > 0 draft with the noise that the sampler will use.
+
+    Raises:
+        CoralError: not found, not supported, or a drafter of another target.
+    """
+    if target is None:
+        target = EMBEDDED / "target"
+        drafter = EMBEDDED / "drafter" if drafter is None else drafter
+    if not isinstance(target, Target):
+        target = Target.load(
+            target,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            attention=attention,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+    return Pair(target, make_proposer(target, drafter, coupled, drafter_revision), budget or Budget())
+
+
+def make_proposer(
+    target: Target, drafter: str | Path | None, coupled: bool = True, revision: str | None = None
+) -> Proposer:
+    """The proposer that `drafter` names: None or "plain", "ngram", or a drafter directory or hub id."""
+    from coral.decoding.proposers.feature import Feature
+    from coral.decoding.proposers.ngram import NGram
+    from coral.decoding.proposers.plain import Plain
+    from coral.drafter import checkpoint
+
+    match drafter:
+        case None | "plain":
+            return Plain()
+        case "ngram":
+            return NGram()
+        case _:
+            device = target.head_weight.device
+            loaded = checkpoint.load(drafter, target, revision=revision, dtype=target.dtype, device=device)
+            return Feature(loaded, target, coupled=coupled)
+
+
+class Pair:
+    """A target and its proposer. The text never depends on the proposer, only the speed does."""
+
+    def __init__(self, target: Target, proposer: Proposer, budget: Budget) -> None:
+        self.target, self.proposer, self.budget = target, proposer, budget
+
+    def generate(self, prompt: Prompt, **options: Any) -> Iterator[Cycle]:
+        """Write after `prompt`; yields a cycle for each target forward. Options: see `start`."""
+        return self.cycles(self.start(prompt, **options))
+
+    def generate_text(self, prompt: Prompt, **options: Any) -> str:
+        """The whole answer as text, special tokens and stop string left out. Options: see `start`."""
+        detokenizer = Detokenizer(self.tokenizer)
+        pieces = [detokenizer.push(t) for cycle in self.generate(prompt, **options) for t in cycle.tokens]
+        return cut_at("".join(pieces) + detokenizer.rest(), options.get("stop", ()))
+
+    def start(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        chat: bool = True,
+        ignore_eos: bool = False,
+        sequence_id: int = 0,
+    ) -> State:
+        """The state of a new text.
+
+        Args:
+            prompt: a question (or with chat=False a text to go on with), chat messages, or token ids.
+            max_new_tokens: the text also ends where the target's context does.
+            stop: the text ends before any of these strings.
+            seed, sequence_id: the same two give the same text, whatever the machine, batch or drafter.
+
+        Raises:
+            CoralError: an empty prompt, one longer than the context, or an option out of range.
+        """
+        tokens = self.encode(prompt, chat)
+        if max_new_tokens < 1:
+            raise CoralError(f"max_new_tokens is {max_new_tokens}, but it must be at least 1.")
+        length = self._check_length(tokens, max_new_tokens)
+        return State(
+            tokens,
+            length,
+            self.target.new_cache(length + self.budget.num_nodes + 1),
+            Sampling(temperature, top_k, top_p, seed),
+            sequence_id,
+            frozenset() if ignore_eos else self.target.eos_ids,
+            stop_at(self.tokenizer, stop) if stop else None,
+        )
+
+    def go_on(self, state: State, prompt: Prompt, *, max_new_tokens: int = 256) -> None:
+        """Make a finished state ready for a longer conversation; shared keys and values are kept."""
+        tokens = self.encode(prompt, chat=True)
+        state.go_on(tokens, self._check_length(tokens, max_new_tokens))
+
+    def cycles(self, state: State) -> Iterator[Cycle]:
+        """Write one state to its end."""
+        for (cycle,) in generate(self.target, self.proposer, [state], self.budget):
+            yield cycle
+
+    def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
+        """Token ids of a prompt: through the tokenizer's chat template, or raw."""
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise CoralError("the prompt is empty; write something to answer or to go on with.")
+            if not chat:
+                return [int(i) for i in self.tokenizer(prompt).input_ids]
+            prompt = [{"role": "user", "content": prompt}]
+        if len(prompt) == 0:
+            raise CoralError("the prompt is empty; write something to answer or to go on with.")
+        if isinstance(prompt[0], int):
+            return [int(i) for i in prompt]  # type: ignore[call-overload]
+        if not self.tokenizer.chat_template:
+            raise CoralError("this target's tokenizer has no chat template; use raw prompts (chat=False, --raw).")
+        ids = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False)
+        return [int(i) for i in ids]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.target.tokenizer is None:
+            raise CoralError("the target was loaded without a tokenizer; pass tokenizer=... or token ids.")
+        return self.target.tokenizer
+
+    def _check_length(self, tokens: list[int], max_new_tokens: int) -> int:
+        context = self.target.context_length
+        if len(tokens) >= context:
+            raise CoralError(
+                f"the prompt has {len(tokens)} tokens, but the target's context is {context}; shorten the prompt."
+            )
+        return min(len(tokens) + max_new_tokens, context)

@@ -1,0 +1,109 @@
+"""What a person sees of generation in a terminal: streamed text, marked draft tokens, statistics, a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from time import perf_counter
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from coral.api import Pair
+from coral.decoding.generate import acceptance_length
+from coral.decoding.state import Cycle
+from coral.decoding.text import Detokenizer, cut_at
+from coral.errors import CoralError
+
+
+def answer(pair: Pair, prompt: str, options: dict[str, Any], *, stats: bool, mark: bool) -> None:
+    """Stream one answer to standard output; statistics go to standard error."""
+    begin = perf_counter()
+    state = pair.start(prompt, **options)
+    _, cycles = stream(pair, pair.cycles(state), options["stop"], mark)
+    if stats:
+        print_stats(cycles, perf_counter() - begin)
+
+
+def converse(pair: Pair, options: dict[str, Any], *, stats: bool, mark: bool) -> None:
+    """A conversation until Ctrl-D: each turn reads only what is new, the rest is still in the KV cache."""
+    console = Console()
+    console.print("Write a message; /new starts over, Ctrl-D ends.", style="dim")
+    messages: list[dict[str, str]] = []
+    state = None
+    while True:
+        try:
+            question = console.input("[bold]> [/bold]").strip()
+        except EOFError:
+            console.print()
+            return
+        if question == "/new":
+            messages, state = [], None
+        if not question or question == "/new":
+            continue
+        asked = [*messages, {"role": "user", "content": question}]
+        begin = perf_counter()
+        try:
+            if state is None:
+                state = pair.start(asked, **options)
+            else:
+                pair.go_on(state, asked, max_new_tokens=options["max_new_tokens"])
+        except CoralError as error:  # too long for the context, for example: the conversation is not lost
+            console.print(f"{error} /new starts over.", style="yellow", highlight=False)
+            continue
+        text, cycles = stream(pair, pair.cycles(state), options["stop"], mark)
+        messages = [*asked, {"role": "assistant", "content": text}]
+        if stats:
+            print_stats(cycles, perf_counter() - begin)
+
+
+def stream(
+    pair: Pair, cycles: Iterator[Cycle], stop: Sequence[str], mark: bool, console: Console | None = None
+) -> tuple[str, list[Cycle]]:
+    """Print text as it comes; returns it with its cycles. Accepted draft tokens are marked if `mark` is set."""
+    console = console or Console(highlight=False, soft_wrap=True)
+    detokenizer = Detokenizer(pair.tokenizer)
+    text, shown, done = "", 0, []
+    for cycle in cycles:
+        done.append(cycle)
+        for i, token in enumerate(cycle.tokens):
+            text += detokenizer.push(token)
+            end = _safe_end(text, stop)
+            _show(console, text[shown:end], drafted=i < cycle.num_accepted, mark=mark)
+            shown = max(shown, end)
+    text = cut_at(text + detokenizer.rest(), stop)
+    _show(console, text[shown:], drafted=False, mark=mark)
+    console.print()
+    return text, done
+
+
+def _safe_end(text: str, stop: Sequence[str]) -> int:
+    """Up to where `text` may be shown: not into a stop string, nor into what may become one."""
+    if any(s in text for s in stop):
+        return len(cut_at(text, stop))
+    starts = (n for s in stop for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n]))
+    return len(text) - max(starts, default=0)
+
+
+def _show(console: Console, piece: str, *, drafted: bool, mark: bool) -> None:
+    if not piece:
+        return
+    marked = drafted and mark
+    if marked and console.color_system is None:
+        piece = f"[{piece}]"
+    console.print(Text(piece, style="green underline" if marked else ""), end="")
+    console.file.flush()
+
+
+def print_stats(cycles: Iterable[Cycle], seconds: float) -> None:
+    """One line on standard error: tokens, speed, acceptance length, and where the time went."""
+    cycles = list(cycles)
+    tokens = sum(len(cycle.tokens) for cycle in cycles)
+    drafted, accepted = sum(c.num_drafted for c in cycles), sum(c.num_accepted for c in cycles)
+    shares = [sum(getattr(c, name) for c in cycles) / seconds for name in ("draft_seconds", "verify_seconds")]
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s), {len(cycles)} cycles, "
+        f"tau {acceptance_length(cycles):.2f}, {accepted} of {drafted} draft tokens accepted, "
+        f"drafting {shares[0]:.0%}, verification {shares[1]:.0%} of the time",
+        style="dim",
+    )

@@ -1,0 +1,56 @@
+"""From tokens to text, piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+
+class Detokenizer:
+    """Turns tokens into text as they come; the pieces join to the text of all tokens.
+
+    A piece is held back while it ends in an incomplete character. Special tokens are left out.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.tokens: list[int] = []
+        self.start, self.shown = 0, 0  # text of tokens[start:shown] is known context, of [shown:] is new
+
+    def push(self, token: int) -> str:
+        self.tokens.append(token)
+        before = self._decode(self.tokens[self.start : self.shown])
+        now = self._decode(self.tokens[self.start :])
+        if len(now) <= len(before) or now.endswith("\ufffd"):
+            return ""
+        self.start, self.shown = self.shown, len(self.tokens)
+        return now[len(before) :]
+
+    def rest(self) -> str:
+        """What was held back when no more tokens come."""
+        before = self._decode(self.tokens[self.start : self.shown])
+        return self._decode(self.tokens[self.start :])[len(before) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+
+def stop_at(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> Callable[[list[int]], bool] | None:
+    """Whether a text ends because its newest token completed one of the stop strings; None without any."""
+    if not strings:
+        return None
+    window = max(map(len, strings)) + 8  # a token holds a character or part of one, so this many are enough
+
+    def stop(written: list[int]) -> bool:
+        text = tokenizer.decode(written[-window:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return any(string in text for string in strings)
+
+    return stop
+
+
+def cut_at(text: str, strings: Sequence[str]) -> str:
+    """The text before the first stop string."""
+    return text[: min((i for s in strings if (i := text.find(s)) >= 0), default=len(text))]

@@ -29,9 +29,10 @@ FEATURE = "after_final_norm"
 class TargetLike(Protocol):
     """What a checkpoint asks of a target."""
 
-    name: str
-    revision: str | None
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def revision(self) -> str | None: ...
     @property
     def vocab_size(self) -> int: ...
     @property
@@ -141,8 +142,7 @@ def load(
 
     Raises:
         CoralError: nothing there, not a drafter of ours, tensors missing, left over or of another shape, or a
-        drafter
-            that belongs to another target than the one given.
+            drafter that belongs to another target than the one given.
     """
     directory = _locate(source, revision)
     ours = read_config(directory)

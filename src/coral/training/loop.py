@@ -37,9 +37,12 @@ PATIENCE = 10
 class TrainTarget(checkpoint.TargetLike, FeatureSource, Protocol):
     """What training asks of a target."""
 
-    model: Any
-    config: Any
-    head_bias: Tensor | None
+    @property
+    def model(self) -> Any: ...
+    @property
+    def config(self) -> Any: ...
+    @property
+    def head_bias(self) -> Tensor | None: ...
 
 
 class Data(Protocol):

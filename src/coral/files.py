@@ -34,7 +34,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         aside.rename(path)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise CoralError(f"cannot write {path}: {error}; free some space or choose another output.") from error
+        raise CoralError(
+            f"cannot write {path}: {error}; free some space or choose another output."
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

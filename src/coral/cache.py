@@ -1,0 +1,107 @@
+"""The KV cache of one sequence: preallocated, appended to, and compacted in place to the accepted path.
+
+Shapes: keys and values are [1, kv_heads, rows, head_dim] in the dtype and on the device of what is appended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class KVLayer(DynamicLayer):
+    """One layer's keys and values; `update` returns views, never copies of what is already there."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity, self.length = capacity, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_empty((*key_states.shape[:2], self.capacity, key_states.shape[-1]))
+        self.values = value_states.new_empty((*value_states.shape[:2], self.capacity, value_states.shape[-1]))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[-2]
+        if end > self.capacity:
+            self._grow(max(end, 2 * self.capacity))
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def keep(self, start: int, rows: Sequence[int]) -> None:
+        """Keep rows [0, start) and start + rows (ascending), moved to directly follow; drop all others."""
+        end = start + len(rows)
+        if rows and rows[-1] != len(rows) - 1 and self.is_initialized:
+            index = torch.tensor(rows, device=self.keys.device) + start
+            self.keys[:, :, start:end] = self.keys[
+                :, :, index
+            ]  # the gather copies first: overlap is harmless
+            self.values[:, :, start:end] = self.values[:, :, index]
+        self.length = end
+
+    def _grow(self, capacity: int) -> None:
+        old_keys, old_values, self.capacity = self.keys, self.values, capacity
+        self.lazy_initialization(old_keys, old_values)
+        self.keys[:, :, : self.length] = old_keys[:, :, : self.length]
+        self.values[:, :, : self.length] = old_values[:, :, : self.length]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+class KVCache(Cache):
+    """All layers of one sequence."""
+
+    layers: list[KVLayer]
+
+    def __init__(self, num_layers: int, capacity: int) -> None:
+        super().__init__(layers=[KVLayer(capacity) for _ in range(num_layers)])
+
+    @property
+    def length(self) -> int:
+        return self.layers[0].length
+
+    def keep(self, start: int, rows: Sequence[int] = ()) -> None:
+        """Keep rows [0, start) and start + rows (ascending) in every layer; drop all others."""
+        for layer in self.layers:
+            layer.keep(start, rows)
+
+
+class PackedLayer(DynamicLayer):
+    """One layer of several sequences during one forward: rows are split by sequence, keys are concatenated."""
+
+    def __init__(self, layers: list[KVLayer], counts: list[int]) -> None:
+        super().__init__()
+        self.layers, self.counts = layers, counts
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        pieces = zip(
+            self.layers, key_states.split(self.counts, -2), value_states.split(self.counts, -2), strict=True
+        )
+        keys, values = zip(*(layer.update(k, v) for layer, k, v in pieces), strict=True)
+        return torch.cat(keys, -2), torch.cat(values, -2)
+
+    def get_seq_length(self) -> int:
+        return sum(layer.length for layer in self.layers)
+
+
+def pack(caches: list[KVCache], counts: list[int]) -> Cache:
+    """A cache that takes counts[b] rows of sequence b, packed in this order; one sequence needs no copy."""
+    if len(caches) == 1:
+        return caches[0]
+    return Cache(
+        layers=[PackedLayer(list(layers), counts) for layers in zip(*(c.layers for c in caches), strict=True)]
+    )

@@ -1,0 +1,1 @@
+"""Decoding: propose a draft tree, verify it with the target, keep the accepted path."""

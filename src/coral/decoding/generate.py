@@ -1,0 +1,56 @@
+"""The core loop: propose a tree, verify it with one target forward, walk it, keep the path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from time import perf_counter
+from typing import Protocol
+
+from coral.decoding.state import Committed, Cycle, State
+from coral.decoding.tree import Budget, DraftTree
+from coral.target import Target
+
+
+class Proposer(Protocol):
+    """Proposes a draft tree for each sequence. Any tree is lossless; a good one is fast."""
+
+    def propose(
+        self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
+    ) -> list[DraftTree]:
+        """Trees whose root is each sequence's last token; `committed` is what was accepted since the last call."""
+        ...
+
+
+def generate(
+    target: Target, proposer: Proposer, states: Sequence[State], budget: Budget
+) -> Iterator[list[Cycle]]:
+    """Write until every sequence is done; yields a cycle for each sequence that was still live.
+
+    The output of each sequence is a fixed function of (prompt, sampling, sequence id): no proposer, budget or
+    batch changes it.
+    """
+    live = [state for state in states if not state.done]
+    committed = target.prefill(live)
+    while live:
+        begin = perf_counter()
+        trees = proposer.propose(live, committed, budget)
+        drafted = perf_counter()
+        logits, features = target.verify(live, trees)
+        samples = [
+            state.sampling.sample(rows, len(state.tokens) + tree.depth, state.sequence_id).tolist()
+            for state, tree, rows in zip(live, trees, logits, strict=True)
+        ]
+        verified = perf_counter()
+        cycles, paths = [], []
+        for state, tree, sample in zip(live, trees, samples, strict=True):
+            path, bonus = tree.walk(sample)
+            emitted = [*tree.tokens[path[1:]].tolist(), bonus]
+            taken = state.extend(emitted)
+            paths.append(path[:taken])  # the end may fall inside the path: cache and count are cut there too
+            cycles.append((emitted[:taken], len(tree) - 1, len(path) - 1, int(tree.depth.max()), tree.num_forwards,
+                           taken < len(emitted)))  # fmt: skip
+        committed = target.keep(live, paths, features)
+        times = (drafted - begin, verified - drafted, perf_counter() - begin)
+        yield [Cycle(*cycle, *times) for cycle in cycles]
+        kept = [(state, rows) for state, rows in zip(live, committed, strict=True) if not state.done]
+        live, committed = [state for state, _ in kept], [rows for _, rows in kept]

@@ -1,0 +1,99 @@
+"""A parent array is the whole draft tree: mask, depth and walk follow from it. N = nodes, root included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large a draft tree may grow.
+
+    top_k: children drafted per node and nodes expanded per level.
+    max_depth: levels below the root; 0 turns drafting off.
+    num_nodes: draft tokens sent to the target; the root is not counted.
+    """
+
+    top_k: int = 6
+    max_depth: int = 5
+    num_nodes: int = 11
+
+    def within(self, remaining: int) -> Budget:
+        """The same budget when only `remaining` tokens may still be written: a path ends with a bonus token."""
+        return Budget(self.top_k, max(0, min(self.max_depth, remaining - 1)), self.num_nodes)
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """Nodes in an order in which every parent stands before its children.
+
+    tokens: [N] int64 on the CPU; tokens[0], the root, is the last token of the sequence.
+    parents: [N] int64 on the CPU; parents[0] = -1 and parents[i] < i.
+    scores: [N] float32 on the CPU; cumulative log-probability of the path, 0 at the root.
+    num_forwards: drafter forwards that the proposer spent on this tree.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    scores: Tensor
+    num_forwards: int = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def root(cls, token: int) -> DraftTree:
+        """The tree of plain decoding: one node."""
+        return cls(torch.tensor([token]), torch.tensor([-1]), torch.zeros(1))
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """[N, N] bool: row i may attend to column j when j is i or an ancestor of i."""
+        n = len(self)
+        reach = torch.eye(n)
+        if n > 1:
+            reach[torch.arange(1, n), self.parents[1:]] = 1.0
+        steps = 1
+        while steps < n - 1:  # each squaring doubles the reach of the ancestor closure
+            closer = (reach @ reach).clamp_(max=1.0)
+            if torch.equal(closer, reach):
+                break
+            reach, steps = closer, 2 * steps
+        return reach.bool()
+
+    @cached_property
+    def depth(self) -> Tensor:
+        """[N] int64 distance from the root."""
+        return self.mask.sum(-1) - 1
+
+    def walk(self, samples: list[int]) -> tuple[list[int], int]:
+        """Follow the target's samples from the root.
+
+        Args:
+            samples: the token the target writes after each node, [N].
+
+        Returns:
+            The path (node indices, root first) and the bonus token: the first sample that is no child. Only
+            target samples are ever emitted, so any tree is lossless.
+        """
+        tokens, parents = self.tokens.tolist(), self.parents.tolist()
+        children = {(parents[i], tokens[i]): i for i in range(len(tokens) - 1, 0, -1)}
+        path = [0]
+        while (child := children.get((path[-1], samples[path[-1]]))) is not None:
+            path.append(child)
+        return path, samples[path[-1]]
+
+
+def best_nodes(scores: Tensor, depth: Tensor, count: int) -> Tensor:
+    """Indices, ascending, of the `count` best nodes in the total order (score, depth, index).
+
+    A parent precedes its child in that order whenever its score is not lower and its index is, so no child is
+    kept without its parent, ties included. `scores` [N] float32, `depth` [N] int64.
+    """
+    by_depth = torch.argsort(depth, stable=True)
+    order = by_depth[torch.argsort(scores[by_depth], descending=True, stable=True)]
+    return order[:count].sort().values

@@ -1,0 +1,1 @@
+"""The drafter: a network of one decoder layer, and the directory it is stored in."""

@@ -1,0 +1,267 @@
+"""The checkpoint: one directory on disk, the only thing that training and decoding share.
+
+The top level is the plain EAGLE layout that vLLM and SGLang read: `config.json` and `model.safetensors` with
+exactly the tensors of the drafter. What those engines do not know lies in `coral/config.json`: the kind of
+drafter, the target it belongs to, the drafter's options, and the recipe and measurements it came from.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from coral.drafter.drafter import Drafter, DrafterConfig
+from coral.errors import CoralError
+from coral.files import atomic_directory
+
+FORMAT_VERSION = 1
+KINDS = ("eagle",)
+FEATURE = "after_final_norm"
+
+
+class TargetLike(Protocol):
+    """What a checkpoint asks of a target."""
+
+    name: str
+    revision: str | None
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def head_weight(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class TargetRecord:
+    """Which target a drafter belongs to. The fingerprint recognises a target whose directory was moved or
+    renamed.
+    """
+
+    name: str
+    revision: str | None
+    vocab_size: int
+    hidden_size: int
+    fingerprint: str
+
+    @classmethod
+    def of(cls, target: TargetLike) -> "TargetRecord":
+        return cls(
+            target.name,
+            target.revision,
+            target.vocab_size,
+            target.hidden_size,
+            _fingerprint(target.head_weight),
+        )
+
+
+def _fingerprint(head_weight: Tensor) -> str:
+    """A hash of 64 rows spread over the LM head [V,h]; in bfloat16, so that the loading dtype does not
+    matter.
+    """
+    rows = torch.linspace(0, head_weight.shape[0] - 1, 64, device=head_weight.device).long()
+    sample = head_weight.detach()[rows].to(torch.bfloat16).cpu().contiguous()
+    return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def save(
+    drafter: Drafter,
+    directory: str | Path,
+    *,
+    target: TargetRecord,
+    kind: str = "eagle",
+    recipe: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
+) -> None:
+    """Write a drafter as `directory`, in one step: an older drafter there is replaced only when all is
+    written.
+
+    Raises:
+        CoralError: the directory holds something that is not a drafter, or the disk refuses the write.
+    """
+    directory = Path(directory)
+    refuse_foreign(directory)
+    with atomic_directory(directory) as aside:
+        write(drafter, aside, target=target, kind=kind, recipe=recipe, metrics=metrics)
+
+
+def refuse_foreign(directory: Path) -> None:
+    """Raise CoralError if `directory` holds anything but a drafter of ours: saving there would delete it."""
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / "coral" / "config.json").exists():
+        raise CoralError(f"{directory} holds files that are not a drafter; choose an empty or new directory.")
+
+
+def write(
+    drafter: Drafter,
+    directory: Path,
+    *,
+    target: TargetRecord,
+    kind: str = "eagle",
+    recipe: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
+) -> None:
+    """Write the files of a drafter into an existing directory; see `save` for the safe way."""
+    assert kind in KINDS
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in drafter.state_dict().items()
+    }
+    options = asdict(drafter.config)
+    ours = {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "feature": FEATURE,
+        "target": asdict(target),
+        "drafter": options,
+        "recipe": recipe,
+        "metrics": metrics,
+    }
+    (directory / "coral").mkdir(exist_ok=True)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    _write_json(directory / "config.json", _engine_config(drafter))
+    _write_json(directory / "coral" / "config.json", ours)
+
+
+def load(
+    source: str | Path,
+    target: TargetLike | None = None,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Drafter:
+    """Read a drafter from a directory or a Hugging Face hub id, ready to run (no gradients, evaluation mode).
+
+    Raises:
+        CoralError: nothing there, not a drafter of ours, tensors missing, left over or of another shape, or a
+        drafter
+            that belongs to another target than the one given.
+    """
+    directory = _locate(source, revision)
+    ours = read_config(directory)
+    config = DrafterConfig(**ours["drafter"])
+    if target is not None:
+        _check_target(directory, TargetRecord(**ours["target"]), TargetRecord.of(target))
+    try:
+        tensors = load_file(directory / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CoralError(
+            f"{directory / 'model.safetensors'} cannot be read ({error}); copy the drafter again."
+        ) from error
+    drafter = Drafter(config)
+    _check_tensors(directory, {name: t.shape for name, t in drafter.state_dict().items()}, tensors)
+    stored = next(iter(tensors.values())).dtype
+    drafter = drafter.to(dtype=dtype or stored)
+    drafter.load_state_dict(tensors)
+    return drafter.to(device=device).eval().requires_grad_(False)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The checkpoint's own record, `coral/config.json`; raises CoralError when it is absent, broken or too
+    new.
+    """
+    path = directory / "coral" / "config.json"
+    try:
+        ours: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version, kind, feature = ours["format_version"], ours["kind"], ours["feature"]
+        ours["drafter"], ours["target"]
+    except FileNotFoundError as error:
+        raise CoralError(f"{directory} is not a CORAL drafter: {path} is missing; check the path.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CoralError(f"{path} cannot be read ({error!r}); copy the drafter again.") from error
+    if version != FORMAT_VERSION or kind not in KINDS or feature != FEATURE:
+        raise CoralError(
+            f"{directory} has format {version}, kind {kind!r}, feature {feature!r}, but this version reads "
+            f"format {FORMAT_VERSION}, kind {' or '.join(KINDS)}, feature {FEATURE!r}; update CORAL."
+        )
+    return ours
+
+
+def _locate(source: str | Path, revision: str | None) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    if isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise CoralError(f"there is no drafter directory {source}; check the path.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                source, revision=revision, allow_patterns=["*.json", "*.safetensors", "coral/*"]
+            )
+        )
+    except Exception as error:
+        raise CoralError(
+            f"no drafter {source!r}: no such directory, and the hub says {type(error).__name__}; "
+            "check the name."
+        ) from error
+
+
+def _check_target(directory: Path, recorded: TargetRecord, given: TargetRecord) -> None:
+    for what in ("vocab_size", "hidden_size"):
+        ours, theirs = getattr(recorded, what), getattr(given, what)
+        if ours != theirs:
+            raise CoralError(
+                f"the drafter {directory} has {what} {ours}, but the target {given.name} has {theirs}; it was "
+                f"trained for {recorded.name}: use that target."
+            )
+    if recorded.fingerprint != given.fingerprint:
+        revision = f" at revision {recorded.revision}" if recorded.revision else ""
+        raise CoralError(
+            f"the drafter {directory} was trained for the target {recorded.name}{revision}, but {given.name} has "
+            "other weights; use that target, or train a drafter for this one."
+        )
+
+
+def _check_tensors(directory: Path, expected: dict[str, torch.Size], found: dict[str, Tensor]) -> None:
+    file = directory / "model.safetensors"
+    if missing := sorted(expected.keys() - found.keys()):
+        raise CoralError(f"{file} lacks the tensors {', '.join(missing)}; copy the drafter again.")
+    if extra := sorted(found.keys() - expected.keys()):
+        raise CoralError(f"{file} holds tensors that the drafter has no place for: {', '.join(extra)}.")
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise CoralError(
+                f"{file}: {name} has shape {tuple(found[name].shape)}, but its config asks for "
+                f"{tuple(shape)}; copy the drafter again."
+            )
+
+
+def _engine_config(drafter: Drafter) -> dict[str, Any]:
+    """What vLLM and SGLang read. `bias` is the EAGLE code's word for fc's bias; others read it as attention
+    bias.
+    """
+    config = drafter.config
+    rope = dict(config.rope_parameters)
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": config.hidden_act,
+        "rms_norm_eps": config.rms_norm_eps,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_parameters": rope,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+        "tie_word_embeddings": False,
+        "bias": False,
+        "dtype": str(drafter.fc.weight.dtype).removeprefix("torch."),
+        "torch_dtype": str(drafter.fc.weight.dtype).removeprefix("torch."),
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,269 @@
+"""The drafter: (feature of a token, embedding of the next one) -> feature of the next one.
+
+The layout is plain EAGLE (arXiv 2401.15077), so that vLLM, SGLang and the EAGLE code load what is trained
+here: `fc` without bias joins the embedding and the feature, then Llama-style layers follow, of which the
+first has no input norm; nothing is normalised at the end. Embedding and LM head are the target's and are not
+stored.
+
+Shapes: B sequences, N rows, M rows that are attended to, h hidden size, H heads, K key/value heads, d head
+size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from coral.errors import CoralError
+
+# Rotary types whose frequencies are the same at every length, so a cached key never goes out of date.
+_FIXED_ROTARY = {"default", "linear", "llama3", "yarn"}
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """The sizes of a drafter. `for_target` fills them in."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    num_layers: int = 1
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    rope_parameters: dict[str, Any] = field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
+    )
+    max_position_embeddings: int = 2048
+    normalised_feedback: bool = False
+
+    @classmethod
+    def for_target(cls, target_config: Any, **options: Any) -> "DrafterConfig":
+        """A drafter of the target's own width, Llama-style whatever the target's family; `options` override.
+
+        Rotary types that change with the length (dynamic, longrope) are replaced by the plain one with the
+        same theta: the drafter is trained from scratch and needs no long-context correction of someone else's
+        weights.
+        """
+        heads = target_config.num_attention_heads
+        rope = dict(getattr(target_config, "rope_parameters", None) or {})
+        rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
+        if rope.get("rope_type", "default") not in _FIXED_ROTARY:
+            rope = {"rope_theta": rope.get("rope_theta", 10000.0)}
+        sizes = {
+            "hidden_size": target_config.hidden_size,
+            "intermediate_size": target_config.intermediate_size,
+            "num_attention_heads": heads,
+            "num_key_value_heads": getattr(target_config, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(target_config, "head_dim", None) or target_config.hidden_size // heads,
+            "vocab_size": target_config.vocab_size,
+            "rms_norm_eps": getattr(target_config, "rms_norm_eps", 1e-6),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **rope},
+            "max_position_embeddings": target_config.max_position_embeddings,
+        }
+        return cls(**{**sizes, **options})
+
+
+class Rotary(LlamaRotaryEmbedding):
+    """Rotary tables whose frequencies stay float32: rounded to bfloat16 they would turn far positions
+    wrongly.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
+        frequencies = self.inv_freq
+        super()._apply(fn, recurse)
+        self.inv_freq = nn.Buffer(frequencies.to(self.inv_freq.device), persistent=False)
+        return self
+
+
+class Attention(nn.Module):
+    """The four projections of a layer; the product itself is `attend` or
+    `training.unroll.unrolled_attention`.
+    """
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        width, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * width, bias=False)
+        self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=False)
+
+
+class GatedMLP(nn.Module):
+    """Llama's gated feed-forward block."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DraftLayer(nn.Module):
+    """A Llama decoder layer in two halves, so that decoding and the training unroll attend each in its own
+    way.
+    """
+
+    def __init__(self, config: DrafterConfig, index: int) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        if index > 0:
+            self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config)
+        self.index = index
+
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [B,H,N,d], key and value [B,K,N,d] of rows x [B,N,h]; query and key are rotated by cos, sin
+        [B,N,d].
+        """
+        normed = self.input_layernorm(x) if self.index > 0 else x
+        q, k, v = (
+            projection(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj)
+        )
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        return q, k, v
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The rest of the layer, after attention: x [B,N,h], attended [B,N,H*d] -> [B,N,h]."""
+        x = x + self.self_attn.o_proj(attended)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LayerCache(Protocol):
+    """Keys and values of one layer: `update` appends and returns all of them, each [B,K,M,d]."""
+
+    def update(self, key: Tensor, value: Tensor, /) -> tuple[Tensor, Tensor]: ...
+
+
+class Cache(Protocol):
+    """What `Drafter.forward` asks of a cache."""
+
+    @property
+    def layers(self) -> Any: ...
+
+
+class Drafter(nn.Module):
+    """Predicts the target's next feature; see the head of this file for its layout.
+
+    Row t gets the embedding of token t+1 and the feature f_t, stands at position t, and predicts f_{t+1}.
+    """
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.layers = nn.ModuleList(DraftLayer(config, index) for index in range(config.num_layers))
+        self.rotary = Rotary(
+            LlamaConfig(
+                hidden_size=config.hidden_size,
+                num_attention_heads=config.num_attention_heads,
+                head_dim=config.head_dim,
+                rope_parameters=dict(config.rope_parameters),
+                max_position_embeddings=config.max_position_embeddings,
+            )
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def inputs(self, embeddings: Tensor, features: Tensor) -> Tensor:
+        """Join embeddings [B,N,h] (of token t+1) and features [B,N,h] (of token t) into rows [B,N,h]."""
+        dtype = self.fc.weight.dtype
+        return self.fc(torch.cat([embeddings.to(dtype), features.to(dtype)], dim=-1))
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        features: Tensor,
+        positions: Tensor,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Draft features [B,N,h] of rows made from embeddings and features [B,N,h] at positions [B,N]
+        (int64).
+
+        With a cache, each layer appends its keys and values and attends to all M of them. `mask` is bool,
+        [N,M] or [B,N,M] or [B,1,N,M], True = may attend; without one the rows are taken as the last N of a
+        causal sequence.
+        """
+        x = self.inputs(embeddings, features)  # [B,N,h]
+        cos, sin = self.rotary(x, positions)  # [B,N,d]
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DraftLayer)
+            q, k, v = layer.qkv(x, cos, sin)
+            if cache is not None:
+                k, v = cache.layers[index].update(k, v)
+            x = layer.finish(x, attend(q, k, v, mask))
+        return x
+
+    def feedback(self, draft_features: Tensor) -> Tensor:
+        """What the next draft step reads as its features: the draft features, brought to unit RMS if so
+        configured.
+        """
+        if not self.config.normalised_feedback:
+            return draft_features
+        return nn.functional.rms_norm(draft_features, draft_features.shape[-1:], eps=self.config.rms_norm_eps)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @torch.no_grad()
+    def init_from_layer(self, target_layer: nn.Module) -> None:
+        """Copy a decoder layer of the target into layer 0; the input norm, which layer 0 lacks, is left
+        behind.
+
+        Raises:
+            CoralError: the target's layer is not Llama's (other tensors, biases) or has other sizes.
+        """
+        source = {k: v for k, v in target_layer.state_dict().items() if k != "input_layernorm.weight"}
+        own = self.layers[0].state_dict()
+        if odd := sorted(source.keys() ^ own.keys()):
+            raise CoralError(
+                f"cannot start the drafter from this target's layer: only one of the two has "
+                f"{', '.join(odd)}; leave out the initialisation from a layer."
+            )
+        for name, tensor in own.items():
+            if tensor.shape != source[name].shape:
+                raise CoralError(
+                    f"cannot start the drafter from this target's layer: {name} has shape "
+                    f"{tuple(source[name].shape)} there and {tuple(tensor.shape)} here; keep the target's "
+                    "sizes or leave the initialisation out."
+                )
+            tensor.copy_(source[name])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention of q [B,H,N,d] over k, v [B,K,M,d] -> [B,N,H*d]; see `Drafter.forward` for the
+    mask.
+    """
+    rows, width = q.shape[2], k.shape[2]
+    if mask is None and 1 < rows < width:
+        mask = torch.ones(rows, width, dtype=torch.bool, device=q.device).tril(width - rows)
+    if mask is not None and mask.dim() == 3:
+        mask = mask.unsqueeze(1)
+    attended = scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None and rows > 1,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return attended.transpose(1, 2).flatten(2)

@@ -1,0 +1,339 @@
+"""The target: a frozen Hugging Face causal LM that verifies draft trees. It holds no per-sequence state.
+
+Shapes: B sequences, N packed rows, V vocabulary, h hidden size. A feature is the vector that enters the LM head,
+after the final norm: `get_decoder()(...).last_hidden_state`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from coral.attention import GROUPED_SDPA
+from coral.cache import KVCache, pack
+from coral.errors import CoralError
+
+if TYPE_CHECKING:
+    from coral.decoding.state import Committed, State
+    from coral.decoding.tree import DraftTree
+
+# Families whose logits are head(feature) with nothing in between, and whose only state is a KV cache. Each is
+# compared with Hugging Face `generate` token for token in tests/test_parity.py.
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2")
+_ATTENTION = ("sdpa", "eager")  # kernels that take an arbitrary mask; "sdpa" is loaded as our grouped form
+_PREFILL_CHUNK = 512
+
+
+class Target:
+    """A frozen causal LM. See `load`.
+
+    Attributes:
+        model, tokenizer, config: the Hugging Face objects (tokenizer may be None when none was given).
+        name, revision: where the weights came from; recorded in drafter checkpoints.
+        head_weight: [V, h]; head_bias: [V] or None; embedding_weight: [V, h].
+        context_length: the longest sequence that is decoded exactly.
+        eos_ids: ids that end a text.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        name: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        check_supported(model.config)
+        if model.config._attn_implementation not in (*_ATTENTION, GROUPED_SDPA):
+            raise CoralError(
+                f"attention {model.config._attn_implementation!r} takes no arbitrary mask, which a draft tree needs; "
+                f"load the model with attn_implementation='sdpa' or 'eager'."
+            )
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer, self.config = tokenizer, model.config
+        self.name = name or model.config._name_or_path or model.config.model_type
+        self.revision = revision
+        self.decoder = model.get_decoder()
+        head = model.get_output_embeddings()
+        self.head_weight: Tensor = head.weight
+        self.head_bias: Tensor | None = getattr(head, "bias", None)
+        self.embedding_weight: Tensor = model.get_input_embeddings().weight
+        self.context_length = context_length(model.config)
+        self.eos_ids = _eos_ids(model, tokenizer)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path | PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        device_map: str | dict[str, Any] | None = None,
+        attention: str = "sdpa",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Target:
+        """Load a target from a directory, a hub id, or take a model that is already loaded.
+
+        Args:
+            dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+            attention: "sdpa" or "eager".
+
+        Raises:
+            CoralError: not found, not supported (said before weights are read), or weights that do not fit.
+        """
+        if isinstance(source, PreTrainedModel):
+            return cls(source, tokenizer, revision=revision)
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise CoralError(f"dtype {dtype!r} is not known; use auto, float32, bfloat16 or float16.")
+        if attention not in _ATTENTION:
+            raise CoralError(f"attention {attention!r} takes no arbitrary mask; use sdpa or eager.")
+        name = str(source)
+        if Path(name).exists() and not (Path(name) / "config.json").is_file():
+            raise CoralError(f"{name} holds no config.json, so it is no Hugging Face model; check the path.")
+        common = {"revision": revision, "trust_remote_code": trust_remote_code}
+        try:
+            config = AutoConfig.from_pretrained(name, **common)
+        except (OSError, ValueError, KeyError) as error:
+            raise CoralError(f"cannot read a model config from {name!r}: {_first_line(error)}") from error
+        check_supported(config)
+        try:
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, **common)
+            model = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                attn_implementation=GROUPED_SDPA if attention == "sdpa" else attention,
+                device_map=device_map,
+                **common,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CoralError(f"cannot load the target {name!r}: {_first_line(error)}") from error
+        if device_map is None and device is not None:
+            model = model.to(device)
+        return cls(model, tokenizer, name=name, revision=revision or getattr(config, "_commit_hash", None))
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head_weight.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return self.head_weight.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head_weight.shape[0]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Frozen token embeddings, [...] int64 -> [..., h]."""
+        return F.embedding(ids, self.embedding_weight)
+
+    def head(self, features: Tensor) -> Tensor:
+        """[..., h] -> [..., V] logits, exactly as the model computes them."""
+        return F.linear(features, self.head_weight, self.head_bias)
+
+    @torch.no_grad()
+    def features(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
+        """Features of whole rows, without a cache, for training.
+
+        Args:
+            input_ids: [B, L] int64.
+            document_starts: [B, L] bool, True where a packed document begins; positions restart there and
+                attention does not look across. None: one document a row.
+
+        Returns:
+            [B, L, h] in the model's dtype.
+        """
+        batch, length = input_ids.shape
+        positions = torch.arange(length, device=input_ids.device).expand(batch, length)
+        if document_starts is None:
+            return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        starts = torch.where(document_starts, positions, 0).cummax(-1).values
+        allowed = (starts[:, :, None] == starts[:, None, :]) & (
+            positions[:, :, None] >= positions[:, None, :]
+        )
+        positions = positions - starts
+        return self._forward(input_ids, positions, allowed, positions, cache=None)
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty KV cache with room for `capacity` rows (it grows when that is not enough)."""
+        return KVCache(self.config.num_hidden_layers, capacity)
+
+    @torch.inference_mode()
+    def prefill(self, states: Sequence[State]) -> list[Committed]:
+        """Read every token but the last (the first root) into each cache, in chunks; no logits are computed."""
+        from coral.decoding.state import Committed
+
+        committed = []
+        for state in states:
+            start, end = state.cache.length, len(state.tokens) - 1
+            pieces = [torch.empty(0, self.hidden_size, dtype=self.dtype, device=self.device)]
+            for begin in range(start, end, _PREFILL_CHUNK):
+                rows = range(begin, min(begin + _PREFILL_CHUNK, end))
+                ids = torch.tensor([state.tokens[begin : rows.stop]], device=self.device)
+                positions = torch.arange(begin, rows.stop, device=self.device)
+                key_positions = torch.arange(rows.stop, device=self.device)
+                allowed = key_positions[None, :] <= positions[:, None]
+                pieces.append(
+                    self._forward(ids, positions[None], allowed[None], key_positions[None], state.cache)[0]
+                )
+            committed.append(Committed(state.tokens[start + 1 :], torch.cat(pieces), start))
+        return committed
+
+    @torch.inference_mode()
+    def verify(
+        self, states: Sequence[State], trees: Sequence[DraftTree]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """One forward over all nodes of all trees; their keys and values are appended to the caches.
+
+        Returns:
+            For each sequence the logits [N, V] and features [N, h] of its nodes.
+        """
+        counts = [len(tree) for tree in trees]
+        lengths = [state.cache.length for state in states]
+        ids = torch.cat([tree.tokens for tree in trees])[None].to(self.device)
+        depths = [length + tree.depth for length, tree in zip(lengths, trees, strict=True)]
+        positions = torch.cat(depths)[None].to(self.device)
+        if counts == [1]:  # plain decoding: one row sees everything, and a kernel without a mask is faster
+            allowed = key_positions = None
+        else:
+            allowed, key_positions = _pack_mask(lengths, trees, depths)
+            allowed, key_positions = allowed.to(self.device), key_positions.to(self.device)
+        cache = pack([state.cache for state in states], counts)
+        features = self._forward(ids, positions, allowed, key_positions, cache)[0]
+        return list(self.head(features).split(counts)), list(features.split(counts))
+
+    @torch.inference_mode()
+    def keep(
+        self, states: Sequence[State], paths: Sequence[list[int]], features: Sequence[Tensor]
+    ) -> list[Committed]:
+        """Drop all rows of the last tree but the path's, after its tokens were added to the states."""
+        from coral.decoding.state import Committed
+
+        committed = []
+        for state, path, rows in zip(states, paths, features, strict=True):
+            start = len(state.tokens) - 1 - len(path)
+            state.cache.keep(start, path)
+            committed.append(Committed(state.tokens[start + 1 :], rows[path], start))
+        return committed
+
+    def _forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        allowed: Tensor | None,
+        key_positions: Tensor | None,
+        cache: Any,
+    ) -> Tensor:
+        """Features [B, N, h]. `allowed` [B, N, keys] bool: who may attend to whom, before any sliding window."""
+        window = getattr(self.config, "sliding_window", None)
+        if not getattr(self.config, "use_sliding_window", True):
+            window = None
+        if allowed is None and window is not None and int(positions.max()) >= window:
+            key_positions = torch.arange(int(positions.max()) + 1, device=ids.device)[None]
+            allowed = torch.ones(1, 1, key_positions.shape[1], dtype=torch.bool, device=ids.device)
+        mask: Any = None
+        if allowed is not None:
+            assert key_positions is not None
+            mask = self._mask(allowed)
+            if window is not None:
+                near = positions[:, :, None] - key_positions[:, None, :] < window
+                windowed = self._mask(allowed & near)
+                kinds = getattr(self.config, "layer_types", None)
+                one_mask = self.config.model_type in ("mistral", "phi3")
+                mask = (
+                    windowed
+                    if one_mask or kinds is None
+                    else {"full_attention": mask, "sliding_attention": windowed}
+                )
+        output = self.decoder(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state
+
+    def _mask(self, allowed: Tensor) -> Tensor:
+        """[B, N, keys] bool -> [B, 1, N, keys]: boolean for sdpa, additive for eager."""
+        if self.config._attn_implementation != "eager":
+            return allowed[:, None]
+        zero = torch.zeros((), dtype=self.dtype, device=allowed.device)
+        return torch.where(allowed, zero, torch.finfo(self.dtype).min)[:, None]
+
+
+def _pack_mask(lengths: list[int], trees: Sequence[DraftTree], depths: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mask [1, rows, keys] and key positions [1, keys] of packed trees: a block a sequence, no padding."""
+    blocks = [
+        torch.cat([torch.ones(len(tree), length, dtype=torch.bool), tree.mask], 1)
+        for length, tree in zip(lengths, trees, strict=True)
+    ]
+    keys = [torch.cat([torch.arange(length), depth]) for length, depth in zip(lengths, depths, strict=True)]
+    return torch.block_diag(*blocks).bool()[None], torch.cat(keys)[None]
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Raise CoralError with the reason when a model of this config cannot be decoded losslessly."""
+    kind = config.model_type
+    if kind not in SUPPORTED:
+        raise CoralError(
+            f"architecture {kind!r} is not supported: its logits, state or masks are not known to be those of "
+            f"{', '.join(SUPPORTED)}; use a target of one of these families."
+        )
+    odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if odd:
+        raise CoralError(
+            f"layers of type {', '.join(sorted(odd))} keep a state that cannot be cut to a path."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise CoralError(
+            "quantised targets are not supported: their rounding depends on the number of rows, so output could "
+            "not be compared with plain decoding; load the unquantised checkpoint."
+        )
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """The longest sequence decoded exactly: where rotary frequencies change with length, decoding stops before."""
+    limit = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        original = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        return min(limit, int(original or limit))
+    if rope.get("rope_type") == "dynamic":
+        return min(limit, int(rope.get("original_max_position_embeddings") or limit))
+    return limit
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    generation = model.generation_config
+    eos = generation.eos_token_id if generation is not None else None
+    eos = model.config.eos_token_id if eos is None else eos
+    if eos is None:
+        eos = getattr(tokenizer, "eos_token_id", None)
+    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,1 @@
+"""Training: unroll the drafter over its own outputs, compare with the target, update."""

@@ -1,0 +1,164 @@
+"""What a draft feature is compared with: the target's feature, and the target's distribution over the
+vocabulary.
+
+All sums run over the trained rows only, which are gathered first; the LM head then sees a few rows at a time,
+so no (batch x length x V) tensor ever exists. The head is frozen, which makes its part of the backward pass
+cheap: with W the head [V,h], f a draft feature, p the target's and q the drafter's distribution,
+
+    d/df ( -sum_x p(x) log q(x) )            = q W - p W
+    d/df ( -sum_{x in K} p(x) log q(x) )     = P_K q W - sum_{x in K} p(x) W_x,   P_K = sum_{x in K} p(x).
+
+Everything with p in it is computed once for all draft steps, and a step costs two products with the head and
+one softmax in place.
+
+Shapes: S draft steps, R trained rows, V vocabulary, h hidden size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import smooth_l1_loss
+
+from coral.training.unroll import offsets_in_document
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the losses; one recipe differs from another in these."""
+
+    regression: float = 1.0
+    """Weight of SmoothL1 (beta 1, mean over the hidden size) between draft feature and target feature."""
+    cross_entropy: float = 0.1
+    """Weight of the soft cross-entropy against the target's distribution over the whole vocabulary."""
+    top_k_weight: float = 0.0
+    """Weight of the top-K loss: cross-entropy on the target's K likeliest tokens, not renormalised (HASS:
+    1.0).
+    """
+    top_k: int = 10
+    """K of the top-K loss."""
+    step_decay: float = 1.0
+    """Draft step s counts with step_decay ** (s-1)."""
+
+
+@dataclass(frozen=True)
+class DraftLosses:
+    """Sums over the trained rows of a batch, per draft step; `total` [S] carries the gradient, the rest does
+    not.
+    """
+
+    total: Tensor
+    regression: Tensor
+    cross_entropy: Tensor
+    top_k: Tensor
+    correct: Tensor
+    """Rows whose likeliest draft token is the target's likeliest."""
+    rows: Tensor
+
+
+def trained_rows(loss_mask: Tensor, document_starts: Tensor | None, steps: int) -> Tensor:
+    """Which rows carry a loss at each step, bool [S,B,L].
+
+    Row t predicts the feature of token t+1, from which the LM head predicts token t+2. So row t is trained if
+    the target is to write token t+2 (`loss_mask` [B,L], not shifted) and that token lies in the row's
+    document; at step s the first s-1 rows of a document stand for no state of decoding and are left out.
+    """
+    offsets = offsets_in_document(document_starts, loss_mask.shape).to(loss_mask.device)
+    trained = torch.zeros_like(loss_mask, dtype=torch.bool)
+    trained[:, :-2] = loss_mask[:, 2:].bool() & (offsets[:, 2:] == offsets[:, :-2] + 2)
+    return torch.stack([trained & (offsets >= step) for step in range(steps)])
+
+
+def draft_losses(
+    drafts: Tensor,
+    features: Tensor,
+    valid: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    config: LossConfig,
+    chunk: int = 512,
+) -> DraftLosses:
+    """Compare draft features [S,R,h] with the target's features [R,h] of the same tokens.
+
+    Args:
+        valid: bool [S,R], False where a row carries no loss at that step.
+        head_weight: the target's frozen LM head [V,h]; head_bias: [V] or None.
+        chunk: rows that meet the LM head at a time.
+    """
+    decay = torch.tensor([config.step_decay**step for step in range(len(drafts))], device=drafts.device)
+    features = features.to(drafts.dtype)
+    distance = smooth_l1_loss(drafts, features.expand_as(drafts), reduction="none").mean(-1)  # [S,R]
+    regression = (distance * valid).sum(1)  # [S]
+    total = config.regression * regression
+    zero = torch.zeros(len(drafts), device=drafts.device)
+    cross_entropy, top_k, correct = zero, zero, zero
+    if config.cross_entropy or config.top_k_weight:
+        head, cross_entropy, top_k, correct = _HeadLoss.apply(
+            drafts, features, valid, head_weight, head_bias, config, chunk
+        )
+        total = total + head
+    return DraftLosses(total * decay, regression.detach(), cross_entropy, top_k, correct, valid.sum(1))
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Weighted cross-entropy and top-K loss, summed per step; gradients are made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        drafts: Tensor,
+        features: Tensor,
+        valid: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+        config: LossConfig,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        steps, rows, _ = drafts.shape
+        gradient = torch.empty(drafts.shape, dtype=torch.float32, device=drafts.device)  # [S,R,h]
+        sums = torch.zeros(3, steps, device=drafts.device)  # cross-entropy, top-K, correct
+        buffer = head_weight.new_empty(min(chunk, max(rows, 1)), head_weight.shape[0])
+        weight, k = config.cross_entropy, config.top_k_weight
+        for start in range(0, rows, chunk):
+            part = slice(start, start + chunk)
+            p = _logits(features[part], head_weight, head_bias, buffer)  # [c,V]
+            p = torch.softmax(p, dim=-1, out=p)
+            top, ids = p.topk(min(config.top_k if k else 1, p.shape[-1]), dim=-1)  # [c,K]
+            mass = top.sum(-1)  # P_K
+            p_head = _times_head(p, head_weight)  # p W: [c,h]
+            top_head = torch.bmm(top.unsqueeze(1), head_weight[ids].to(top.dtype)).squeeze(1)  # [c,h]
+            p_bias, top_bias = torch.zeros_like(mass), torch.zeros_like(mass)
+            if head_bias is not None:
+                p_bias, top_bias = p @ head_bias.float(), (top * head_bias[ids].float()).sum(-1)
+            for step in range(steps):
+                draft, keep = drafts[step, part], valid[step, part]
+                q = _logits(draft, head_weight, head_bias, buffer)
+                highest = q.amax(-1)  # several times faster on CPU than the index of the maximum
+                correct = q.gather(1, ids[:, :1]).squeeze(1) >= highest
+                q = torch.softmax(q, dim=-1, out=q)
+                normaliser = highest - q.amax(-1).log()  # log-sum-exp of the logits
+                cross_entropy = normaliser - (draft * p_head).sum(-1) - p_bias
+                top_k = mass * normaliser - (draft * top_head).sum(-1) - top_bias
+                sums[:, step] += torch.stack([cross_entropy, top_k, correct.float()]) @ keep.float()
+                slope = (weight + k * mass)[:, None] * _times_head(q, head_weight)
+                slope -= weight * p_head + k * top_head
+                gradient[step, part] = slope * keep[:, None]
+        ctx.save_for_backward(gradient)
+        ctx.dtype = drafts.dtype
+        return weight * sums[0] + k * sums[1], sums[0], sums[1], sums[2]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream[0][:, None, None]).to(ctx.dtype), None, None, None, None, None, None
+
+
+def _logits(rows: Tensor, head_weight: Tensor, head_bias: Tensor | None, buffer: Tensor) -> Tensor:
+    """Logits [c,V] in float32, written into `buffer` where its dtype allows."""
+    logits = torch.mm(rows.to(head_weight.dtype), head_weight.t(), out=buffer[: len(rows)]).float()
+    return logits if head_bias is None else logits.add_(head_bias)
+
+
+def _times_head(probabilities: Tensor, head_weight: Tensor) -> Tensor:
+    return torch.mm(probabilities.to(head_weight.dtype), head_weight).float()

@@ -94,7 +94,7 @@ def _idle_copy(source: nn.Module, wide: object, index: int, config: object) -> n
     """A layer with FFN width `wide.intermediate_size` that adds nothing to the residual stream."""
     like = next(source.parameters())
     with torch.device("meta"):
-        layer: nn.Module = type(source)(wide, index)  # type: ignore[call-arg]
+        layer: nn.Module = type(source)(wide, index)
     layer = layer.to(like.dtype).to_empty(device=like.device)
     weights = dict(source.named_parameters())
     for name, parameter in layer.named_parameters():

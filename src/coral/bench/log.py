@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from coral.bench.rows import Costs, Record
+from coral.bench.costs import Costs
+from coral.bench.rows import Record
 from coral.errors import CoralError
 
 

@@ -153,7 +153,7 @@ def _load(target: Target | str | Path, dtype: str, device: str | None) -> Target
         return Target.load(target, dtype=dtype, device=device)
     model = copy.deepcopy(target.model)
     if dtype != "auto":
-        model = model.to(getattr(torch, dtype))  # type: ignore[arg-type]
+        model = model.to(getattr(torch, dtype))
     return Target(model, target.tokenizer, name=target.name, revision=target.revision)
 
 

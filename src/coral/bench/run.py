@@ -139,12 +139,17 @@ def bench(
                         for reason in _conversation(loaded, methods, suite, prompt, *common):
                             progress.advance(task)
                             results["skipped"] += [reason] if reason else []
+                _save(output, results, log)
     finally:  # Ctrl-C included: what is finished is kept
-        if log.records:
-            results["costs"] = {dtype: asdict(costs) for dtype, costs in log.costs.items()}
-            results["rows"] = rows(log.records, log.costs)
-            atomic_text(output / "results.json", json.dumps(results, indent=1) + "\n")
+        _save(output, results, log)
     return output / "results.json"
+
+
+def _save(output: Path, results: dict[str, Any], log: Log) -> None:
+    if log.records:
+        results["costs"] = {dtype: costs.to_json() for dtype, costs in log.costs.items()}
+        results["rows"] = rows(log.records, log.costs)
+        atomic_text(output / "results.json", json.dumps(results, indent=1) + "\n")
 
 
 def _load(target: Target | str | Path, dtype: str, device: str | None) -> Target:

@@ -1,0 +1,135 @@
+"""What a plain step, a verification and a draft step cost here: the numbers that bound every speedup."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from coral.bench.deepen import draft_bytes, plain_bytes
+from coral.bench.methods import Write, ours
+from coral.decoding.proposers.plain import Plain
+from coral.decoding.sampling import Sampling
+from coral.decoding.state import Committed, State
+from coral.decoding.tree import Budget, DraftTree
+from coral.target import Target
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one dtype costs on this machine.
+
+    plain: the variant chosen as plain decoding; plain_seconds: seconds per token of all that competed.
+    step_seconds: one plain step of the chosen variant; verify_seconds: one target forward, by number of rows.
+    c: bytes of a draft step with the full LM head over bytes of a plain step, by drafter.
+    """
+
+    dtype: str
+    plain: str
+    plain_seconds: dict[str, float]
+    step_seconds: float
+    verify_seconds: dict[int, float]
+    c: dict[str, float]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Costs:
+        return cls(**{**data, "verify_seconds": {int(n): s for n, s in data["verify_seconds"].items()}})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def v(self, rows: float) -> float:
+        """Time of verifying `rows` nodes over the time of a plain step, linear between measured sizes."""
+        known = sorted(self.verify_seconds)
+        above = next((n for n in known if n >= rows), known[-1])
+        below = max((n for n in known if n <= rows), default=known[0])
+        share = (rows - below) / (above - below) if above > below else 0.0
+        low, high = self.verify_seconds[below], self.verify_seconds[above]
+        return (low + share * (high - low)) / self.step_seconds
+
+
+def measure(
+    target: Target, drafters: Mapping[str, nn.Module], prompts: Sequence[list[int]], most_rows: int
+) -> Costs:
+    """Measure all costs of a target in its dtype; `most_rows`: size of the largest tree, root included."""
+    name, per_token = fastest_plain(plain_variants(target), prompts)
+    sizes = {1, 2, most_rows, *(n for n in (4, 8, 12, 16, 24, 32, 48, 64) if n < most_rows)}
+    timed = verify_seconds(target, sorted(sizes), max(prompts, key=len))
+    plain = plain_bytes(target.model)
+    return Costs(
+        dtype=dtype_name(target),
+        plain=name,
+        plain_seconds=per_token,
+        step_seconds=timed[1] if name == "1 row" else timed[2],
+        verify_seconds=timed,
+        c={drafter: draft_bytes(network, target.model) / plain for drafter, network in drafters.items()},
+    )
+
+
+def dtype_name(target: Target) -> str:
+    return str(target.dtype).removeprefix("torch.")
+
+
+class _PaddedTree(DraftTree):
+    """The root and one node that is never accepted."""
+
+    def walk(self, samples: list[int]) -> tuple[list[int], int]:
+        return [0], samples[0]
+
+
+class PlainPadded:
+    """Plain decoding with a second, unused row: on some CPUs two float32 rows take less time than one."""
+
+    def propose(
+        self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
+    ) -> list[DraftTree]:
+        parents, scores = torch.tensor([-1, 0]), torch.zeros(2)
+        return [_PaddedTree(torch.tensor([state.tokens[-1]] * 2), parents, scores) for state in states]
+
+
+def plain_variants(target: Target) -> dict[str, Write]:
+    """Every way of plain decoding that competes to be the baseline."""
+    budget = Budget(top_k=1, max_depth=0, num_nodes=1)
+    return {
+        "1 row": ours(target, Plain(), budget),
+        "padded to 2 rows": ours(target, PlainPadded(), budget),
+    }
+
+
+def fastest_plain(
+    variants: Mapping[str, Write], prompts: Sequence[list[int]], length: int = 32
+) -> tuple[str, dict[str, float]]:
+    """The fastest variant and each one's seconds per token; all write the same prompts in turn."""
+    for write in variants.values():  # warm up
+        write(prompts[0], Sampling(), 0, 4)
+    seconds = dict.fromkeys(variants, 0.0)
+    for prompt in prompts:
+        for name, write in variants.items():
+            seconds[name] += write(prompt, Sampling(), 0, length).seconds
+    tokens = length * len(prompts)
+    per_token = {name: total / tokens for name, total in seconds.items()}
+    return min(per_token, key=per_token.__getitem__), per_token
+
+
+def verify_seconds(
+    target: Target, rows: Sequence[int], prefix: Sequence[int], repeats: int = 7
+) -> dict[int, float]:
+    """Median seconds of one target forward over n draft nodes behind `prefix`, for each n of `rows`."""
+    state = State(list(prefix), len(prefix) + 1, target.new_cache(len(prefix) + max(rows) + 1))
+    target.prefill([state])
+    length, token = state.cache.length, state.tokens[-1]
+    timed: dict[int, list[float]] = {n: [] for n in rows}
+    for _ in range(repeats + 1):  # sizes in turn, so that a slow moment of the machine hits all of them
+        for n in rows:
+            chain = DraftTree(torch.full((n,), token), torch.arange(-1, n - 1), torch.zeros(n))
+            begin = perf_counter()
+            logits, _ = target.verify([state], [chain])
+            logits[0][0, 0].item()
+            timed[n].append(perf_counter() - begin)
+            state.cache.keep(length)
+    return {n: median(times[1:]) for n, times in timed.items()}

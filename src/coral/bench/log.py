@@ -1,0 +1,70 @@
+"""What a bench has finished: one JSON object a line, appended and flushed as it comes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from coral.bench.costs import Costs
+from coral.bench.rows import Record
+from coral.errors import CoralError
+
+
+class Log:
+    """Records and costs on disk. The first line, the header, says which bench they belong to.
+
+    Raises:
+        CoralError: the file holds another bench, or cannot be read or written.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path = path
+        self.records: list[Record] = []
+        self.costs: dict[str, Costs] = {}
+        self._index: dict[tuple[object, ...], Record] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = path.read_bytes().split(b"\n") if path.exists() else []
+            finished = lines[:-1]  # what follows the last line end was torn when the bench was killed
+            if not finished:
+                path.write_text("", encoding="utf-8")
+                self._append(header)
+                return
+            if json.loads(finished[0]) != json.loads(json.dumps(header)):
+                raise CoralError(
+                    f"{path} holds a bench with other settings or of another commit; "
+                    f"choose another --output or remove it."
+                )
+            with path.open("r+b") as file:
+                file.truncate(sum(len(line) + 1 for line in finished))
+            for line in finished[1:]:
+                self._take(json.loads(line))
+        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise CoralError(f"cannot use {path} ({error}); choose another --output or remove it.") from error
+
+    def find(self, key: tuple[object, ...]) -> Record | None:
+        """The record of this key, if it was finished earlier."""
+        return self._index.get(key)
+
+    def add(self, item: Record | Costs) -> None:
+        """Append to the file, then remember."""
+        data = {"costs": item.to_json()} if isinstance(item, Costs) else {"record": item.to_json()}
+        try:
+            self._append(data)
+        except OSError as error:
+            raise CoralError(f"cannot write {self.path}: {error.strerror}; free some space.") from error
+        self._take(data)
+
+    def _take(self, data: dict[str, Any]) -> None:
+        if "costs" in data:
+            costs = Costs.from_json(data["costs"])
+            self.costs[costs.dtype] = costs
+        else:
+            record = Record.from_json(data["record"])
+            self.records.append(record)
+            self._index[record.key] = record
+
+    def _append(self, data: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(data) + "\n")

@@ -1,0 +1,138 @@
+"""The ways of writing that are compared; each is one function of (prompt, sampling, sequence id, length)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from coral.decoding.generate import Proposer, generate
+from coral.decoding.proposers.ngram import NGram
+from coral.decoding.sampling import Sampling
+from coral.decoding.state import Cycle, State
+from coral.decoding.tree import Budget
+from coral.target import Target
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a method wrote.
+
+    seconds: wall time from the prompt's ids to the last token, prefill included.
+    prefill_seconds: its part before the first cycle (Hugging Face: up to the end of the first forward).
+    cycles: one a target forward. Hugging Face reports none, so there `num_cycles` is counted by a hook.
+    """
+
+    tokens: list[int]
+    seconds: float
+    prefill_seconds: float
+    num_cycles: int
+    cycles: list[Cycle]
+
+
+Write = Callable[[list[int], Sampling, int, int], Written]
+MakeProposer = Callable[[Target, bool], Proposer]
+"""(target, coupled) -> proposer; a bench makes one for each dtype."""
+
+RESERVED = ("plain", "hf_generate", "hf_prompt_lookup", "ngram")  # names that no drafter may take
+
+
+def ours(target: Target, proposer: Proposer, budget: Budget) -> Write:
+    """Our decoding with any proposer. End tokens do not end it: every method writes the same length."""
+
+    def write(prompt: list[int], sampling: Sampling, sequence_id: int, length: int) -> Written:
+        begin = perf_counter()
+        end = len(prompt) + length
+        state = State(list(prompt), end, target.new_cache(end + budget.num_nodes + 1), sampling, sequence_id)
+        cycles = [cycle for (cycle,) in generate(target, proposer, [state], budget)]
+        seconds = perf_counter() - begin
+        prefill = seconds - sum(cycle.seconds for cycle in cycles)
+        return Written(state.written, seconds, prefill, len(cycles), cycles)
+
+    return write
+
+
+def hugging_face(target: Target, **options: Any) -> Write:
+    """`model.generate`, by default plain; `prompt_lookup_num_tokens=10` makes it prompt lookup.
+
+    At temperature > 0 it draws from its own random numbers, so only its speed can be compared.
+    """
+
+    def write(prompt: list[int], sampling: Sampling, sequence_id: int, length: int) -> Written:
+        drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        config = GenerationConfig(
+            max_new_tokens=length,
+            do_sample=sampling.temperature > 0,
+            pad_token_id=0,
+            **(drawn if sampling.temperature > 0 else {}),
+            **options,
+        )
+        ends: list[float] = []
+        hook = target.model.register_forward_hook(lambda *_: ends.append(perf_counter()))
+        # The model's own defaults would fill what is left open here, the end token above all.
+        defaults, target.model.generation_config = target.model.generation_config, GenerationConfig()
+        torch.manual_seed((sampling.seed + sequence_id) % 2**63)
+        try:
+            begin = perf_counter()
+            ids = torch.tensor([prompt], device=target.device)
+            output = target.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            tokens = output[0, len(prompt) :].tolist()
+            seconds = perf_counter() - begin
+        finally:
+            hook.remove()
+            target.model.generation_config = defaults
+        return Written(tokens, seconds, ends[0] - begin, len(ends), [])
+
+    return write
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of writing under the name that its rows carry."""
+
+    kind: str
+    name: str
+    coupled: bool
+    write: Write
+
+
+def all_methods(
+    target: Target,
+    plain: Write,
+    made: Mapping[str, MakeProposer],
+    coupled: Sequence[bool],
+    budget: Budget,
+    peers: bool,
+) -> list[Method]:
+    """Plain decoding first: the others are compared with what it wrote."""
+    methods = [Method("plain", "plain", False, plain)]
+    if peers:
+        lookup = Budget(top_k=2, max_depth=10, num_nodes=max(10, budget.num_nodes))
+        methods += [
+            Method("peer", "hf_generate", False, hugging_face(target)),
+            Method("peer", "hf_prompt_lookup", False, hugging_face(target, prompt_lookup_num_tokens=10)),
+            Method("peer", "ngram", False, ours(target, NGram(), lookup)),
+        ]
+    for name, make in made.items():
+        methods += [
+            Method("drafter", name, flag, ours(target, make(target, flag), budget)) for flag in coupled
+        ]
+    return methods
+
+
+def maker(source: str | Path | MakeProposer) -> MakeProposer:
+    if not isinstance(source, (str, Path)):
+        return source
+    from coral.decoding.proposers.feature import Feature
+    from coral.drafter import checkpoint
+
+    def make(target: Target, coupled: bool) -> Proposer:
+        drafter = checkpoint.load(source, target, dtype=target.dtype, device=target.device)
+        return Feature(drafter, target, coupled=coupled)
+
+    return make

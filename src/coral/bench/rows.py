@@ -1,0 +1,164 @@
+"""From records (one text each) to rows of results: every formula that a table prints.
+
+Sums over sums throughout: a row's tau is all its tokens over all its cycles, not a mean of means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from coral.bench.costs import Costs
+from coral.decoding.state import Cycle
+
+REPEAT = 10  # length of the n-gram that makes a token a repetition
+
+
+@dataclass(frozen=True)
+class Record:
+    """One turn of one prompt, written by one method.
+
+    kind: plain, drafter or peer. coupled: drafting shared the sampler's noise (no meaning at temperature 0).
+    verdict: equal, near_tie or wrong against plain decoding; None where the random numbers are not ours.
+    """
+
+    dtype: str
+    temperature: float
+    coupled: bool
+    kind: str
+    method: str
+    suite: str
+    prompt: str
+    turn: int
+    tokens: list[int]
+    seconds: float
+    prefill_seconds: float
+    num_cycles: int
+    cycles: list[Cycle]
+    verdict: str | None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What is measured here; a bench that goes on skips the keys it holds."""
+        return (self.dtype, self.temperature, self.coupled, self.method, self.suite, self.prompt, self.turn)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Record:
+        return cls(**{**data, "cycles": [Cycle(**cycle) for cycle in data["cycles"]]})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def repeated(tokens: Sequence[int], n: int = REPEAT) -> list[bool]:
+    """Which tokens lie inside an n-gram that the text already holds (that began earlier; overlap counts)."""
+    marks, seen = [False] * len(tokens), set()
+    for start in range(len(tokens) - n + 1):
+        gram = tuple(tokens[start : start + n])
+        if gram in seen:
+            marks[start : start + n] = [True] * n
+        seen.add(gram)
+    return marks
+
+
+def tau(cycles: Iterable[Cycle]) -> float | None:
+    """Acceptance length: emitted tokens per cycle over the cycles that the text's end did not cut."""
+    emitted = [len(cycle.tokens) for cycle in cycles if not cycle.cut]
+    return sum(emitted) / len(emitted) if emitted else None
+
+
+def unrepeated_cycles(cycles: Sequence[Cycle]) -> list[Cycle]:
+    """The cycles of one text that begin outside repetition (where one begins is settled before it drafts)."""
+    marks = repeated([token for cycle in cycles for token in cycle.tokens])
+    kept, start = [], 0
+    for cycle in cycles:
+        if not marks[start]:
+            kept.append(cycle)
+        start += len(cycle.tokens)
+    return kept
+
+
+def acceptance_by_depth(cycles: Sequence[Cycle]) -> list[float]:
+    """At depth d = 1, 2, ...: cycles whose path reaches d over those reaching d - 1 with a deeper tree."""
+    rates: list[float] = []
+    while True:
+        depth = len(rates) + 1
+        tried = [c.num_accepted >= depth for c in cycles if c.num_accepted >= depth - 1 and c.depth >= depth]
+        if not tried:
+            return rates
+        rates.append(sum(tried) / len(tried))
+
+
+def rows(records: Sequence[Record], costs: Mapping[str, Costs]) -> list[dict[str, Any]]:
+    """One row for each method, setting and suite, and one with suite `all` for each method and setting."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        for suite in (record.suite, "all"):
+            group = (record.dtype, record.temperature, suite, record.kind, record.method, record.coupled)
+            groups.setdefault(group, []).append(record)
+    # Speedups compare texts that both methods wrote, so a half-finished bench is not skewed.
+    seconds = {(r.kind, r.method, *_text(r)): r.seconds for r in records if r.kind != "drafter"}
+    return [_row(group, members, seconds, costs) for group, members in groups.items()]
+
+
+def _text(record: Record) -> tuple[Any, ...]:
+    return (record.dtype, record.temperature, record.suite, record.prompt, record.turn)
+
+
+def _row(
+    group: tuple[Any, ...],
+    records: list[Record],
+    seconds_of: Mapping[tuple[Any, ...], float],
+    costs: Mapping[str, Costs],
+) -> dict[str, Any]:
+    dtype, temperature, suite, kind, method, coupled = group
+    tokens, seconds = sum(len(r.tokens) for r in records), sum(r.seconds for r in records)
+    cycles = [cycle for r in records for cycle in r.cycles]
+    calm = [cycle for r in records for cycle in unrepeated_cycles(r.cycles)]
+    num_cycles = sum(r.num_cycles for r in records)
+    marks = [mark for r in records for mark in repeated(r.tokens)]
+    verdicts = [r.verdict for r in records]
+    length = 1.0 if kind == "plain" else tau(cycles) if cycles else tokens / num_cycles
+    nodes = sum(c.num_drafted + 1 for c in cycles) / len(cycles) if cycles and kind != "plain" else None
+    forwards = sum(c.num_forwards for c in cycles) / len(cycles) if cycles else None
+    c = costs[dtype].c.get(method)
+    v = 1.0 if kind == "plain" else costs[dtype].v(nodes) if nodes is not None else None
+    draft = 0.0 if not forwards else None if c is None else c * forwards
+    return {
+        "kind": kind,
+        "drafter": method,
+        "suite": suite,
+        "temperature": temperature,
+        "coupled": coupled,
+        "dtype": dtype,
+        "tokens": tokens,
+        "cycles": num_cycles,
+        "seconds": seconds,
+        "prefill_seconds": sum(r.prefill_seconds for r in records),
+        "tokens_per_second": tokens / seconds,
+        "speedup": _speedup(records, ("plain", "plain"), seconds_of),
+        "speedup_over_hf": _speedup(records, ("peer", "hf_generate"), seconds_of),
+        "tau": length,
+        "tau_unrepeated": 1.0 if kind == "plain" else tau(calm),
+        "repeat_share": sum(marks) / len(marks) if marks else 0.0,
+        "acceptance_by_depth": [] if kind == "plain" else acceptance_by_depth(cycles),
+        "draft_share": sum(c.draft_seconds for c in cycles) / seconds if cycles else None,
+        "verify_share": sum(c.verify_seconds for c in cycles) / seconds if cycles else None,
+        "equal": verdicts.count("equal"),
+        "near_tie": verdicts.count("near_tie"),
+        "wrong": verdicts.count("wrong"),
+        "identical": None if None in verdicts else "wrong" not in verdicts,
+        "c": c,
+        "nodes": nodes,
+        "draft_forwards": forwards,
+        "v": v,
+        "ceiling": None if length is None or v is None or draft is None else length / (v + draft),
+    }
+
+
+def _speedup(
+    records: list[Record], base: tuple[str, str], seconds_of: Mapping[tuple[Any, ...], float]
+) -> float | None:
+    pairs = [(seconds_of[(*base, *_text(r))], r.seconds) for r in records if (*base, *_text(r)) in seconds_of]
+    return sum(b for b, _ in pairs) / sum(s for _, s in pairs) if pairs else None

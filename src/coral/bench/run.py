@@ -1,0 +1,200 @@
+"""Run every method over the same prompts, method after method on each prompt, and keep what is finished.
+
+Each text goes to OUTPUT/records.jsonl as it is written; OUTPUT/results.json holds the rows that follow.
+A bench that was stopped goes on where it was when it is started again with the same settings.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from coral.bench import suites as suites_
+from coral.bench.costs import dtype_name, measure, plain_variants
+from coral.bench.deepen import deepen as deepen_
+from coral.bench.environment import commit, environment
+from coral.bench.equality import Logits, compare, references
+from coral.bench.log import Log
+from coral.bench.methods import RESERVED, MakeProposer, Method, all_methods, maker
+from coral.bench.rows import Record, rows
+from coral.decoding.sampling import Sampling
+from coral.decoding.tree import Budget
+from coral.errors import CoralError
+from coral.files import atomic_text
+from coral.target import Target
+
+
+def bench(
+    target: Target | str | Path,
+    drafters: Mapping[str, str | Path | MakeProposer],
+    suites: str | Sequence[str],
+    output: str | Path,
+    *,
+    limit: int | None = None,
+    deepen: int | None = None,
+    cost_ratio: float = 0.10,
+    dtypes: Sequence[str] = ("auto",),
+    temperatures: Sequence[float] = (0.0,),
+    coupled: Sequence[bool] = (True,),
+    max_new_tokens: int = 128,
+    budget: Budget | None = None,
+    peers: bool = True,
+    seed: int = 0,
+    device: str | None = None,
+    note: str = "",
+    command: str | None = None,
+) -> Path:
+    """Measure plain decoding, drafters and peers; returns OUTPUT/results.json.
+
+    Every method writes exactly `max_new_tokens` tokens a turn; end tokens do not end it. Wall time includes
+    prefill. A second turn continues with the plain answer to the first, whatever the method.
+
+    Args:
+        drafters: name -> checkpoint directory or hub id, or a function that makes the proposer.
+        suites, limit: see `suites.load`.
+        deepen: append layers that change no output up to this many (see `deepen.deepen`).
+        dtypes: "auto", "float32", "bfloat16", "float16"; each is measured against its own plain decoding.
+        coupled: whether drafting shares the sampler's noise; each value gives a row at temperature > 0.
+        note: printed with every table, for example that the target's weights are random.
+        command: what to type to repeat it; None takes this process's command line.
+
+    Raises:
+        CoralError: a bad name or file, or an output that holds another bench.
+    """
+    output, budget = Path(output), budget or Budget()
+    prompts = suites_.load(suites, limit)
+    if taken := sorted(set(drafters) & set(RESERVED)):
+        raise CoralError(f"drafter name {taken[0]!r} is reserved; rename it in --drafter NAME=DIR.")
+    if max_new_tokens < 1:
+        raise CoralError(f"max_new_tokens is {max_new_tokens}, but it must be at least 1.")
+    settings = {
+        "target": target.name if isinstance(target, Target) else str(target),
+        "drafters": {k: str(v) if isinstance(v, (str, Path)) else "function" for k, v in drafters.items()},
+        "suites": {suite: len(items) for suite, items in prompts.items()},
+        "deepen": deepen,
+        "cost_ratio": cost_ratio if deepen else None,
+        "dtypes": list(dtypes),
+        "temperatures": list(temperatures),
+        "coupled": list(coupled),
+        "max_new_tokens": max_new_tokens,
+        "budget": asdict(budget),
+        "peers": peers,
+        "seed": seed,
+        "note": note,
+    }
+    header = {"settings": settings, "commit": commit()}
+    log = Log(output / "records.jsonl", header)
+    results: dict[str, Any] = {
+        "environment": environment(),
+        "command": command or shlex.join(sys.argv),
+        **header,
+        "skipped": [],
+    }
+    console = Console(stderr=True)
+    try:
+        for dtype in dtypes:
+            loaded = _load(target, dtype, device)
+            width = deepen_(loaded.model, deepen, cost_ratio) if deepen else None
+            results["environment"] = environment(loaded.device)
+            results["target"] = {
+                "name": loaded.name,
+                "revision": loaded.revision,
+                "layers": loaded.config.num_hidden_layers,
+                "appended_ffn_width": width,
+            }
+            made = {name: maker(source) for name, source in drafters.items()}
+            first = [suites_.render(loaded.tokenizer, items[0].turns[:1], []) for items in prompts.values()][
+                :3
+            ]
+            if (dtype_ := dtype_name(loaded)) not in log.costs:
+                proposers = {name: make(loaded, False) for name, make in made.items()}
+                networks = {name: p.drafter for name, p in proposers.items() if hasattr(p, "drafter")}
+                log.add(measure(loaded, networks, first, max(10, budget.num_nodes) + 1))
+            costs, tie_references = log.costs[dtype_], references(loaded)
+            shown = ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in costs.plain_seconds.items())
+            console.print(f"{dtype_}: plain decoding is {costs.plain!r}, the fastest, per token: {shown}")
+            plain = plain_variants(loaded)[costs.plain]
+            for temperature in temperatures:
+                sampling = Sampling(temperature=temperature, seed=seed)
+                flags = list(coupled) if temperature else [False]  # at T = 0 there is no noise to share
+                methods = all_methods(loaded, plain, made, flags, budget, peers)
+                for method in methods:
+                    method.write(first[0], sampling, 0, 4)  # warm up
+                turns = sum(len(prompt.turns) for items in prompts.values() for prompt in items)
+                with Progress(console=console, transient=True) as progress:
+                    task = progress.add_task(f"{dtype_} T={temperature:g}", total=turns * len(methods))
+                    for suite, prompt in ((s, p) for s, items in prompts.items() for p in items):
+                        common = (sampling, max_new_tokens, log, tie_references)
+                        for reason in _conversation(loaded, methods, suite, prompt, *common):
+                            progress.advance(task)
+                            results["skipped"] += [reason] if reason else []
+                _save(output, results, log)
+    finally:  # Ctrl-C included: what is finished is kept
+        _save(output, results, log)
+    return output / "results.json"
+
+
+def _save(output: Path, results: dict[str, Any], log: Log) -> None:
+    if log.records:
+        results["costs"] = {dtype: costs.to_json() for dtype, costs in log.costs.items()}
+        results["rows"] = rows(log.records, log.costs)
+        atomic_text(output / "results.json", json.dumps(results, indent=1) + "\n")
+
+
+def _load(target: Target | str | Path, dtype: str, device: str | None) -> Target:
+    """The target in this dtype; a given Target is copied, as deepening and casting would change it."""
+    if not isinstance(target, Target):
+        return Target.load(target, dtype=dtype, device=device)
+    model = copy.deepcopy(target.model)
+    if dtype != "auto":
+        model = model.to(getattr(torch, dtype))
+    return Target(model, target.tokenizer, name=target.name, revision=target.revision)
+
+
+def _conversation(
+    target: Target,
+    methods: Sequence[Method],
+    suite: str,
+    prompt: suites_.Prompt,
+    sampling: Sampling,
+    length: int,
+    log: Log,
+    references: tuple[Logits, Logits] | None,
+) -> Iterator[str | None]:
+    """Every turn by every method. Yields None after each text, or once why the rest is left out."""
+    dtype = dtype_name(target)
+    answers: list[str] = []
+    for turn in range(len(prompt.turns)):
+        ids = suites_.render(target.tokenizer, prompt.turns[: turn + 1], answers)
+        if len(ids) + length > target.context_length:
+            yield f"{suite}/{prompt.id} turn {turn + 1}: {len(ids)} + {length} tokens exceed the context"
+            return
+        sequence_id = crc32(f"{suite}/{prompt.id}/{turn}".encode())
+        plain: list[int] | None = None
+        for method in methods:
+            key = (dtype, sampling.temperature, method.coupled, method.name, suite, prompt.id, turn)
+            record = log.find(key)
+            if record is None:
+                written = method.write(ids, sampling, sequence_id, length)
+                verdict: str | None = None
+                if sampling.temperature == 0 or not method.name.startswith("hf_"):
+                    reference = written.tokens if plain is None else plain
+                    verdict = compare(ids, reference, written.tokens, sampling, sequence_id, references)
+                labels = (method.coupled, method.kind, method.name, suite, prompt.id, turn)
+                record = Record(dtype, sampling.temperature, *labels, **vars(written), verdict=verdict)
+                log.add(record)
+            plain = record.tokens if plain is None else plain
+            yield None
+        assert plain is not None
+        answers.append(suites_.answer(target.tokenizer, plain, target.eos_ids))

@@ -5,11 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from coral.decoding.proposers.ngram import NGram
-from coral.decoding.sampling import Sampling
-from coral.decoding.state import Cycle
-from coral.decoding.tree import Budget, DraftTree
-from coral.target import Target
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -18,7 +13,12 @@ from coral.bench.costs import Costs
 from coral.bench.report import markdown, report
 from coral.bench.rows import acceptance_by_depth, repeated, tau, unrepeated_cycles
 from coral.bench.run import bench
+from coral.decoding.proposers.ngram import NGram
+from coral.decoding.sampling import Sampling
+from coral.decoding.state import Cycle
+from coral.decoding.tree import Budget, DraftTree
 from coral.errors import CoralError
+from coral.target import Target
 
 ROW = {
     "kind", "drafter", "suite", "temperature", "coupled", "dtype", "tokens", "cycles", "seconds",

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from coral.decoding.sampling import Sampling
-from coral.target import Target
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from coral.bench.equality import compare, is_near_tie, references
+from coral.decoding.sampling import Sampling
+from coral.target import Target
 
 V = 31
 

@@ -1,8 +1,8 @@
 """CORAL: makes a Hugging Face LLM write faster without changing a word of its output.
 
-    import coral
-    llm = coral.load("path-or-hub-id", "drafter-directory")
-    print(llm.generate_text("What is a reef?"))
+import coral
+llm = coral.load("path-or-hub-id", "drafter-directory")
+print(llm.generate_text("What is a reef?"))
 """
 
 from typing import TYPE_CHECKING, Any

@@ -164,7 +164,9 @@ class Pair:
         if isinstance(prompt[0], int):
             return [int(i) for i in prompt]  # type: ignore[call-overload]
         if not self.tokenizer.chat_template:
-            raise CoralError("this target's tokenizer has no chat template; use raw prompts (chat=False, --raw).")
+            raise CoralError(
+                "this target's tokenizer has no chat template; use raw prompts (chat=False, --raw)."
+            )
         ids = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False)
         return [int(i) for i in ids]
 

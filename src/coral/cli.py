@@ -12,7 +12,7 @@ import typer
 from coral.errors import CoralError
 
 if TYPE_CHECKING:
-    from coral.api import Pair
+    pass
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,7 +33,9 @@ DtypeOption = Annotated[str, typer.Option(help="auto (as stored), float32, bfloa
 DeviceOption = Annotated[str | None, typer.Option(help="Device, for example cuda. Default: where it fits.")]
 TreeOption = Annotated[
     str | None,
-    typer.Option("--tree", help="Draft tree as TOP_K,MAX_DEPTH,NUM_NODES. Larger trees accept more and cost more."),
+    typer.Option(
+        "--tree", help="Draft tree as TOP_K,MAX_DEPTH,NUM_NODES. Larger trees accept more and cost more."
+    ),
 ]
 CoupledOption = Annotated[
     bool, typer.Option(help="At temperature > 0, draft with the noise that the sampler will use.")
@@ -53,7 +55,9 @@ def _app(
 
 @app.command()
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="What to answer. Without one: interactive chat.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to answer. Without one: interactive chat.")
+    ] = None,
     target: TargetOption = None,
     drafter: DrafterOption = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -61,8 +65,12 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest ids; 0 keeps all.")] = 0,
     seed: SeedOption = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be given again.")] = None,
-    chat: Annotated[bool, typer.Option("--chat/--raw", help="Use the chat template, or go on with the text.")] = True,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this string; may be given again.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat/--raw", help="Use the chat template, or go on with the text.")
+    ] = True,
     stats: Annotated[bool, typer.Option(help="Print acceptance length and speed afterwards.")] = False,
     mark: Annotated[bool, typer.Option(help="Underline tokens that were drafted and accepted.")] = False,
     dtype: DtypeOption = "auto",
@@ -106,7 +114,9 @@ def generate(
 
 @app.command()
 def demo(
-    deepen: Annotated[int, typer.Option(help="Layers of the deepened target; 0 shows the target as it is.")] = 32,
+    deepen: Annotated[
+        int, typer.Option(help="Layers of the deepened target; 0 shows the target as it is.")
+    ] = 32,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens written for each prompt.")] = 64,
     dtype: DtypeOption = "float32",
     tree: TreeOption = None,
@@ -123,9 +133,15 @@ def prepare(
     tokenizer: Annotated[str, typer.Option(help="The target (or its tokenizer): a directory or hub id.")],
     output: Annotated[Path, typer.Option(help="Directory to write.")],
     max_length: Annotated[int, typer.Option(help="Cut (or pack) rows at this many tokens.", min=8)] = 2048,
-    pack: Annotated[bool, typer.Option(help="Put whole conversations together into rows of --max-length.")] = False,
-    held_out: Annotated[int, typer.Option(help="Opening prompts to set aside, never trained on.", min=0)] = 60,
-    limit: Annotated[int | None, typer.Option(help="This many conversations, drawn from all sources.")] = None,
+    pack: Annotated[
+        bool, typer.Option(help="Put whole conversations together into rows of --max-length.")
+    ] = False,
+    held_out: Annotated[
+        int, typer.Option(help="Opening prompts to set aside, never trained on.", min=0)
+    ] = 60,
+    limit: Annotated[
+        int | None, typer.Option(help="This many conversations, drawn from all sources.")
+    ] = None,
     last_turn_only: Annotated[
         bool, typer.Option(help="Train on the last answer only (for templates that rewrite history).")
     ] = False,
@@ -169,7 +185,9 @@ def regenerate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 512,
     batch_size: Annotated[int, typer.Option(help="Conversations answered at once.", min=1)] = 64,
-    limit: Annotated[int | None, typer.Option(help="This many conversations, drawn from all sources.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="This many conversations, drawn from all sources.")
+    ] = None,
     max_turns: Annotated[int | None, typer.Option(help="Answer only the first N user turns.")] = None,
     keep_unfinished: Annotated[
         bool, typer.Option("--keep-unfinished/--drop-unfinished", help="Keep answers that were cut.")
@@ -228,7 +246,9 @@ def train(
         list[str] | None, typer.Option("--set", help="Override an option of the recipe: group.key=value.")
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop after this long (sets limits.minutes).")] = None,
-    updates: Annotated[int | None, typer.Option(help="Stop after this many updates (sets limits.updates).")] = None,
+    updates: Annotated[
+        int | None, typer.Option(help="Stop after this many updates (sets limits.updates).")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run in --output, if there is one.")] = True,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
@@ -273,21 +293,25 @@ def bench(
     output: Annotated[Path, typer.Option(help="Directory for results.json, table.md and plot.png.")],
     target: TargetOption = None,
     drafter: Annotated[
-        list[str] | None, typer.Option(help="NAME=DIR; may be given again. Default with the shipped pair: its own.")
+        list[str] | None,
+        typer.Option(help="NAME=DIR; may be given again. Default with the shipped pair: its own."),
     ] = None,
     suite: Annotated[
         str, typer.Option(help="mt_bench, humaneval, gsm8k or paths to JSONL files, with commas between.")
     ] = "mt_bench,humaneval,gsm8k",
     limit: Annotated[int | None, typer.Option(help="Only the first N prompts of each suite.", min=1)] = None,
     deepen: Annotated[
-        int | None, typer.Option(help="Append layers that change no output, up to N, for an LLM's cost ratio.")
+        int | None,
+        typer.Option(help="Append layers that change no output, up to N, for an LLM's cost ratio."),
     ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="May be given again. Default: auto.")] = None,
     temperature: Annotated[list[float] | None, typer.Option(help="May be given again. Default: 0.")] = None,
     uncoupled: Annotated[
         bool, typer.Option("--uncoupled", help="At temperature > 0, also measure uncoupled drafting.")
     ] = False,
-    peers: Annotated[bool, typer.Option(help="Also run HF generate, HF prompt lookup and our n-gram.")] = True,
+    peers: Annotated[
+        bool, typer.Option(help="Also run HF generate, HF prompt lookup and our n-gram.")
+    ] = True,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens written for each turn.", min=1)] = 128,
     tree: TreeOption = None,
     note: Annotated[str, typer.Option(help="Printed under the table.")] = "",

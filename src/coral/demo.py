@@ -42,7 +42,9 @@ def run(deepen: int, max_new_tokens: int, dtype: str, budget: Budget) -> None:
             "much, beside its drafter, as an 8B model does.",
             style="dim",
         )
-    console.print(Text.assemble("Green underlined", style="green underline"), Text("text was drafted and accepted.\n"))
+    console.print(
+        Text.assemble("Green underlined", style="green underline"), Text("text was drafted and accepted.\n")
+    )
     deepened = _measure(drafting, max_new_tokens, console)
     if deepen:
         rows.insert(0, (f"deepened to {deepen} layers", deepened))
@@ -76,7 +78,7 @@ def _measure(
 
 
 def _table(rows: list[tuple[str, tuple[float, float, list[Cycle], bool]]]) -> Table:
-    table = Table(title=f"Six prompts, greedy, the same tokens on both sides")
+    table = Table(title="Six prompts, greedy, the same tokens on both sides")
     for column in ("", "plain tokens/s", "CORAL tokens/s", "speedup ratio", "tau", "identical output"):
         table.add_column(column, justify="left" if not column else "right")
     for name, (plain, fast, cycles, identical) in rows:

@@ -45,7 +45,9 @@ def stop_at(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> Calla
     window = max(map(len, strings)) + 8  # a token holds a character or part of one, so this many are enough
 
     def stop(written: list[int]) -> bool:
-        text = tokenizer.decode(written[-window:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(
+            written[-window:], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return any(string in text for string in strings)
 
     return stop

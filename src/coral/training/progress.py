@@ -105,7 +105,7 @@ class Reporter:
         )
         self.bar.update(self.task, description=text, completed=fraction)
         if not self.console.is_terminal:
-            left = elapsed_text(more.get("seconds", 0.0) * (1 / max(fraction, 1e-9) - 1))
+            left = elapsed_text(more["seconds"] * (1 / fraction - 1)) if fraction else "?"
             self.say(f"{fraction:4.0%}  {text}  {left} left")
         self.loss, self.sums, self.since = 0.0, None, time.monotonic()
 

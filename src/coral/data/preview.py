@@ -1,13 +1,15 @@
 """Show examples as a person reads them: what is trained on stands out, special tokens are visible."""
 
-from collections.abc import Iterable
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
-from coral.data.conversations import ChatFormat, Example
+from coral.data.conversations import BadRecordError, ChatFormat, Dropped, Example, read
+from coral.errors import CoralError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +30,34 @@ def preview(examples: Iterable[Example], tokenizer: "PreTrainedTokenizerBase", c
     console.print(
         Text("bright or in [[ ]]: what the target is to write, and the drafter is trained on", "dim")
     )
+
+
+def preview_sources(
+    sources: Sequence[str | Path],
+    tokenizer: "PreTrainedTokenizerBase",
+    console: Console,
+    *,
+    count: int = 3,
+    last_turn_only: bool = False,
+) -> None:
+    """Print the first `count` usable conversations of JSONL files as `prepare` would train on them.
+
+    Raises:
+        CoralError: a file cannot be read, or none of them holds a usable conversation.
+    """
+    chat = ChatFormat(tokenizer)
+
+    def usable() -> Iterator[Example]:
+        for conversation in read(sources, Dropped()):
+            try:
+                yield chat.encode(conversation, last_turn_only=last_turn_only)
+            except BadRecordError:
+                continue
+
+    examples = list(islice(usable(), count))
+    if not examples:
+        raise CoralError("the sources hold no usable conversation; prepare without --preview says why.")
+    preview(examples, tokenizer, console)
 
 
 def marked(

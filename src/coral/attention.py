@@ -1,7 +1,8 @@
 """Scaled dot-product attention that keeps key/value heads grouped under a mask on the CPU.
 
-Transformers repeats the key/value heads whenever a mask is given, since CUDA kernels want it; the CPU kernel does
-not, returns the same bits, and reads a fraction of the memory. Registered through transformers' public interface.
+Transformers repeats the key/value heads whenever a mask is given, since CUDA kernels want it; the CPU kernel
+does not, returns the same bits, and reads a fraction of the memory. Registered through transformers' public
+interface.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ GROUPED_SDPA = "coral_sdpa"
 def grouped_sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Transformers' attention function; query [B, heads, N, head_dim], key and value [B, kv_heads, K, head_dim]."""
+    """An attention function of transformers; query [B, heads, N, d], key and value [B, kv_heads, K, d]."""
     if attention_mask is None or query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     output = F.scaled_dot_product_attention(

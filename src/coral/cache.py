@@ -20,6 +20,9 @@ class KVLayer(DynamicLayer):
         super().__init__()
         self.capacity, self.length = capacity, 0
 
+    keys: Tensor
+    values: Tensor
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys = key_states.new_empty((*key_states.shape[:2], self.capacity, key_states.shape[-1]))
@@ -63,7 +66,7 @@ class KVLayer(DynamicLayer):
 class KVCache(Cache):
     """All layers of one sequence."""
 
-    layers: list[KVLayer]
+    layers: list[KVLayer]  # type: ignore[assignment]
 
     def __init__(self, num_layers: int, capacity: int) -> None:
         super().__init__(layers=[KVLayer(capacity) for _ in range(num_layers)])
@@ -79,7 +82,7 @@ class KVCache(Cache):
 
 
 class PackedLayer(DynamicLayer):
-    """One layer of several sequences during one forward: rows are split by sequence, keys are concatenated."""
+    """One layer of several sequences in one forward: rows are split by sequence, keys concatenated."""
 
     def __init__(self, layers: list[KVLayer], counts: list[int]) -> None:
         super().__init__()

@@ -2,4 +2,4 @@
 
 
 class CoralError(ValueError):
-    """Bad input: the message says in one sentence what is wrong, where, and what to do. The CLI exits with 2."""
+    """Bad input: the message says what is wrong, where, and what to do. The command line exits with 2."""

@@ -1,7 +1,7 @@
 """The target: a frozen Hugging Face causal LM that verifies draft trees. It holds no per-sequence state.
 
-Shapes: B sequences, N packed rows, V vocabulary, h hidden size. A feature is the vector that enters the LM head,
-after the final norm: `get_decoder()(...).last_hidden_state`.
+Shapes: B sequences, N packed rows, V vocabulary, h hidden size. A feature is the vector that enters the LM
+head, after the final norm: `get_decoder()(...).last_hidden_state`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Target:
         check_supported(model.config)
         if model.config._attn_implementation not in (*_ATTENTION, GROUPED_SDPA):
             raise CoralError(
-                f"attention {model.config._attn_implementation!r} takes no arbitrary mask, which a draft tree needs; "
+                f"attention {model.config._attn_implementation!r} takes no arbitrary mask, as a draft tree needs; "
                 f"load the model with attn_implementation='sdpa' or 'eager'."
             )
         self.model = model.eval().requires_grad_(False)
@@ -68,6 +68,7 @@ class Target:
         self.revision = revision
         self.decoder = model.get_decoder()
         head = model.get_output_embeddings()
+        assert head is not None
         self.head_weight: Tensor = head.weight
         self.head_bias: Tensor | None = getattr(head, "bias", None)
         self.embedding_weight: Tensor = model.get_input_embeddings().weight
@@ -113,7 +114,7 @@ class Target:
         check_supported(config)
         try:
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, **common)
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 name,
                 config=config,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -180,7 +181,7 @@ class Target:
 
     @torch.inference_mode()
     def prefill(self, states: Sequence[State]) -> list[Committed]:
-        """Read every token but the last (the first root) into each cache, in chunks; no logits are computed."""
+        """Read every token but the last (the first root) into each cache, in chunks, without logits."""
         from coral.decoding.state import Committed
 
         committed = []
@@ -244,7 +245,7 @@ class Target:
         key_positions: Tensor | None,
         cache: Any,
     ) -> Tensor:
-        """Features [B, N, h]. `allowed` [B, N, keys] bool: who may attend to whom, before any sliding window."""
+        """Features [B, N, h]; `allowed` [B, N, keys] bool says who attends to whom, before any window."""
         window = getattr(self.config, "sliding_window", None)
         if not getattr(self.config, "use_sliding_window", True):
             window = None
@@ -297,8 +298,8 @@ def check_supported(config: PreTrainedConfig) -> None:
     kind = config.model_type
     if kind not in SUPPORTED:
         raise CoralError(
-            f"architecture {kind!r} is not supported: its logits, state or masks are not known to be those of "
-            f"{', '.join(SUPPORTED)}; use a target of one of these families."
+            f"architecture {kind!r} is not supported: its logits, state or masks are not known to be exact "
+            f"here; use a target of one of these families: {', '.join(SUPPORTED)}."
         )
     odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if odd:
@@ -307,13 +308,13 @@ def check_supported(config: PreTrainedConfig) -> None:
         )
     if getattr(config, "quantization_config", None) is not None:
         raise CoralError(
-            "quantised targets are not supported: their rounding depends on the number of rows, so output could "
-            "not be compared with plain decoding; load the unquantised checkpoint."
+            "quantised targets are not supported: their rounding depends on the number of rows, so output "
+            "could not be compared with plain decoding; load the unquantised checkpoint."
         )
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """The longest sequence decoded exactly: where rotary frequencies change with length, decoding stops before."""
+    """The longest sequence decoded exactly: it ends before rotary frequencies change with the length."""
     limit = int(config.max_position_embeddings)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":

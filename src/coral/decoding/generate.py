@@ -17,7 +17,10 @@ class Proposer(Protocol):
     def propose(
         self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
     ) -> list[DraftTree]:
-        """Trees whose root is each sequence's last token; `committed` is what was accepted since the last call."""
+        """Trees whose root is each sequence's last token.
+
+        `committed` is what was accepted since the last call, which starts with the whole prompt.
+        """
         ...
 
 
@@ -43,17 +46,19 @@ def generate(
             for state, tree, scores in zip(live, trees, logits, strict=True)
         ]
         verified = perf_counter()
-        cycles, paths = [], []
+        paths, outcomes = [], []
         for state, tree, sample in zip(live, trees, samples, strict=True):
             path, bonus = tree.walk(sample)
             emitted = [*tree.tokens[path[1:]].tolist(), bonus]
             taken = state.extend(emitted)
-            paths.append(path[:taken])  # the end may fall inside the path: cache and count are cut there too
-            cycles.append((emitted[:taken], len(tree) - 1, len(path) - 1, int(tree.depth.max()), tree.num_forwards,
-                           taken < len(emitted)))  # fmt: skip
+            paths.append(path[:taken])  # the end may fall inside the path: the cache is cut there too
+            outcomes.append((tree, emitted[:taken], len(path) - 1, taken < len(emitted)))
         committed = target.keep(live, paths, features)
         times = (drafted - begin, verified - drafted, perf_counter() - begin)
-        yield [Cycle(*cycle, *times) for cycle in cycles]
+        yield [
+            Cycle(tokens, len(tree) - 1, accepted, int(tree.depth.max()), tree.num_forwards, cut, *times)
+            for tree, tokens, accepted, cut in outcomes
+        ]
         kept = [(state, rows) for state, rows in zip(live, committed, strict=True) if not state.done]
         live, committed = [state for state, _ in kept], [rows for _, rows in kept]
 

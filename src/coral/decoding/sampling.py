@@ -1,7 +1,7 @@
-"""One sampler with keyed noise: the token written at a position is a fixed function of (prefix, seed, sequence).
+"""One sampler with keyed noise: the token at a position is a fixed function of (prefix, seed, sequence id).
 
-token = argmax over ids of  log p(id) + noise(seed, sequence id, position, id), with Gumbel noise, has the law p
-(Gumbel-max trick). The noise is a stateless integer hash, so it does not depend on device, batch order,
+argmax over ids of  log p(id) + noise(seed, sequence id, position, id)  with Gumbel noise has the law p (the
+Gumbel-max trick). The noise is a stateless integer hash, so it does not depend on device, batch order,
 resumption or tree shape: accelerated output equals plain output token for token at any temperature.
 """
 
@@ -62,7 +62,7 @@ class Sampling:
         return log_probs
 
     def scores(self, logits: Tensor, positions: Tensor, sequence_id: int | Sequence[int]) -> Tensor:
-        """[N, V] target logits, [N] positions -> [N, V] float32 whose argmax is the token at each position."""
+        """[N, V] target logits, [N] positions -> [N, V] float32; the argmax is the token at a position."""
         processed = self.process(logits)
         if self.temperature == 0:
             return processed
@@ -76,8 +76,8 @@ class Sampling:
     def noise(self, positions: Tensor, sequence_id: int | Sequence[int], ids: Tensor) -> Tensor:
         """Gumbel noise [N, K] float32 for positions [N] and ids [K] or [N, K]; one sequence id, or one a row.
 
-        Computed in float64 and rounded to a grid of 2^-16, so that a device whose logarithm differs in the last
-        bit still returns the same number.
+        Computed in float64 and rounded to a grid of 2^-16, so that a device whose logarithm differs in the
+        last bit still returns the same number.
         """
         sequences = [sequence_id] if isinstance(sequence_id, int) else sequence_id
         streams = [_splitmix(_splitmix(self.seed & _MASK64) ^ (i & _MASK64)) for i in sequences]

@@ -16,7 +16,7 @@ from coral.decoding.sampling import Sampling
 class State:
     """One sequence: its tokens, caches, seed and sequence id.
 
-    Between cycles the cache holds a row for every token but the last, which is the root of the next draft tree.
+    Between cycles the cache holds a row for every token but the last, the root of the next draft tree.
 
     tokens: prompt and everything written so far.
     max_length: no token is written past this length.
@@ -82,8 +82,8 @@ class State:
 
 @dataclass(frozen=True)
 class Committed:
-    """What the target accepted since the proposer's last call: row i holds the feature of position start + i and
-    the token of position start + i + 1 (the pair the drafter reads).
+    """What the target accepted since the proposer's last call: row i holds the feature of position start + i
+    and the token of position start + i + 1 (the pair the drafter reads).
 
     tokens: k ids; features: [k, h] in the target's dtype; start: position of the first feature.
     """

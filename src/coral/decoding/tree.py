@@ -23,7 +23,7 @@ class Budget:
     num_nodes: int = 11
 
     def within(self, remaining: int) -> Budget:
-        """The same budget when only `remaining` tokens may still be written: a path ends with a bonus token."""
+        """The same budget when only `remaining` tokens may still be written, the bonus token included."""
         return Budget(self.top_k, max(0, min(self.max_depth, remaining - 1)), self.num_nodes)
 
 

@@ -1,6 +1,6 @@
 """Heads turn draft features into draft tokens. A head can only change speed, never the output.
 
-A head has `topk(features [N, h], k, states) -> (ids [N, k] int64, log_probs [N, k] float32)`, likeliest first.
+`topk(features [N, h], k, states) -> (ids [N, k] int64, log_probs [N, k] float32)`, likeliest first.
 """
 
 from __future__ import annotations

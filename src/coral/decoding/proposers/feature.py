@@ -1,7 +1,7 @@
 """A drafter grows the tree: EAGLE-2 growth (Li et al. 2024, arXiv 2406.16858) with coupled drafting.
 
-Row t of the drafter pairs the feature of position t with token t + 1 and predicts the feature of position t + 1,
-whose head output proposes token t + 2. Its KV cache keeps only rows made from true target features.
+Row t of the drafter pairs the feature of position t with token t + 1 and predicts the feature of position
+t + 1, whose head output proposes token t + 2. Its KV cache keeps only rows made from true target features.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Feature:
     """Proposes with a trained drafter.
 
     Args:
-        coupled: at temperature > 0 rank children by log q plus the noise that the target's sampler will add at
-            that position, so that the drafted child tends to be the token the target samples.
+        coupled: at temperature > 0 rank children by log q plus the noise that the target's sampler will add
+            at that position, so that the drafted child tends to be the token the target samples.
     """
 
     def __init__(

@@ -60,7 +60,7 @@ class _Index:
         return self.length
 
     def extend(self, tokens: list[int]) -> None:
-        """Index the n-grams that ended since the last call; the one at the very end has no continuation yet."""
+        """Index the n-grams that ended since the last call; the last one has no continuation yet."""
         for end in range(max(self.length, 1), len(tokens)):
             for n in self.sizes:
                 if end >= n:
@@ -68,7 +68,7 @@ class _Index:
         self.length = len(tokens)
 
     def continuations(self, tokens: list[int], count: int) -> list[int]:
-        """Positions that follow earlier occurrences of the last n-gram: longest match first, then most recent."""
+        """Positions that follow earlier occurrences of the last n-gram: longest first, then most recent."""
         found: dict[int, None] = {}
         for n in self.sizes:
             for end in reversed(self.ends.get(tuple(tokens[-n:]), [])[-count:]):

@@ -31,7 +31,7 @@ def answer(pair: Pair, prompt: str, options: dict[str, Any], *, stats: bool, mar
 def converse(pair: Pair, options: dict[str, Any], *, stats: bool, mark: bool) -> None:
     """A conversation until Ctrl-D: each turn reads only what is new, the rest is still in the KV cache."""
     pair.encode([{"role": "user", "content": "?"}])  # without a chat template, say so now
-    console = Console()
+    console = Console(highlight=False)
     console.print("Write a message; /new starts over, Ctrl-D ends.", style="dim")
     messages: list[dict[str, str]] = []
     state = None
@@ -41,6 +41,9 @@ def converse(pair: Pair, options: dict[str, Any], *, stats: bool, mark: bool) ->
         except EOFError:
             console.print()
             return
+        except KeyboardInterrupt:
+            console.print()  # the terminal shows ^C behind the prompt
+            raise
         if question == "/new":
             messages, state = [], None
         if not question or question == "/new":
@@ -53,7 +56,7 @@ def converse(pair: Pair, options: dict[str, Any], *, stats: bool, mark: bool) ->
             else:
                 pair.go_on(state, asked, max_new_tokens=options["max_new_tokens"])
         except CoralError as error:  # too long for the context, for example: the conversation is not lost
-            console.print(f"{error} /new starts over.", style="yellow", highlight=False)
+            console.print(f"{error} /new starts over.", style="yellow")
             continue
         text, cycles = stream(pair, pair.cycles(state), options["stop"], mark)
         messages = [*asked, {"role": "assistant", "content": text}]

@@ -17,6 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut long option names
     help="Make a Hugging Face LLM write faster without changing a word of its output.",
 )
 data = typer.Typer(no_args_is_help=True, help="Turn conversations into training data.")
@@ -383,12 +384,12 @@ def main() -> None:
     except OSError as error:  # a full disk or a lost permission, wherever it strikes
         _fail(f"the system refused a file: {error}; check the path, its permissions and the free space.")
     except Exception as error:
-        # Mistakes in the command line are click's exceptions; typer brings its own copy of click, or uses the
-        # installed one, depending on its version.
+        # A mistake in the command line: click's exceptions, from whichever copy of click this typer uses.
         if not hasattr(error, "format_message"):
             raise
         if type(error).__name__ == "NoArgsIsHelpError":
-            sys.exit(2)  # typer has printed the help
+            print(error.format_message())  # the help
+            sys.exit(2)
         context = getattr(error, "ctx", None)
         what = error.format_message().replace(". Did", ", did").rstrip(".?\n")
         _fail(f"{what[:1].lower()}{what[1:]}; see `{context.command_path if context else 'coral'} --help`.")

@@ -160,6 +160,8 @@ def test_train_then_go_on(coral, models: Path, data: Path, tmp_path: Path) -> No
     result = coral(*command, "--updates", 2)
     assert result.code == 0 and "finished after update 2" in result.err
     assert "top-1" in result.err and "acceptance length: chain" in result.err
+    with (output / "coral" / "training" / "metrics.jsonl").open("a") as torn:
+        torn.write('{"upda')  # as a full disk would leave it
     result = coral(*command, "--updates", 3)
     assert result.code == 0 and "going on after update 2" in result.err
     lines = (output / "coral" / "training" / "metrics.jsonl").read_text().splitlines()

@@ -32,7 +32,7 @@ def run(deepen: int, max_new_tokens: int, dtype: str, budget: Budget) -> None:
     console = Console(highlight=False, soft_wrap=True)
     drafting = load(dtype=dtype, budget=budget)
     shallow = _measure(drafting, max_new_tokens)
-    rows = [("shipped target as it is", shallow)]
+    rows = [("as shipped", shallow)]
     if deepen:
         deepen_(drafting.target.model, deepen)
         drafting.target = Target(drafting.target.model, drafting.tokenizer, name=drafting.target.name)
@@ -47,7 +47,7 @@ def run(deepen: int, max_new_tokens: int, dtype: str, budget: Budget) -> None:
     )
     deepened = _measure(drafting, max_new_tokens, console)
     if deepen:
-        rows.insert(0, (f"deepened to {deepen} layers", deepened))
+        rows.insert(0, (f"{deepen} layers", deepened))
     console.print(_table(rows))
 
 

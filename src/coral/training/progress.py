@@ -60,7 +60,8 @@ class Reporter:
         """Drop the lines of a run that went on after its last checkpoint: they will be written again."""
         if not self.mute and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["update"] <= update]
+            whole = (line for line in lines if line.endswith("\n"))  # a full disk may have torn the last one
+            kept = [line for line in whole if json.loads(line)["update"] <= update]
             self.path.write_text("".join(kept), encoding="utf-8")
 
     def pause(self) -> float:

@@ -59,8 +59,12 @@ class Target:
         check_supported(model.config)
         if model.config._attn_implementation not in (*_ATTENTION, GROUPED_SDPA):
             raise CoralError(
-                f"attention {model.config._attn_implementation!r} takes no arbitrary mask, as a draft tree needs; "
+                f"attention {model.config._attn_implementation!r} takes no mask of any shape, which a tree needs; "
                 f"load the model with attn_implementation='sdpa' or 'eager'."
+            )
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise CoralError(
+                "parts of the model are offloaded to the CPU or disk; use a device map without offload."
             )
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.config = tokenizer, model.config
@@ -68,7 +72,7 @@ class Target:
         self.revision = revision
         self.decoder = model.get_decoder()
         head = model.get_output_embeddings()
-        assert head is not None
+        assert isinstance(head, torch.nn.Linear)
         self.head_weight: Tensor = head.weight
         self.head_bias: Tensor | None = getattr(head, "bias", None)
         self.embedding_weight: Tensor = model.get_input_embeddings().weight
@@ -150,7 +154,7 @@ class Target:
 
     def head(self, features: Tensor) -> Tensor:
         """[..., h] -> [..., V] logits, exactly as the model computes them."""
-        return F.linear(features, self.head_weight, self.head_bias)
+        return F.linear(features.to(self.head_weight.device), self.head_weight, self.head_bias)
 
     @torch.no_grad()
     def features(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:

@@ -1,9 +1,54 @@
 """One thread: tiny matrices run several times slower when four threads fight over them."""
 
+import io
 import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
+from tiny_pair import save_drafter, save_target
+
+from coral.cli import main
 
 torch.set_num_threads(1)
+
+
+class Result(NamedTuple):
+    """What a command left: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def coral(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run a command line in this process, as if it had been typed."""
+
+    def run(*arguments: object, stdin: str = "") -> Result:
+        monkeypatch.setattr(sys, "argv", ["coral", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `target`, its untrained `drafter`, and `other`, a target with other weights."""
+    directory = tmp_path_factory.mktemp("models")
+    save_target(directory / "target")
+    save_target(directory / "other", seed=1)
+    save_drafter(directory / "drafter", directory / "target")
+    return directory

@@ -130,6 +130,8 @@ class Pair:
         tokens = self.encode(prompt, chat)
         if max_new_tokens < 1:
             raise CoralError(f"max_new_tokens is {max_new_tokens}, but it must be at least 1.")
+        if not all(stop):
+            raise CoralError("a stop string is empty; leave it out, or write the text to stop before.")
         length = self._check_length(tokens, max_new_tokens)
         return State(
             tokens,
@@ -162,12 +164,14 @@ class Pair:
         if len(prompt) == 0:
             raise CoralError("the prompt is empty; write something to answer or to go on with.")
         if isinstance(prompt[0], int):
-            return [int(i) for i in prompt]  # type: ignore[call-overload]
+            ids: Any = prompt
+            return [int(i) for i in ids]
         if not self.tokenizer.chat_template:
             raise CoralError(
                 "this target's tokenizer has no chat template; use raw prompts (chat=False, --raw)."
             )
-        ids = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False)
+        messages: Any = list(prompt)
+        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         return [int(i) for i in ids]
 
     @property
@@ -180,6 +184,6 @@ class Pair:
         context = self.target.context_length
         if len(tokens) >= context:
             raise CoralError(
-                f"the prompt has {len(tokens)} tokens, but the target's context is {context}; shorten the prompt."
+                f"the prompt has {len(tokens)} tokens, but the target's context is {context}; shorten it."
             )
         return min(len(tokens) + max_new_tokens, context)

@@ -1,4 +1,4 @@
-"""What a person sees of generation in a terminal: streamed text, marked draft tokens, statistics, a conversation."""
+"""What a person sees of generation in a terminal: streamed text, marked draft tokens, a conversation."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from time import perf_counter
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
+from rich.segment import Segment, Segments
+from rich.style import Style
 
 from coral.api import Pair
 from coral.decoding.generate import acceptance_length
 from coral.decoding.state import Cycle
 from coral.decoding.text import Detokenizer, cut_at
 from coral.errors import CoralError
+
+_DRAFTED = Style(color="green", underline=True)
 
 
 def answer(pair: Pair, prompt: str, options: dict[str, Any], *, stats: bool, mark: bool) -> None:
@@ -27,7 +30,8 @@ def answer(pair: Pair, prompt: str, options: dict[str, Any], *, stats: bool, mar
 
 def converse(pair: Pair, options: dict[str, Any], *, stats: bool, mark: bool) -> None:
     """A conversation until Ctrl-D: each turn reads only what is new, the rest is still in the KV cache."""
-    console = Console()
+    pair.encode([{"role": "user", "content": "?"}])  # without a chat template, say so now
+    console = Console(highlight=False)
     console.print("Write a message; /new starts over, Ctrl-D ends.", style="dim")
     messages: list[dict[str, str]] = []
     state = None
@@ -37,6 +41,9 @@ def converse(pair: Pair, options: dict[str, Any], *, stats: bool, mark: bool) ->
         except EOFError:
             console.print()
             return
+        except KeyboardInterrupt:
+            console.print()  # the terminal shows ^C behind the prompt
+            raise
         if question == "/new":
             messages, state = [], None
         if not question or question == "/new":
@@ -49,7 +56,7 @@ def converse(pair: Pair, options: dict[str, Any], *, stats: bool, mark: bool) ->
             else:
                 pair.go_on(state, asked, max_new_tokens=options["max_new_tokens"])
         except CoralError as error:  # too long for the context, for example: the conversation is not lost
-            console.print(f"{error} /new starts over.", style="yellow", highlight=False)
+            console.print(f"{error} /new starts over.", style="yellow")
             continue
         text, cycles = stream(pair, pair.cycles(state), options["stop"], mark)
         messages = [*asked, {"role": "assistant", "content": text}]
@@ -60,20 +67,23 @@ def converse(pair: Pair, options: dict[str, Any], *, stats: bool, mark: bool) ->
 def stream(
     pair: Pair, cycles: Iterator[Cycle], stop: Sequence[str], mark: bool, console: Console | None = None
 ) -> tuple[str, list[Cycle]]:
-    """Print text as it comes; returns it with its cycles. Accepted draft tokens are marked if `mark` is set."""
+    """Print text as it comes; returns it with its cycles. With `mark`, accepted draft tokens are marked."""
     console = console or Console(highlight=False, soft_wrap=True)
     detokenizer = Detokenizer(pair.tokenizer)
     text, shown, done = "", 0, []
-    for cycle in cycles:
-        done.append(cycle)
-        for i, token in enumerate(cycle.tokens):
-            text += detokenizer.push(token)
-            end = _safe_end(text, stop)
-            _show(console, text[shown:end], drafted=i < cycle.num_accepted, mark=mark)
-            shown = max(shown, end)
-    text = cut_at(text + detokenizer.rest(), stop)
-    _show(console, text[shown:], drafted=False, mark=mark)
-    console.print()
+    try:
+        for cycle in cycles:
+            done.append(cycle)
+            accepted = cycle.num_accepted
+            for tokens, drafted in ((cycle.tokens[:accepted], True), (cycle.tokens[accepted:], False)):
+                text += "".join(map(detokenizer.push, tokens))
+                end = _safe_end(text, stop)
+                _show(console, text[shown:end], marked=drafted and mark)
+                shown = max(shown, end)
+        text = cut_at(text + detokenizer.rest(), stop)
+        _show(console, text[shown:], marked=False)
+    finally:  # what comes next, be it the message after Ctrl-C, begins on a line of its own
+        console.print()
     return text, done
 
 
@@ -85,14 +95,13 @@ def _safe_end(text: str, stop: Sequence[str]) -> int:
     return len(text) - max(starts, default=0)
 
 
-def _show(console: Console, piece: str, *, drafted: bool, mark: bool) -> None:
+def _show(console: Console, piece: str, *, marked: bool) -> None:
+    """As a segment: as text, rich would turn tabs into spaces and drop control characters."""
     if not piece:
         return
-    marked = drafted and mark
     if marked and console.color_system is None:
         piece = f"[{piece}]"
-    console.print(Text(piece, style="green underline" if marked else ""), end="")
-    console.file.flush()
+    console.print(Segments([Segment(piece, _DRAFTED if marked else None)]), end="")
 
 
 def print_stats(cycles: Iterable[Cycle], seconds: float) -> None:

@@ -5,51 +5,32 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+from coral import options
 from coral.errors import CoralError
-
-if TYPE_CHECKING:
-    pass
+from coral.files import refuse_missing
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut long option names
     help="Make a Hugging Face LLM write faster without changing a word of its output.",
 )
 data = typer.Typer(no_args_is_help=True, help="Turn conversations into training data.")
 app.add_typer(data, name="data")
 
-TargetOption = Annotated[
-    str | None, typer.Option(help="Target: a directory or hub id. Default: the pair that the package ships.")
-]
-DrafterOption = Annotated[
-    str | None, typer.Option(help="Drafter: a directory, a hub id, or 'ngram'. Default: plain decoding.")
-]
-DtypeOption = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
-DeviceOption = Annotated[str | None, typer.Option(help="Device, for example cuda. Default: where it fits.")]
-TreeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--tree", help="Draft tree as TOP_K,MAX_DEPTH,NUM_NODES. Larger trees accept more and cost more."
-    ),
-]
-CoupledOption = Annotated[
-    bool, typer.Option(help="At temperature > 0, draft with the noise that the sampler will use.")
-]
-RevisionOption = Annotated[str | None, typer.Option(help="Revision of the target on the hub.")]
-TrustOption = Annotated[bool, typer.Option(help="Run code that comes with the target.")]
-SeedOption = Annotated[int, typer.Option(help="The same seed gives the same result.")]
-
 
 @app.callback()
 def _app(
-    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: all cores.", min=1)] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads. Default: all cores that the process may use.", min=1)
+    ] = None,
 ) -> None:
-    if threads is not None:
+    if threads is not None:  # torch reads it when it is imported, which no module above does
         os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
@@ -58,47 +39,52 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="What to answer. Without one: interactive chat.")
     ] = None,
-    target: TargetOption = None,
-    drafter: DrafterOption = None,
+    target: options.Target = None,
+    drafter: options.Drafter = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest ids that make up this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest ids; 0 keeps all.")] = 0,
-    seed: SeedOption = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    seed: options.Seed = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this string; may be given again.")
     ] = None,
     chat: Annotated[
         bool, typer.Option("--chat/--raw", help="Use the chat template, or go on with the text.")
     ] = True,
-    stats: Annotated[bool, typer.Option(help="Print acceptance length and speed afterwards.")] = False,
-    mark: Annotated[bool, typer.Option(help="Underline tokens that were drafted and accepted.")] = False,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = None,
-    tree: TreeOption = None,
-    coupled: CoupledOption = True,
-    revision: RevisionOption = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Then print acceptance length and speed.")] = False,
+    mark: Annotated[bool, typer.Option("--mark", help="Underline accepted draft tokens.")] = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    tree: options.Tree = None,
+    coupled: options.Coupled = True,
+    revision: options.Revision = None,
     drafter_revision: Annotated[str | None, typer.Option(help="Revision of the drafter on the hub.")] = None,
-    trust_remote_code: TrustOption = False,
+    trust_remote_code: options.Trust = False,
 ) -> None:
     """Write an answer, token by token. The text is the target's own; the drafter only makes it faster."""
     from coral import chat as chat_
     from coral.api import load
+    from coral.decoding.sampling import Sampling
 
     if prompt is not None and not prompt.strip():
         raise CoralError("the prompt is empty; write something to answer or to go on with.")
+    if prompt is None and not chat:
+        raise CoralError("--raw goes on with a text; give one as the prompt, or leave --raw out to chat.")
+    Sampling(temperature, top_k, top_p, seed)  # refuses what is out of range before any weight is read
+    _quiet_transformers()
     pair = load(
         target,
         drafter,
         dtype=dtype,
         device=device,
-        budget=_budget(tree),
+        budget=options.read_budget(tree),
         coupled=coupled,
         revision=revision,
         drafter_revision=drafter_revision,
         trust_remote_code=trust_remote_code,
     )
-    options: dict[str, Any] = {
+    asked: dict[str, Any] = {
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k,
@@ -107,9 +93,9 @@ def generate(
         "stop": tuple(stop or ()),
     }
     if prompt is None:
-        chat_.converse(pair, options, stats=stats, mark=mark)
+        chat_.converse(pair, asked, stats=stats, mark=mark)
     else:
-        chat_.answer(pair, prompt, {**options, "chat": chat}, stats=stats, mark=mark)
+        chat_.answer(pair, prompt, {**asked, "chat": chat}, stats=stats, mark=mark)
 
 
 @app.command()
@@ -117,14 +103,15 @@ def demo(
     deepen: Annotated[
         int, typer.Option(help="Layers of the deepened target; 0 shows the target as it is.")
     ] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens written for each prompt.")] = 64,
-    dtype: DtypeOption = "float32",
-    tree: TreeOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens written for each prompt.", min=1)] = 64,
+    dtype: options.Dtype = "float32",
+    tree: options.Tree = None,
 ) -> None:
-    """Show the shipped pair at work on six prompts: text with its draft tokens marked, then plain against CORAL."""
+    """Show the shipped pair at work on six prompts: marked draft tokens, then plain against CORAL."""
     from coral.demo import run
 
-    run(deepen, max_new_tokens, dtype, _budget(tree))
+    _quiet_transformers()
+    run(deepen, max_new_tokens, dtype, options.read_budget(tree))
 
 
 @data.command()
@@ -134,7 +121,7 @@ def prepare(
     output: Annotated[Path, typer.Option(help="Directory to write.")],
     max_length: Annotated[int, typer.Option(help="Cut (or pack) rows at this many tokens.", min=8)] = 2048,
     pack: Annotated[
-        bool, typer.Option(help="Put whole conversations together into rows of --max-length.")
+        bool, typer.Option("--pack", help="Put whole conversations together into rows of --max-length.")
     ] = False,
     held_out: Annotated[
         int, typer.Option(help="Opening prompts to set aside, never trained on.", min=0)
@@ -143,12 +130,17 @@ def prepare(
         int | None, typer.Option(help="This many conversations, drawn from all sources.")
     ] = None,
     last_turn_only: Annotated[
-        bool, typer.Option(help="Train on the last answer only (for templates that rewrite history).")
+        bool,
+        typer.Option(
+            "--last-turn-only", help="Train on last answers only, for templates that rewrite history."
+        ),
     ] = False,
-    preview: Annotated[bool, typer.Option(help="Only show examples: what is trained on in colour.")] = False,
-    seed: SeedOption = 0,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Only show examples, with trained text in colour.")
+    ] = False,
+    seed: options.Seed = 0,
+    revision: options.Revision = None,
+    trust_remote_code: options.Trust = False,
 ) -> None:
     """Render conversations through the chat template and mark what the target is to write."""
     from rich.console import Console
@@ -156,6 +148,7 @@ def prepare(
     from coral.data import prepared
     from coral.data.preview import preview_sources
 
+    _quiet_transformers()
     loaded = _tokenizer(tokenizer, revision, trust_remote_code)
     if preview:
         preview_sources(sources, loaded, Console(), last_turn_only=last_turn_only)
@@ -179,7 +172,7 @@ def prepare(
 def regenerate(
     sources: Annotated[list[Path], typer.Argument(help="JSONL files of conversations or prompts, .gz too.")],
     output: Annotated[Path, typer.Option(help="JSONL file to write; a stopped run goes on there.")],
-    target: TargetOption = None,
+    target: options.Target = None,
     temperature: Annotated[
         list[float] | None, typer.Option(help="Records take these in turn. Default: 0 and 0.8, half each.")
     ] = None,
@@ -192,11 +185,11 @@ def regenerate(
     keep_unfinished: Annotated[
         bool, typer.Option("--keep-unfinished/--drop-unfinished", help="Keep answers that were cut.")
     ] = True,
-    seed: SeedOption = 0,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = None,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.Trust = False,
 ) -> None:
     """Let the target write the answers itself: a drafter learns best from its own target's text."""
     from rich.console import Console
@@ -207,6 +200,7 @@ def regenerate(
     from coral.decoding.sampling import Sampling
     from coral.target import Target
 
+    _quiet_transformers()
     loaded = Target.load(
         target or EMBEDDED / "target",
         dtype=dtype,
@@ -218,6 +212,7 @@ def regenerate(
     def answer(prompts: list[list[int]], temperatures: list[float], ids: list[int]) -> list[list[int]]:
         return write(loaded, prompts, [Sampling(t, seed=seed) for t in temperatures], ids, max_new_tokens)
 
+    assert loaded.tokenizer is not None  # it was loaded from a directory or the hub
     result = run(
         sources,
         output,
@@ -240,20 +235,22 @@ def regenerate(
 def train(
     data: Annotated[Path, typer.Option(help="Directory that `coral data prepare` wrote.")],
     output: Annotated[Path, typer.Option(help="Drafter directory to write; a stopped run goes on there.")],
-    target: TargetOption = None,
+    target: options.Target = None,
     recipe: Annotated[str, typer.Option(help="coral, hass, eagle2, or a YAML file of your own.")] = "coral",
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override an option of the recipe: group.key=value.")
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="Stop after this long (sets limits.minutes).")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop after this long, instead of limits.epochs.")
+    ] = None,
     updates: Annotated[
-        int | None, typer.Option(help="Stop after this many updates (sets limits.updates).")
+        int | None, typer.Option(help="Stop after this many updates, instead of limits.epochs.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run in --output, if there is one.")] = True,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = None,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.Trust = False,
 ) -> None:
     """Train a drafter for a target. Features are computed on the way; nothing is stored but the drafter."""
     from coral.api import EMBEDDED
@@ -265,7 +262,9 @@ def train(
 
     limits = {"minutes": minutes, "updates": updates}
     given = [f"limits.{name}={value}" for name, value in limits.items() if value is not None]
-    config = load_recipe(recipe, [*(set_ or ()), *given])
+    instead = ["limits.epochs=null"] if given else []  # first, so that --set limits.epochs=3 still counts
+    config = load_recipe(recipe, [*instead, *(set_ or ()), *given])
+    _quiet_transformers()
     rows = prepared.load(data)
     loaded = Target.load(
         target or EMBEDDED / "target",
@@ -285,13 +284,13 @@ def train(
         resume=resume,
     )
     if not outcome.finished:
-        raise CoralError(f"stopped at update {outcome.update}; run the same command to go on.")
+        raise typer.Exit(2)  # the loop has said so, and what to do
 
 
 @app.command()
 def bench(
-    output: Annotated[Path, typer.Option(help="Directory for results.json, table.md and plot.png.")],
-    target: TargetOption = None,
+    output: Annotated[Path, typer.Option(help="Directory for results.json, results.md and results.png.")],
+    target: options.Target = None,
     drafter: Annotated[
         list[str] | None,
         typer.Option(help="NAME=DIR; may be given again. Default with the shipped pair: its own."),
@@ -313,24 +312,20 @@ def bench(
         bool, typer.Option(help="Also run HF generate, HF prompt lookup and our n-gram.")
     ] = True,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens written for each turn.", min=1)] = 128,
-    tree: TreeOption = None,
+    tree: options.Tree = None,
     note: Annotated[str, typer.Option(help="Printed under the table.")] = "",
-    seed: SeedOption = 0,
-    device: DeviceOption = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
 ) -> None:
-    """Compare plain decoding, drafters and peers on the same prompts; every row says whether the text is the same."""
+    """Compare plain decoding, drafters and peers on the same prompts; rows say whether the text is equal."""
     from coral.api import EMBEDDED
     from coral.bench.report import report
     from coral.bench.run import bench as run
 
-    drafters: dict[str, str | Path] = {}
-    for item in drafter or []:
-        name, equals, source = item.partition("=")
-        if not (name and equals and source):
-            raise CoralError(f"cannot read --drafter {item!r}; write it as NAME=DIR.")
-        drafters[name] = source
+    drafters = options.read_drafters(drafter or [])
     if target is None and not drafters:
         drafters["coral"] = EMBEDDED / "drafter"
+    _quiet_transformers()
     results = run(
         target or EMBEDDED / "target",
         drafters,
@@ -342,7 +337,7 @@ def bench(
         temperatures=tuple(temperature or (0.0,)),
         coupled=(True, False) if uncoupled else (True,),
         max_new_tokens=max_new_tokens,
-        budget=_budget(tree),
+        budget=options.read_budget(tree),
         peers=peers,
         seed=seed,
         device=device,
@@ -351,27 +346,27 @@ def bench(
     report(results)
 
 
-def _budget(tree: str | None) -> Any:
-    from coral.decoding.tree import Budget
-
-    if tree is None:
-        return Budget()
-    try:
-        top_k, max_depth, num_nodes = (int(part) for part in tree.split(","))
-    except ValueError:
-        raise CoralError(f"cannot read --tree {tree!r}; write it as TOP_K,MAX_DEPTH,NUM_NODES.") from None
-    if min(top_k, num_nodes) < 1 or max_depth < 0:
-        raise CoralError(f"--tree {tree!r} is out of range; TOP_K and NUM_NODES are at least 1, MAX_DEPTH 0.")
-    return Budget(top_k, max_depth, num_nodes)
-
-
 def _tokenizer(source: str, revision: str | None, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
+    refuse_missing(source, "tokenizer")
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise CoralError(f"cannot load a tokenizer from {source!r}: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise CoralError(f"cannot load a tokenizer from {source!r}: {reason}; check the name.") from error
+
+
+def _quiet_transformers() -> None:
+    """Keep its bars and advice off standard error; the hub's download bars stay, for they take minutes."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    hub_is_quiet = are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if not hub_is_quiet:
+        enable_progress_bars()
 
 
 def main() -> None:
@@ -381,20 +376,25 @@ def main() -> None:
         app()
         return
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False))
     except CoralError as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped; nothing half-written was left behind.")
+        _fail("stopped, with nothing left half-written; run the same command to go on or to start again.")
+    except OSError as error:  # a full disk or a lost permission, wherever it strikes
+        _fail(f"the system refused a file: {error}; check the path, its permissions and the free space.")
     except Exception as error:
-        import click
-
-        if isinstance(error, click.ClickException):
-            error.show()
+        # A mistake in the command line: click's exceptions, from whichever copy of click this typer uses.
+        if not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())  # the help
             sys.exit(2)
-        raise
+        context = getattr(error, "ctx", None)
+        what = error.format_message().replace(". Did", ", did").rstrip(".?\n")
+        _fail(f"{what[:1].lower()}{what[1:]}; see `{context.command_path if context else 'coral'} --help`.")
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print(f"coral: {message}", file=sys.stderr)
     sys.exit(2)

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from coral.errors import CoralError
@@ -29,10 +29,17 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         yield aside
         aside.chmod(0o755)
         old = path.parent / f".{path.name}.old-{os.getpid()}"
-        if path.exists():
-            path.rename(old)
-        aside.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            if path.exists():
+                path.rename(old)
+            aside.rename(path)
+        except BaseException:  # Ctrl-C included: whoever looks at `path` finds the old or the new directory
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
+        finally:
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise CoralError(
             f"cannot write {path}: {error}; free some space or choose another output."
@@ -50,6 +57,17 @@ def atomic_text(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)
     except OSError as error:
-        raise CoralError(f"cannot write {path}: {error.strerror}; choose another output.") from error
+        raise CoralError(
+            f"cannot write {path}: {error.strerror}; free some space or choose another output."
+        ) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # the parent may be a file
+            aside.unlink(missing_ok=True)
+
+
+def refuse_missing(source: str | Path, what: str) -> None:
+    """Raise CoralError when `source` can only be a path, not a hub id, and nothing is there."""
+    text = str(source)
+    is_path = isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
+    if is_path and not Path(source).exists():
+        raise CoralError(f"there is no {what} directory {text}; check the path.")

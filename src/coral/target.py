@@ -25,6 +25,7 @@ from transformers import (
 from coral.attention import GROUPED_SDPA
 from coral.cache import KVCache, pack
 from coral.errors import CoralError
+from coral.files import refuse_missing
 
 if TYPE_CHECKING:
     from coral.decoding.state import Committed, State
@@ -59,7 +60,7 @@ class Target:
         check_supported(model.config)
         if model.config._attn_implementation not in (*_ATTENTION, GROUPED_SDPA):
             raise CoralError(
-                f"attention {model.config._attn_implementation!r} takes no mask of any shape, which a tree needs; "
+                f"attention {model.config._attn_implementation!r} takes no arbitrary mask, which trees need; "
                 f"load the model with attn_implementation='sdpa' or 'eager'."
             )
         if any(parameter.is_meta for parameter in model.parameters()):
@@ -75,7 +76,8 @@ class Target:
         assert isinstance(head, torch.nn.Linear)
         self.head_weight: Tensor = head.weight
         self.head_bias: Tensor | None = getattr(head, "bias", None)
-        self.embedding_weight: Tensor = model.get_input_embeddings().weight
+        embedding: Any = model.get_input_embeddings()
+        self.embedding_weight: Tensor = embedding.weight
         self.context_length = context_length(model.config)
         self.eos_ids = _eos_ids(model, tokenizer)
 
@@ -108,13 +110,16 @@ class Target:
         if attention not in _ATTENTION:
             raise CoralError(f"attention {attention!r} takes no arbitrary mask; use sdpa or eager.")
         name = str(source)
+        refuse_missing(source, "target")
         if Path(name).exists() and not (Path(name) / "config.json").is_file():
             raise CoralError(f"{name} holds no config.json, so it is no Hugging Face model; check the path.")
         common = {"revision": revision, "trust_remote_code": trust_remote_code}
         try:
             config = AutoConfig.from_pretrained(name, **common)
         except (OSError, ValueError, KeyError) as error:
-            raise CoralError(f"cannot read a model config from {name!r}: {_first_line(error)}") from error
+            raise CoralError(
+                f"cannot read a model config from {name!r}: {_first_line(error).rstrip('.')}; check the name."
+            ) from error
         check_supported(config)
         try:
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, **common)
@@ -126,10 +131,10 @@ class Target:
                 device_map=device_map,
                 **common,
             )
-        except (OSError, ValueError, RuntimeError) as error:
+            if device_map is None and device is not None:
+                model = model.to(device)
+        except (OSError, ValueError, RuntimeError, AssertionError) as error:  # torch asserts that it has CUDA
             raise CoralError(f"cannot load the target {name!r}: {_first_line(error)}") from error
-        if device_map is None and device is not None:
-            model = model.to(device)
         return cls(model, tokenizer, name=name, revision=revision or getattr(config, "_commit_hash", None))
 
     @property

@@ -1,0 +1,71 @@
+"""Options that several commands share, so that each reads the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from coral.errors import CoralError
+
+if TYPE_CHECKING:
+    from coral.decoding.tree import Budget
+
+Target = Annotated[
+    str | None, typer.Option(help="Target: a directory or hub id. Default: the pair that the package ships.")
+]
+Drafter = Annotated[
+    str | None,
+    typer.Option(
+        help="Drafter: a directory, a hub id, 'ngram' or 'plain'. Default: the shipped pair's, else plain."
+    ),
+]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="Device, for example cuda. Default: where it fits.")]
+Tree = Annotated[
+    str | None,
+    typer.Option(
+        "--tree", help="Draft tree as TOP_K,MAX_DEPTH,NUM_NODES. Larger trees accept more and cost more."
+    ),
+]
+Coupled = Annotated[
+    bool, typer.Option(help="At temperature > 0, draft with the noise that the sampler will use.")
+]
+Revision = Annotated[str | None, typer.Option(help="Revision of the target on the hub.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the target.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+
+
+def read_budget(tree: str | None) -> Budget:
+    """What --tree says.
+
+    Raises:
+        CoralError: it cannot be read, or is out of range.
+    """
+    from coral.decoding.tree import Budget
+
+    if tree is None:
+        return Budget()
+    try:
+        top_k, max_depth, num_nodes = (int(part) for part in tree.split(","))
+    except ValueError:
+        raise CoralError(f"cannot read --tree {tree!r}; write it as TOP_K,MAX_DEPTH,NUM_NODES.") from None
+    if min(top_k, num_nodes) < 1 or max_depth < 0:
+        raise CoralError(f"--tree {tree!r} is out of range; TOP_K and NUM_NODES are at least 1, MAX_DEPTH 0.")
+    return Budget(top_k, max_depth, num_nodes)
+
+
+def read_drafters(items: list[str]) -> dict[str, str | Path]:
+    """What --drafter NAME=DIR says, given any number of times.
+
+    Raises:
+        CoralError: one of them cannot be read.
+    """
+    drafters: dict[str, str | Path] = {}
+    for item in items:
+        name, _, source = item.partition("=")
+        if not (name and source):
+            raise CoralError(f"cannot read --drafter {item!r}; write it as NAME=DIR.")
+        drafters[name] = source
+    return drafters

@@ -1,0 +1,311 @@
+"""Every command as a person types it, on tiny models: what it prints, what it writes, how it ends."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+import coral as library
+from coral.cli import app
+from coral.data import prepared
+from coral.drafter import checkpoint
+from coral.target import Target
+
+# Every option of every command. A new one is a promise to keep: it is added here with a reason to exist.
+OPTIONS = {
+    "": {"--threads"},
+    "generate": {
+        "--target", "--drafter", "--temperature", "--top-p", "--top-k", "--seed", "--max-new-tokens",
+        "--stop", "--chat", "--raw", "--stats", "--mark", "--dtype", "--device", "--tree", "--coupled",
+        "--no-coupled", "--revision", "--drafter-revision", "--trust-remote-code",
+    },
+    "demo": {"--deepen", "--max-new-tokens", "--dtype", "--tree"},
+    "data": set(),
+    "data prepare": {
+        "--tokenizer", "--output", "--max-length", "--pack", "--held-out", "--limit", "--last-turn-only",
+        "--preview", "--seed", "--revision", "--trust-remote-code",
+    },
+    "data regenerate": {
+        "--output", "--target", "--temperature", "--max-new-tokens", "--batch-size", "--limit", "--max-turns",
+        "--keep-unfinished", "--drop-unfinished", "--seed", "--dtype", "--device", "--revision",
+        "--trust-remote-code",
+    },
+    "train": {
+        "--data", "--output", "--target", "--recipe", "--set", "--minutes", "--updates", "--resume",
+        "--no-resume", "--dtype", "--device", "--revision", "--trust-remote-code",
+    },
+    "bench": {
+        "--output", "--target", "--drafter", "--suite", "--limit", "--deepen", "--dtype", "--temperature",
+        "--uncoupled", "--peers", "--no-peers", "--max-new-tokens", "--tree", "--note", "--seed", "--device",
+    },
+}  # fmt: skip
+
+# What the issue promises of every row of results.json.
+ROW = {
+    "kind", "drafter", "suite", "temperature", "dtype", "tokens", "cycles", "seconds", "tokens_per_second",
+    "speedup", "speedup_over_hf", "tau", "tau_unrepeated", "repeat_share", "acceptance_by_depth",
+    "draft_share", "verify_share", "equal", "near_tie", "wrong", "identical", "c", "v", "ceiling",
+}  # fmt: skip
+
+
+def conversations(path: Path, count: int = 8) -> Path:
+    said = [
+        [
+            {"role": "user", "content": f"ask {i}"},
+            {"role": "assistant", "content": f"say {i} " + "the " * (i % 3)},
+        ]
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in said))
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("data")
+    source = conversations(directory / "c.jsonl")
+    target = Target.load(models / "target")
+    prepared.prepare([source], target.tokenizer, directory / "prepared", held_out=1)
+    return directory / "prepared"
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+def commands(command: typer.core.TyperGroup, prefix: str = "") -> dict[str, set[str]]:
+    """Option names of a command and of all below it."""
+    named = (param for param in command.params if param.param_type_name == "option")
+    found = {prefix: {opt for param in named for opt in (*param.opts, *param.secondary_opts)} - {"--help"}}
+    for name, below in getattr(command, "commands", {}).items():
+        found |= commands(below, f"{prefix} {name}".strip())
+    return found
+
+
+def test_options_are_frozen() -> None:
+    """Stops an option that slips in, or a name that people's scripts use and that is gone."""
+    assert commands(typer.main.get_command(app)) == OPTIONS
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_explains_every_option(coral, command: str) -> None:
+    result = coral(*command.split(), "--help")
+    assert result.code == 0 and result.err == ""
+    assert all(option in result.out for option in OPTIONS[command])
+
+
+@pytest.mark.parametrize("group", [(), ("data",)])
+def test_a_bare_group_shows_its_help(coral, group: tuple[str, ...]) -> None:
+    result = coral(*group)
+    assert result.code == 2 and "Commands:" in result.out and result.err == ""
+
+
+def test_help_waits_for_no_library() -> None:
+    """Stops `coral --help` from importing torch, which takes seconds; the one command run as a process."""
+    command = [sys.executable, "-X", "importtime", "-m", "coral", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "generate" in done.stdout
+    imported = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, re.M))
+    assert "coral.cli" in imported
+    assert not imported & {"torch", "transformers", "numpy", "datasets", "accelerate", "huggingface_hub"}
+
+
+# --------------------------------------------------------------------------------------------------- data
+
+
+def test_prepare(coral, models: Path, tmp_path: Path) -> None:
+    source = conversations(tmp_path / "c.jsonl")
+    common = ("data", "prepare", source, "--tokenizer", models / "target", "--held-out", 1)
+    result = coral(*common, "--output", tmp_path / "one", "--preview")
+    assert result.code == 0 and "[[say 0 <|eot|>]]" in result.out and not (tmp_path / "one").exists()
+
+    result = coral(*common, "--output", tmp_path / "one")
+    assert (
+        result.code == 0
+        and result.out.startswith("7 examples in 7 rows")
+        and "1 prompts held out" in result.out
+    )
+    result = coral(*common, "--output", tmp_path / "packed", "--pack", "--max-length", 100)
+    assert result.code == 0 and "7 examples in 2 rows" in result.out
+    assert prepared.load(tmp_path / "packed").info["packed"]
+
+
+def test_regenerate_goes_on_where_it_was_stopped(coral, models: Path, tmp_path: Path) -> None:
+    source, output = conversations(tmp_path / "c.jsonl"), tmp_path / "written.jsonl"
+    command = ("data", "regenerate", source, "--output", output, "--target", models / "target")
+    command += ("--max-new-tokens", 8, "--batch-size", 2)
+    result = coral(*command)
+    assert result.code == 0 and "8 records = 8 written + 0 skipped + 0 failed" in result.out
+    whole = output.read_text()
+    temperatures = [json.loads(line)["regenerated"]["temperature"] for line in whole.splitlines()]
+    assert sorted(temperatures) == [0.0] * 4 + [0.8] * 4
+    output.write_text(whole[: len(whole) // 2])  # as if it had been killed within a line
+    result = coral(*command)
+    assert result.code == 0 and output.read_text() == whole
+    assert coral("data", "prepare", output, "--tokenizer", models / "target", "--output", tmp_path / "p",
+                 "--held-out", 1).code == 0  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------- train
+
+
+def test_train_then_go_on(coral, models: Path, data: Path, tmp_path: Path) -> None:
+    """Stops a drafter that does not load, and a run that starts again instead of going on."""
+    output = tmp_path / "drafter"
+    command = ("train", "--data", data, "--target", models / "target", "--output", output)
+    command += ("--set", "batch_size=2", "--set", "reports.log_every=1")
+    result = coral(*command, "--updates", 2)
+    assert result.code == 0 and "finished after update 2" in result.err
+    assert "top-1" in result.err and "acceptance length: chain" in result.err
+    result = coral(*command, "--updates", 3)
+    assert result.code == 0 and "going on after update 2" in result.err
+    lines = (output / "coral" / "training" / "metrics.jsonl").read_text().splitlines()
+    assert [line["update"] for line in map(json.loads, lines) if "loss" in line] == [1, 2, 3]
+    checkpoint.load(output, Target.load(models / "target"))
+    asked = ("generate", "--target", models / "target", "--max-new-tokens", 12, "hi")
+    assert coral(*asked, "--drafter", output).out == coral(*asked).out
+
+
+def test_a_limit_of_the_command_line_replaces_epochs(coral, models: Path, tmp_path: Path) -> None:
+    """Stops `--updates 1000` from ending after the few updates of a recipe's epochs."""
+    recipe = tmp_path / "mine.yaml"
+    source = conversations(tmp_path / "c.jsonl", 6)
+    prepared.prepare([source], Target.load(models / "target").tokenizer, tmp_path / "data", held_out=0)
+    recipe.write_text("recipe: mine\nsteps: 1\nbatch_size: 3\nlimits: {epochs: 1}\n")
+    common = (
+        "train",
+        "--data",
+        tmp_path / "data",
+        "--target",
+        models / "target",
+        "--recipe",
+        recipe,
+        "--updates",
+        4,
+    )
+    made = {}
+    for name, more in {"instead": (), "asked for": ("--set", "limits.epochs=1")}.items():
+        assert coral(*common, "--output", tmp_path / name, *more).code == 0
+        made[name] = checkpoint.read_config(tmp_path / name)["metrics"]["updates"]
+    assert made == {"instead": 4, "asked for": 2}
+
+
+# ----------------------------------------------------------------------------------------------- generate
+
+
+@pytest.mark.parametrize("options", [(), ("--temperature", 1, "--seed", 3, "--top-p", 0.9), ("--raw",)])
+def test_the_text_is_the_same_whatever_drafts(coral, models: Path, options: tuple[object, ...]) -> None:
+    """Stops text that depends on the drafter, and a terminal that changes it: tabs, control characters."""
+    command = ("generate", "--target", models / "target", "--max-new-tokens", 24, *options, "the the the")
+    plain = coral(*command)
+    assert plain.code == 0 and plain.err == ""
+    for drafter in ("ngram", models / "drafter"):
+        for more in ((), ("--tree", "2,3,5", "--no-coupled")):
+            assert coral(*command, "--drafter", drafter, *more) == plain
+    asked = {"temperature": 1.0, "seed": 3, "top_p": 0.9} if len(options) > 1 else {"chat": not options}
+    pair = library.load(models / "target")
+    assert plain.out == pair.generate_text("the the the", max_new_tokens=24, **asked) + "\n"
+
+
+def test_seeds_differ(coral, models: Path) -> None:
+    command = ("generate", "--target", models / "target", "--temperature", 1, "--max-new-tokens", 12, "hi")
+    assert len({coral(*command, "--seed", seed).out for seed in (0, 1, 1, 2)}) == 3
+
+
+def test_stop_strings(coral, models: Path) -> None:
+    """Stops a stop string that is printed, wholly or in part, before it is found."""
+    command = (
+        "generate",
+        "--target",
+        models / "target",
+        "--max-new-tokens",
+        40,
+        "--drafter",
+        "ngram",
+        "tell me",
+    )
+    text = coral(*command).out
+    stop = text[11:14]
+    assert coral(*command, "--stop", "absent", "--stop", stop).out == text[: text.index(stop)] + "\n"
+
+
+def test_stats_and_marks(coral, models: Path) -> None:
+    """Stops marks on tokens that the target wrote itself, and statistics within the text."""
+    command = ("generate", "--target", models / "target", "--max-new-tokens", 60, "1 2 3")
+    text = coral(*command).out
+    result = coral(*command, "--stats", "--drafter", "ngram", "--mark")
+    found = re.fullmatch(
+        r"60 tokens in [\d.]+ s \([\d.]+ tokens/s\), (\d+) cycles, tau ([\d.]+), (\d+) of \d+ draft tokens "
+        r"accepted, drafting \d+%, verification \d+% of the time\n", result.err)  # fmt: skip
+    assert found is not None
+    cycles, accepted = int(found[1]), int(found[3])
+    assert accepted > 0 and cycles + accepted >= 60 and float(found[2]) > 1
+    brackets = str.maketrans("", "", "[]")
+    assert result.out != text and result.out.translate(brackets) == text.translate(brackets)
+    assert coral(*command, "--mark").out == text
+
+
+def test_chat_keeps_the_conversation_and_new_forgets_it(coral, models: Path) -> None:
+    """Stops a second turn that reads stale keys and values, and a /new that remembers."""
+    command = ("generate", "--target", models / "target", "--max-new-tokens", 16)
+    pair = library.load(models / "target")
+
+    def answer(*said: str) -> str:
+        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+        return pair.generate_text(messages, max_new_tokens=16)
+
+    first = answer("one")
+    second = answer("one", first, "and two")
+    for drafter in ("plain", "ngram", models / "drafter"):
+        result = coral(*command, "--drafter", drafter, stdin="one\n\nand two\n/new\none\n")
+        assert result.code == 0 and result.err == ""
+        head, _, said = result.out.partition("\n")
+        assert head == "Write a message; /new starts over, Ctrl-D ends."
+        assert said == f"> {first}\n> > {second}\n> > {first}\n> \n"
+
+
+def test_chat_survives_a_message_that_is_too_long(coral, models: Path) -> None:
+    command = ("generate", "--target", models / "target", "--max-new-tokens", 4)
+    result = coral(*command, stdin="x" * 600 + "\nhi\n")
+    assert result.code == 0 and "context is 512; shorten it. /new starts over." in " ".join(
+        result.out.split()
+    )
+    assert result.out.endswith(coral(*command, "hi").out + "> \n")
+
+
+# -------------------------------------------------------------------------------------------- bench, demo
+
+
+def test_bench(coral, models: Path, tmp_path: Path) -> None:
+    suite = tmp_path / "mine.jsonl"
+    suite.write_text("".join(json.dumps({"id": i, "turns": [f"ask {i}"]}) + "\n" for i in range(3)))
+    output = tmp_path / "out"
+    result = coral("bench", "--target", models / "target", "--drafter", f"mine={models / 'drafter'}",
+                   "--suite", suite, "--limit", 2, "--max-new-tokens", 6, "--temperature", 0,
+                   "--temperature", 1, "--uncoupled", "--output", output)  # fmt: skip
+    assert result.code == 0 and "HF prompt lookup" in result.out and "Traceback" not in result.err
+    results = json.loads((output / "results.json").read_text())
+    assert {"environment", "command", "commit", "rows"} <= set(results)
+    assert results["command"].startswith("coral bench --target")
+    assert all(set(row) >= ROW for row in results["rows"])
+    assert {row["suite"] for row in results["rows"]} == {"mine", "all"}
+    assert {row["drafter"] for row in results["rows"]} > {"plain", "mine", "ngram", "hf_generate"}
+    assert all(row["wrong"] == 0 for row in results["rows"] if row["kind"] != "peer")
+    assert (output / "results.md").read_text().count("\n| ") > 4
+    assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_and_the_shipped_pair(coral, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's wiring, on the tiny pair; tests/test_embedded.py is about the real one."""
+    for module in ("coral.api", "coral.demo"):
+        monkeypatch.setattr(f"{module}.EMBEDDED", models)
+    result = coral("demo", "--deepen", 3, "--max-new-tokens", 6)
+    assert result.code == 0 and result.err == ""
+    assert "deepened to 3 layers" in result.out and len(re.findall(r"\d\.\d\dx", result.out)) == 2
+    assert result.out.count("yes") == 2 and "NO" not in result.out
+    shipped = coral("generate", "hi", "--max-new-tokens", 8, "--stats")
+    assert shipped.out == coral("generate", "hi", "--max-new-tokens", 8, "--drafter", "plain").out
+    assert " 0 draft tokens" not in shipped.err  # its own drafter is the default

@@ -217,11 +217,19 @@ class Target:
 
         Returns:
             For each sequence the logits [N, V] and features [N, h] of its nodes.
+
+        Raises:
+            CoralError: a tree reaches past the context.
         """
         counts = [len(tree) for tree in trees]
         lengths = [state.cache.length for state in states]
         ids = torch.cat([tree.tokens for tree in trees])[None].to(self.device)
         depths = [length + tree.depth for length, tree in zip(lengths, trees, strict=True)]
+        if (last := max(int(depth.max()) for depth in depths)) >= self.context_length:
+            raise CoralError(
+                f"a draft tree reaches position {last}, but the target's context is {self.context_length}; "
+                "rotary frequencies may change there. Let the proposer keep to budget.within(state.remaining)."
+            )
         positions = torch.cat(depths)[None].to(self.device)
         if counts == [1]:  # plain decoding: one row sees everything, and a kernel without a mask is faster
             allowed = key_positions = None

@@ -74,7 +74,9 @@ def test_noise_is_another_for_every_key(other):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (1, 1.0), (V + 9, 1.0), (0, 0.8), (0, 0.01), (7, 0.6)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 1.0), (5, 1.0), (1, 1.0), (V + 9, 1.0), (0, 0.8), (0, 0.01), (7, 0.6)]
+)
 def test_law_is_that_of_hugging_face(temperature, top_k, top_p):
     """Stops top-k and top-p in another order, or a nucleus that lacks the id which crosses top_p."""
     logits = random_logits()

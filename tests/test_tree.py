@@ -68,7 +68,9 @@ def test_walk_is_the_longest_path_that_the_target_says(tree, data):
 
 def samples_of(tree, data):
     """What the target says after each node: often one of its children."""
-    children = [[int(tree.tokens[i]) for i in range(1, len(tree)) if tree.parents[i] == n] for n in range(len(tree))]
+    children = [
+        [int(tree.tokens[i]) for i in range(1, len(tree)) if tree.parents[i] == n] for n in range(len(tree))
+    ]
     return [data.draw(st.sampled_from([*tokens, 0])) for tokens in children]
 
 

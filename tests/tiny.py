@@ -227,4 +227,6 @@ def write(
     batches = list(generate(target, proposer or Plain(), states, budget or Budget()))
     for state in states:
         assert state.done and state.cache.length == len(state.tokens) - 1
-    return Written([state.tokens for state in states], [cycle for batch in batches for cycle in batch], states)
+    return Written(
+        [state.tokens for state in states], [cycle for batch in batches for cycle in batch], states
+    )

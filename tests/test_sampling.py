@@ -38,7 +38,7 @@ def test_noise_does_not_depend_on_what_is_asked_with_it():
 
 
 def test_noise_is_the_same_in_every_release():
-    """Stops a change of the hash, which would silently change every text that was ever written with a seed."""
+    """Stops a change of the hash, which would silently change every text written with a seed so far."""
     grid = noise(positions=torch.tensor([0, 41]), ids=IDS[:3]) * 2**16  # whole numbers by construction
     assert grid.tolist() == [[283478, 25326, 15602], [232000, -52938, 105142]]
 
@@ -74,7 +74,9 @@ def test_noise_is_another_for_every_key(other):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (1, 1.0), (V + 9, 1.0), (0, 0.8), (0, 0.01), (7, 0.6)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 1.0), (5, 1.0), (1, 1.0), (V + 9, 1.0), (0, 0.8), (0, 0.01), (7, 0.6)]
+)
 def test_law_is_that_of_hugging_face(temperature, top_k, top_p):
     """Stops top-k and top-p in another order, or a nucleus that lacks the id which crosses top_p."""
     logits = random_logits()

@@ -25,7 +25,9 @@ def pieces_of(tokens):
     return [detokenizer.push(token) for token in tokens], detokenizer.rest()
 
 
-@pytest.mark.parametrize("text", ["plain words, then the end", "naïve café", "日本語のテキスト", "a🙂b👩‍👩‍👧c", "é̂\n\n x", ""])
+@pytest.mark.parametrize(
+    "text", ["plain words, then the end", "naïve café", "日本語のテキスト", "a🙂b👩‍👩‍👧c", "é̂\n\n x", ""]
+)
 def test_pieces_join_to_the_text(text):
     """Stops a character of several tokens that is shown torn, twice or never."""
     pieces, rest = pieces_of(encode(text))
@@ -86,7 +88,8 @@ def test_no_stop_strings():
 
 
 @pytest.mark.parametrize(
-    ("strings", "left"), [(["c"], "ab"), (["d", "bc"], "a"), (["z"], "abcd"), (["abcd"], ""), (["cd", "c"], "ab")]
+    ("strings", "left"),
+    [(["c"], "ab"), (["d", "bc"], "a"), (["z"], "abcd"), (["abcd"], ""), (["cd", "c"], "ab")],
 )
 def test_cut_before_the_first_stop_string(strings, left):
     """Stops a cut at the first string of the list instead of the first in the text."""
@@ -106,6 +109,10 @@ def test_generated_text_ends_before_the_stop_string():
     stops = sorted({text[i : i + 2] for i in range(2, len(text) - 2, 3)} - {text[:2]})
     assert len(stops) > 2
     for stop in stops:
-        for proposer in (Plain(), Oracle([state.tokens], len(TOKENIZER)), Wrong([state.tokens], len(TOKENIZER))):
+        for proposer in (
+            Plain(),
+            Oracle([state.tokens], len(TOKENIZER)),
+            Wrong([state.tokens], len(TOKENIZER)),
+        ):
             written = Pair(target, proposer, budget).generate_text(prompt, stop=[stop], **options)
             assert written == text[: text.index(stop)]

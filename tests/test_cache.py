@@ -3,8 +3,8 @@
 import pytest
 import torch
 from tiny import (
-    V,
     Bushes,
+    V,
     new_state,
     prompt_of,
     random_drafter,
@@ -48,7 +48,7 @@ def take(target, states, trees, paths):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_keep_leaves_what_a_prefill_would(kind):
-    """Stops keys of rejected nodes that stay, and accepted ones moved to the wrong row; all paths of five trees."""
+    """Stops keys of rejected nodes that stay, and accepted ones moved to the wrong row."""
     target = tiny_target(kind)
     for seed in range(5):
         tree = random_tree(9, seed=seed)

@@ -38,7 +38,7 @@ def test_noise_does_not_depend_on_what_is_asked_with_it():
 
 
 def test_noise_is_the_same_in_every_release():
-    """Stops a change of the hash, which would silently change every text that was ever written with a seed."""
+    """Stops a change of the hash, which would silently change every text written with a seed so far."""
     grid = noise(positions=torch.tensor([0, 41]), ids=IDS[:3]) * 2**16  # whole numbers by construction
     assert grid.tolist() == [[283478, 25326, 15602], [232000, -52938, 105142]]
 

@@ -1,5 +1,7 @@
 """Properties that every draft tree has, whatever its shape."""
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,7 +62,7 @@ def test_walk_is_the_longest_path_that_the_target_says(tree, data):
     said = [
         path
         for path in (root_path(tree, node) for node in range(len(tree)))
-        if all(tree.tokens[child] == samples[parent] for parent, child in zip(path, path[1:], strict=False))
+        if all(tree.tokens[child] == samples[parent] for parent, child in pairwise(path))
     ]
     longest = max(said, key=len)
     assert tree.walk(samples) == (longest, samples[longest[-1]])

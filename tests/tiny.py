@@ -75,7 +75,7 @@ CONFIGS = {
 
 
 def tiny_model(kind: str = "llama", attention: str = "sdpa", **changes: Any) -> PreTrainedModel:
-    """Random weights, the same for every attention; norms and biases random too, so that none can be missed."""
+    """Random weights, the same for every attention; norms and biases random too, so that none is missed."""
     config = copy.deepcopy(CONFIGS[kind])
     for key, value in changes.items():
         setattr(config, key, value)
@@ -100,7 +100,7 @@ def soft_target(vocab_size: int = 5) -> Target:
     """Few ids and no certainty: the law of short texts can be counted."""
     model = tiny_model(vocab_size=vocab_size)
     with torch.no_grad():
-        model.lm_head.weight.mul_(0.25)
+        model.lm_head.weight.mul_(0.4)
     return Target(model, name="soft")
 
 
@@ -120,7 +120,7 @@ def random_drafter(target: Target, coupled: bool = True) -> Feature:
 
 
 class Oracle:
-    """Drafts what the target will say, among wrong siblings; `texts` holds the whole text of each sequence id."""
+    """Drafts what the target will say, among wrong siblings; texts[i] is the whole text of sequence i."""
 
     def __init__(self, texts: Sequence[Sequence[int]], vocab_size: int = V) -> None:
         self.texts, self.vocab_size = texts, vocab_size
@@ -153,7 +153,7 @@ class Wrong(Oracle):
 
 
 class Bushes(Oracle):
-    """Random trees, another one in every cycle, in which about half of the nodes are what the target will say."""
+    """Random trees, another one in every cycle, in which about half of the nodes are what the target says."""
 
     def __init__(self, texts: Sequence[Sequence[int]], vocab_size: int = V, seed: int = 0) -> None:
         super().__init__(texts, vocab_size)

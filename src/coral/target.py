@@ -228,7 +228,7 @@ class Target:
         if (last := max(int(depth.max()) for depth in depths)) >= self.context_length:
             raise CoralError(
                 f"a draft tree reaches position {last}, but the target's context is {self.context_length}; "
-                "rotary frequencies may change there. Let the proposer keep to budget.within(state.remaining)."
+                "rotary frequencies may change there; a proposer must keep to budget.within(state.remaining)."
             )
         positions = torch.cat(depths)[None].to(self.device)
         if counts == [1]:  # plain decoding: one row sees everything, and a kernel without a mask is faster

@@ -32,7 +32,7 @@ class NGram:
         ]
 
     def _tree(self, state: State, known: int, budget: Budget) -> DraftTree:
-        """`known`: how many tokens are surely those of the last call; a conversation may have been rewritten."""
+        """`known`: how many tokens are surely as in the last call; a conversation may have been rewritten."""
         if not isinstance(state.memory, _Index) or len(state.memory) > known + 1:
             state.memory = _Index(self.min_n, self.max_n)
         state.memory.extend(state.tokens)

@@ -11,7 +11,6 @@ import typer
 
 from coral import options
 from coral.errors import CoralError
-from coral.files import refuse_missing
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -152,7 +151,7 @@ def prepare(
     from coral.data.preview import preview_sources
 
     _quiet_transformers()
-    loaded = _tokenizer(tokenizer, revision, trust_remote_code)
+    loaded = options.read_tokenizer(tokenizer, revision, trust_remote_code)
     if preview:
         preview_sources(sources, loaded, Console(), last_turn_only=last_turn_only)
         return
@@ -349,17 +348,6 @@ def bench(
     report(results)
 
 
-def _tokenizer(source: str, revision: str | None, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    refuse_missing(source, "tokenizer")
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise CoralError(f"cannot load a tokenizer from {source!r}: {reason}; check the name.") from error
-
-
 def _quiet_transformers() -> None:
     """Keep its bars and advice off standard error; the hub's download bars stay, for they take minutes."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
@@ -379,13 +367,17 @@ def main() -> None:
         app()
         return
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if code == 130:  # what newer versions of typer make of Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(code)
     except CoralError as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         _fail("stopped, with nothing left half-written; run the same command to go on or to start again.")
     except OSError as error:  # a full disk or a lost permission, wherever it strikes
-        _fail(f"the system refused a file: {error}; check the path, its permissions and the free space.")
+        reason = f"{error.filename or 'a file'}: {error.strerror or error}"
+        _fail(f"the system refuses {reason}; check the path, its permissions and the free space.")
     except Exception as error:
         # A mistake in the command line: click's exceptions, from whichever copy of click this typer uses.
         if not hasattr(error, "format_message"):

@@ -42,7 +42,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
                 shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise CoralError(
-            f"cannot write {path}: {error}; free some space or choose another output."
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another output."
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)

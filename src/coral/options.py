@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coral.errors import CoralError
+from coral.files import refuse_missing
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from coral.decoding.tree import Budget
 
 Target = Annotated[
@@ -69,3 +72,19 @@ def read_drafters(items: list[str]) -> dict[str, str | Path]:
             raise CoralError(f"cannot read --drafter {item!r}; write it as NAME=DIR.")
         drafters[name] = source
     return drafters
+
+
+def read_tokenizer(source: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """What --tokenizer names.
+
+    Raises:
+        CoralError: there is no such tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    refuse_missing(source, "tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise CoralError(f"cannot load a tokenizer from {source!r}: {reason}; check the name.") from error

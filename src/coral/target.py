@@ -134,7 +134,10 @@ class Target:
             if device_map is None and device is not None:
                 model = model.to(device)
         except (OSError, ValueError, RuntimeError, AssertionError) as error:  # torch asserts that it has CUDA
-            raise CoralError(f"cannot load the target {name!r}: {_first_line(error)}") from error
+            reason = _first_line(error).rstrip(".")
+            raise CoralError(
+                f"cannot load the target {name!r}: {reason}; check its files and the device."
+            ) from error
         return cls(model, tokenizer, name=name, revision=revision or getattr(config, "_commit_hash", None))
 
     @property

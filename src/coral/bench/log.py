@@ -23,13 +23,13 @@ class Log:
         self.records: list[Record] = []
         self.costs: dict[str, Costs] = {}
         self._index: dict[tuple[object, ...], Record] = {}
+        self._header: dict[str, Any] | None = None  # until it is written, with the first record
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = path.read_bytes().split(b"\n") if path.exists() else []
             finished = lines[:-1]  # what follows the last line end was torn when the bench was killed
             if not finished:
-                path.write_text("", encoding="utf-8")
-                self._append(header)
+                self._header = header  # a bench that fails before its first record leaves no file in the way
                 return
             if json.loads(finished[0]) != json.loads(json.dumps(header)):
                 raise CoralError(
@@ -41,7 +41,10 @@ class Log:
             for line in finished[1:]:
                 self._take(json.loads(line))
         except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise CoralError(f"cannot use {path} ({error}); choose another --output or remove it.") from error
+            reason = getattr(error, "strerror", None) or error
+            raise CoralError(
+                f"cannot use {path} ({reason}); choose another --output or remove it."
+            ) from error
 
     def find(self, key: tuple[object, ...]) -> Record | None:
         """The record of this key, if it was finished earlier."""
@@ -66,5 +69,8 @@ class Log:
             self._index[record.key] = record
 
     def _append(self, data: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a" if self._header is None else "w", encoding="utf-8") as file:
+            if self._header is not None:
+                file.write(json.dumps(self._header) + "\n")
             file.write(json.dumps(data) + "\n")
+        self._header = None

@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from coral import cli
-from tests.tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,7 +62,7 @@ def test_python_blocks_run(block: str) -> None:
 
 
 def test_commands_run(own_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A renamed option, or a pipeline whose pieces no longer fit, would leave the README's commands broken."""
+    """A renamed option, or a pipeline whose pieces do not fit, would break the README's commands."""
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("coral ")]
     assert len(commands) >= 8
     for command in commands:

@@ -52,6 +52,7 @@ def load(
     if target is None:
         target = EMBEDDED / "target"
         drafter = EMBEDDED / "drafter" if drafter is None else drafter
+        dtype = "float32" if dtype == "auto" else dtype  # small, and exact on every machine
     if not isinstance(target, Target):
         target = Target.load(
             target,

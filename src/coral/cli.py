@@ -29,6 +29,9 @@ def _app(
         int | None, typer.Option(help="CPU threads. Default: all cores that the process may use.", min=1)
     ] = None,
 ) -> None:
+    from coral.memory import keep_freed_memory
+
+    keep_freed_memory()
     if threads is not None:  # torch reads it when it is imported, which no module above does
         os.environ["OMP_NUM_THREADS"] = str(threads)
 

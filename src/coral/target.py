@@ -63,13 +63,17 @@ class Target:
                 f"attention {model.config._attn_implementation!r} takes no arbitrary mask, which trees need; "
                 f"load the model with attn_implementation='sdpa' or 'eager'."
             )
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise CoralError(
+                "parts of the model are offloaded to the CPU or disk; use a device map without offload."
+            )
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.config = tokenizer, model.config
         self.name = name or model.config._name_or_path or model.config.model_type
         self.revision = revision
         self.decoder = model.get_decoder()
         head = model.get_output_embeddings()
-        assert head is not None
+        assert isinstance(head, torch.nn.Linear)
         self.head_weight: Tensor = head.weight
         self.head_bias: Tensor | None = getattr(head, "bias", None)
         embedding: Any = model.get_input_embeddings()
@@ -158,7 +162,7 @@ class Target:
 
     def head(self, features: Tensor) -> Tensor:
         """[..., h] -> [..., V] logits, exactly as the model computes them."""
-        return F.linear(features, self.head_weight, self.head_bias)
+        return F.linear(features.to(self.head_weight.device), self.head_weight, self.head_bias)
 
     @torch.no_grad()
     def features(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
@@ -216,11 +220,19 @@ class Target:
 
         Returns:
             For each sequence the logits [N, V] and features [N, h] of its nodes.
+
+        Raises:
+            CoralError: a tree reaches past the context.
         """
         counts = [len(tree) for tree in trees]
         lengths = [state.cache.length for state in states]
         ids = torch.cat([tree.tokens for tree in trees])[None].to(self.device)
         depths = [length + tree.depth for length, tree in zip(lengths, trees, strict=True)]
+        if (last := max(int(depth.max()) for depth in depths)) >= self.context_length:
+            raise CoralError(
+                f"a draft tree reaches position {last}, but the target's context is {self.context_length}; "
+                "rotary frequencies may change there; a proposer must keep to budget.within(state.remaining)."
+            )
         positions = torch.cat(depths)[None].to(self.device)
         if counts == [1]:  # plain decoding: one row sees everything, and a kernel without a mask is faster
             allowed = key_positions = None

@@ -97,7 +97,7 @@ def bench(
     log = Log(output / "records.jsonl", header)
     results: dict[str, Any] = {
         "environment": environment(),
-        "command": command or shlex.join(sys.argv),
+        "command": command or shlex.join(["coral", *sys.argv[1:]]),
         **header,
         "skipped": [],
     }

@@ -33,6 +33,8 @@ def generate(
     batch changes it.
     """
     live = [state for state in states if not state.done]
+    for state in live:
+        state.rewind()  # nothing to drop, unless an earlier run was interrupted
     committed = target.prefill(live)
     while live:
         begin = perf_counter()

@@ -52,19 +52,25 @@ class State:
         return self.tokens[self.prompt_length :]
 
     def go_on(self, tokens: list[int], max_length: int) -> None:
-        """Take `tokens` as the new prompt and keep the cached rows that it shares with the old text.
-
-        A proposer's row pairs a feature with the token after it, so the last shared row is read again.
-        """
+        """Take `tokens` as the new prompt and keep the cached rows that it shares with the old text."""
         shared = 0
         for old, new in zip(self.tokens, tokens, strict=False):
             if old != new:
                 break
             shared += 1
+        # A proposer's row pairs a feature with the token after it, so the last shared row is read again.
         self.rows_read = max(0, min(shared - 1, self.rows_read))
-        self.cache.keep(self.rows_read)
         self.tokens, self.max_length, self.prompt_length = list(tokens), max_length, len(tokens)
         self.done = self.remaining <= 0
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Drop cached rows that the proposer has not read, whatever an interrupted cycle left there.
+
+        At least one row before the root is left to be read, since a proposer drafts from its feature.
+        """
+        self.rows_read = max(0, min(self.rows_read, len(self.tokens) - 2))
+        self.cache.keep(self.rows_read)
 
     def extend(self, tokens: list[int]) -> int:
         """Append emitted tokens up to the first that ends the sequence; return how many were taken."""

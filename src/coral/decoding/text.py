@@ -42,7 +42,7 @@ def stop_at(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> Calla
     """Whether a text ends because its newest token completed one of the stop strings; None without any."""
     if not strings:
         return None
-    window = max(map(len, strings)) + 8  # a token holds a character or part of one, so this many are enough
+    window = max(len(s.encode()) for s in strings) + 8  # enough: a token holds at least a byte
 
     def stop(written: list[int]) -> bool:
         text = tokenizer.decode(

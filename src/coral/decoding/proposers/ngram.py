@@ -26,10 +26,14 @@ class NGram:
     def propose(
         self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
     ) -> list[DraftTree]:
-        return [self._tree(state, budget.within(state.remaining)) for state in states]
+        return [
+            self._tree(state, rows.start, budget.within(state.remaining))
+            for state, rows in zip(states, committed, strict=True)
+        ]
 
-    def _tree(self, state: State, budget: Budget) -> DraftTree:
-        if not isinstance(state.memory, _Index) or len(state.memory) > len(state.tokens):
+    def _tree(self, state: State, known: int, budget: Budget) -> DraftTree:
+        """`known`: how many tokens are surely as in the last call; a conversation may have been rewritten."""
+        if not isinstance(state.memory, _Index) or len(state.memory) > known + 1:
             state.memory = _Index(self.min_n, self.max_n)
         state.memory.extend(state.tokens)
         tokens, parents, depth = [state.tokens[-1]], [-1], [0]

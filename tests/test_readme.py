@@ -69,7 +69,9 @@ def test_commands_run(own_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         words = shlex.split(command.replace("Qwen/Qwen2.5-7B-Instruct", "target"))
         name = " ".join(words[1:3]) if words[1] == "data" else words[1]
         monkeypatch.setattr("sys.argv", [*words, *SMALL[name]])
-        cli.main()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code, command
     assert (own_model / "drafter" / "model.safetensors").exists()
     assert (own_model / "results" / "results.json").exists()
 

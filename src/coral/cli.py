@@ -367,7 +367,7 @@ def main() -> None:
         app()
         return
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="coral", standalone_mode=False)
         if code == 130:  # what newer versions of typer make of Ctrl-C
             raise KeyboardInterrupt
         sys.exit(code)

@@ -18,8 +18,8 @@ class Budget:
     num_nodes: draft tokens sent to the target; the root is not counted.
     """
 
-    top_k: int = 6
-    max_depth: int = 5
+    top_k: int = 4
+    max_depth: int = 4
     num_nodes: int = 11
 
     def within(self, remaining: int) -> Budget:

@@ -30,6 +30,7 @@ PROMPTS = (
 def run(deepen: int, max_new_tokens: int, dtype: str, budget: Budget) -> None:
     """Print six marked answers, then one table; the same prompts and tokens on both sides of every ratio."""
     console = Console(highlight=False, soft_wrap=True)
+    console.print("Measuring the shipped pair as it is ...", style="dim")
     drafting = load(dtype=dtype, budget=budget)
     shallow = _measure(drafting, max_new_tokens)
     rows = [("as shipped", shallow)]

@@ -5,11 +5,12 @@ Sums over sums throughout: a row's tau is all its tokens over all its cycles, no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from coral.bench.costs import Costs
+from coral.decoding.generate import acceptance_length
 from coral.decoding.state import Cycle
 
 REPEAT = 10  # length of the n-gram that makes a token a repetition
@@ -62,10 +63,9 @@ def repeated(tokens: Sequence[int], n: int = REPEAT) -> list[bool]:
     return marks
 
 
-def tau(cycles: Iterable[Cycle]) -> float | None:
-    """Acceptance length: emitted tokens per cycle over the cycles that the text's end did not cut."""
-    emitted = [len(cycle.tokens) for cycle in cycles if not cycle.cut]
-    return sum(emitted) / len(emitted) if emitted else None
+def tau(cycles: Sequence[Cycle]) -> float | None:
+    """Acceptance length; None when the text's end cut every cycle."""
+    return acceptance_length(cycles) if any(not cycle.cut for cycle in cycles) else None
 
 
 def unrepeated_cycles(cycles: Sequence[Cycle]) -> list[Cycle]:

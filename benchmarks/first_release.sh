@@ -5,6 +5,6 @@ cd "$(dirname "$0")/.."
 OUT=${1:-runs}
 C=".venv/bin/coral bench --deepen 32"
 $C --limit 40 --dtype float32 --temperature 0 --max-new-tokens 32 --output "$OUT/float32-greedy"
-$C --limit 40 --dtype float32 --temperature 1 --uncoupled --no-peers --max-new-tokens 16 --output "$OUT/float32-sampled"
-$C --limit 5 --dtype bfloat16 --temperature 0 --temperature 1 --uncoupled --no-peers --max-new-tokens 12 \
+$C --limit 40 --dtype float32 --temperature 1 --uncoupled --no-peers --max-new-tokens 12 --output "$OUT/float32-sampled"
+$C --limit 2 --dtype bfloat16 --temperature 0 --temperature 1 --uncoupled --no-peers --max-new-tokens 8 \
   --output "$OUT/bfloat16"

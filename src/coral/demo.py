@@ -44,7 +44,8 @@ def run(deepen: int, max_new_tokens: int, dtype: str, budget: Budget) -> None:
             style="dim",
         )
     console.print(
-        Text.assemble("Green underlined", style="green underline"), Text("text was drafted and accepted.\n")
+        Text.assemble("Green underlined", style="green underline"),
+        Text("text (in brackets without colour) was drafted and accepted.\n"),
     )
     deepened = _measure(drafting, max_new_tokens, console)
     if deepen:

@@ -36,8 +36,8 @@ def run(deepen: int, max_new_tokens: int, dtype: str, budget: Budget) -> None:
     rows = [("as shipped", shallow)]
     if deepen:
         deepen_(drafting.target.model, deepen)
-        drafting.target = Target(drafting.target.model, drafting.tokenizer, name=drafting.target.name)
-        drafting = load(drafting.target, EMBEDDED / "drafter", budget=budget)
+        deepened_target = Target(drafting.target.model, drafting.tokenizer, name=drafting.target.name)
+        drafting = load(deepened_target, EMBEDDED / "drafter", budget=budget)
         console.print(
             f"The target is deepened to {deepen} layers by layers that change no output, so that it costs as "
             "much, beside its drafter, as an 8B model does.",

@@ -1,7 +1,7 @@
 """Keep freed memory in the process: training and decoding make and free large CPU tensors at every step.
 
-glibc hands blocks above 32 MB back to the kernel at once, and the next tensor pays for fresh pages: on four
-cores a product of 512 rows with a 32,000 x 256 head took 113 ms, and 67 ms once freed memory was kept
+glibc hands blocks above 32 MB back to the kernel at once, and the next tensor pays for fresh pages: on one
+thread a product of 512 rows with a 32,000 x 256 head took 113 ms, and 67 ms once freed memory was kept
 (`docs/log.md`).
 """
 

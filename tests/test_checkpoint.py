@@ -111,3 +111,14 @@ def test_starting_from_a_target_layer_copies_it_or_refuses():
         drafter.init_from_layer(layer)
     with pytest.raises(CoralError, match="has shape"):
         tiny_drafter(intermediate_size=8).init_from_layer(tiny_target().model.model.layers[0])
+
+
+def test_starting_from_a_smaller_drafter_computes_the_same():
+    """Stops: a warm start that forgets what the smaller drafter knew, or runs on with parts of a larger one."""
+    small, large = tiny_drafter(), tiny_drafter(num_layers=2, intermediate_size=48)
+    large.init_from_drafter(small)
+    rows = torch.randn(2, 1, 5, 16)
+    positions = torch.arange(5)[None]
+    assert torch.allclose(large(*rows, positions), small(*rows, positions), atol=1e-6)
+    with pytest.raises(CoralError, match="only intermediate_size and num_layers may be larger"):
+        small.init_from_drafter(large)

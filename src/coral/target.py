@@ -26,6 +26,7 @@ from coral.attention import GROUPED_SDPA
 from coral.cache import KVCache, pack
 from coral.errors import CoralError
 from coral.files import refuse_missing
+from coral.packed import pack_linears
 
 if TYPE_CHECKING:
     from coral.decoding.state import Committed, State
@@ -74,6 +75,7 @@ class Target:
         self.decoder = model.get_decoder()
         head = model.get_output_embeddings()
         assert isinstance(head, torch.nn.Linear)
+        self._head = head
         self.head_weight: Tensor = head.weight
         self.head_bias: Tensor | None = getattr(head, "bias", None)
         embedding: Any = model.get_input_embeddings()
@@ -138,6 +140,7 @@ class Target:
             raise CoralError(
                 f"cannot load the target {name!r}: {reason}; check its files and the device."
             ) from error
+        pack_linears(model)
         return cls(model, tokenizer, name=name, revision=revision or getattr(config, "_commit_hash", None))
 
     @property
@@ -162,7 +165,7 @@ class Target:
 
     def head(self, features: Tensor) -> Tensor:
         """[..., h] -> [..., V] logits, exactly as the model computes them."""
-        return F.linear(features.to(self.head_weight.device), self.head_weight, self.head_bias)
+        return self._head(features.to(self.head_weight.device))
 
     @torch.no_grad()
     def features(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:

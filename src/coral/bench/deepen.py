@@ -105,6 +105,9 @@ def _idle_copy(source: nn.Module, wide: object, index: int, config: object) -> n
     for module in layer.modules():  # switching the attention kernel of the model must reach these layers too
         if getattr(module, "config", None) is wide:
             module.config = config  # type: ignore[assignment]
+    for name, module in layer.named_modules():  # and so must packed weights
+        if isinstance(module, nn.Linear):
+            module.__class__ = type(source.get_submodule(name))
     return layer.requires_grad_(like.requires_grad).train(source.training)
 
 

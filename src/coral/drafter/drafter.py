@@ -10,7 +10,7 @@ size.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -247,6 +247,28 @@ class Drafter(nn.Module):
                     "sizes or leave the initialisation out."
                 )
             tensor.copy_(source[name])
+
+    @torch.no_grad()
+    def init_from_drafter(self, source: "Drafter") -> None:
+        """Copy a drafter that is as wide and deep as this one or less; what this one has more of adds nothing
+        at first, so that both compute the same.
+
+        Raises:
+            CoralError: the two differ in more than `intermediate_size` and `num_layers`, or the source is larger.
+        """
+        more = {size: getattr(self.config, size) for size in ("intermediate_size", "num_layers")}
+        larger = any(getattr(source.config, size) > value for size, value in more.items())
+        if larger or replace(source.config, **more) != self.config:
+            raise CoralError(
+                f"cannot start from a drafter of {source.config}, since {self.config} is asked for; only "
+                f"{' and '.join(more)} may be larger."
+            )
+        given = source.state_dict()
+        for name, tensor in self.state_dict().items():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                tensor.zero_()
+            if name in given:
+                tensor[tuple(slice(size) for size in given[name].shape)] = given[name]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

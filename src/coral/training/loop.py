@@ -243,14 +243,6 @@ def new_drafter(target: TrainTarget, config: TrainConfig) -> Drafter:
     if sizes["intermediate_size"] is None:
         del sizes["intermediate_size"]
     wanted = DrafterConfig.for_target(target.config, **sizes)
-    if options.init_drafter is not None:
-        drafter = checkpoint.load(options.init_drafter, target)
-        if drafter.config != wanted:
-            raise CoralError(
-                f"the drafter {options.init_drafter} has other sizes than this run: {drafter.config}; "
-                f"{wanted} is asked for."
-            )
-        return drafter
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run_state.random_generator(config.seed, 0).initial_seed())
         drafter = Drafter(wanted)
@@ -261,6 +253,8 @@ def new_drafter(target: TrainTarget, config: TrainConfig) -> Drafter:
                 f"drafter.init_layer is {options.init_layer}, but the target has {len(layers)} layers."
             )
         drafter.init_from_layer(layers[options.init_layer])
+    if options.init_drafter is not None:
+        drafter.init_from_drafter(checkpoint.load(options.init_drafter, target))
     return drafter
 
 

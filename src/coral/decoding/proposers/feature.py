@@ -16,6 +16,7 @@ from coral.decoding.state import Committed, State
 from coral.decoding.tree import Budget, DraftTree, best_nodes
 from coral.drafter.drafter import Drafter
 from coral.drafter.heads import FullHead, Head
+from coral.packed import pack_linears
 from coral.target import Target
 
 _POOL = 256  # ids per node that compete after the noise is added: the sampled id is rarely outside
@@ -34,6 +35,7 @@ class Feature:
     ) -> None:
         self.drafter, self.target, self.coupled = drafter.eval(), target, coupled
         self.head = head or FullHead(target)
+        pack_linears(drafter)
 
     @torch.inference_mode()
     def propose(

@@ -1,0 +1,59 @@
+"""Linear layers whose weights stay packed on the CPU, so that a few rows cost what one row costs.
+
+A float32 product of a few rows with a weight matrix rearranges the whole matrix each time before it multiplies.
+MKL can keep it rearranged. 96 products with matrices of 3712 x 256 (365 MB, four cores), milliseconds by number
+of rows 1 / 8 / 12 / 16 / 32: as they are 14 / 25 / 23 / 47 / 57, packed 13 / 13 / 15 / 16 / 21.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+MOST_ROWS = 64  # above this, rearranging costs little beside the product itself
+
+
+class PackedLinear(nn.Linear):
+    """`nn.Linear` that, without gradients, multiplies few rows by its packed weight.
+
+    The weight is packed when first asked for, and again when it has changed.
+    """
+
+    _packed: tuple[Any, Tensor] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.numel() // self.in_features
+        if not 0 < rows <= MOST_ROWS or input.dtype != torch.float32 or torch.is_grad_enabled():
+            return super().forward(input)
+        weight = self.weight
+        made_from = (weight.data_ptr(), weight.shape, 0 if weight.is_inference() else weight._version)
+        if self._packed is None or self._packed[0] != made_from:
+            self._packed = made_from, torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), MOST_ROWS)
+        return torch.ops.mkl._mkl_linear(input, self._packed[1], weight, self.bias, rows)
+
+    def __getstate__(self) -> dict[str, Any]:  # copies and pickles pack anew: a packed tensor has no storage
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+
+
+def pack_linears(model: nn.Module) -> bool:
+    """Turn the float32 linear layers of a frozen model on the CPU into packed ones, in place.
+
+    Returns:
+        False, with nothing changed, where it cannot be done or does not pay: another device or dtype, a build
+        of torch without MKL, or less free memory than twice the copy of the weights that packing makes.
+    """
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    weights = [module.weight for module in linears]
+    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    if (
+        not torch.backends.mkl.is_available()
+        or any(weight.device.type != "cpu" or weight.dtype != torch.float32 for weight in weights)
+        or psutil.virtual_memory().available < 2 * size
+    ):
+        return False
+    for module in linears:
+        module.__class__ = PackedLinear
+    return True

@@ -114,7 +114,7 @@ def test_starting_from_a_target_layer_copies_it_or_refuses():
 
 
 def test_starting_from_a_smaller_drafter_computes_the_same():
-    """Stops: a warm start that forgets what the smaller drafter knew, or runs on with parts of a larger one."""
+    """Stops: a warm start that forgets what the smaller drafter knew, or keeps parts of a larger one."""
     small, large = tiny_drafter(), tiny_drafter(num_layers=2, intermediate_size=48)
     large.init_from_drafter(small)
     rows = torch.randn(2, 1, 5, 16)

@@ -21,7 +21,8 @@ OPTIONS = {
     "generate": {
         "--target", "--drafter", "--temperature", "--top-p", "--top-k", "--seed", "--max-new-tokens",
         "--stop", "--chat", "--raw", "--stats", "--mark", "--dtype", "--device", "--tree", "--coupled",
-        "--no-coupled", "--revision", "--drafter-revision", "--trust-remote-code",
+        "--no-coupled", "--compile", "--no-compile", "--revision", "--drafter-revision",
+        "--trust-remote-code",
     },
     "demo": {"--deepen", "--max-new-tokens", "--dtype", "--tree"},
     "data": set(),
@@ -40,7 +41,8 @@ OPTIONS = {
     },
     "bench": {
         "--output", "--target", "--drafter", "--suite", "--limit", "--deepen", "--dtype", "--temperature",
-        "--uncoupled", "--peers", "--no-peers", "--max-new-tokens", "--tree", "--note", "--seed", "--device",
+        "--uncoupled", "--peers", "--no-peers", "--compile", "--no-compile", "--max-new-tokens",
+        "--tree", "--note", "--seed", "--device",
     },
 }  # fmt: skip
 
@@ -287,7 +289,7 @@ def test_bench(coral, models: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     result = coral("bench", "--target", models / "target", "--drafter", f"mine={models / 'drafter'}",
                    "--suite", suite, "--limit", 2, "--max-new-tokens", 6, "--temperature", 0,
-                   "--temperature", 1, "--uncoupled", "--output", output)  # fmt: skip
+                   "--temperature", 1, "--uncoupled", "--no-compile", "--output", output)  # fmt: skip
     assert result.code == 0 and "HF prompt lookup" in result.out and "Traceback" not in result.err
     results = json.loads((output / "results.json").read_text())
     assert {"environment", "command", "commit", "rows"} <= set(results)

@@ -22,7 +22,7 @@ SMALL = {
     "data regenerate": ["--max-new-tokens", "8"],
     "data prepare": ["--held-out", "1"],
     "train": ["--updates", "2"],
-    "bench": ["--limit", "1", "--max-new-tokens", "4", "--suite", "questions.jsonl"],
+    "bench": ["--no-compile", "--limit", "1", "--max-new-tokens", "4", "--suite", "questions.jsonl"],
 }
 
 

@@ -33,6 +33,7 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     attention: str = "sdpa",
     budget: Budget | None = None,
+    compile: bool = False,
     coupled: bool = True,
     revision: str | None = None,
     drafter_revision: str | None = None,
@@ -44,6 +45,7 @@ def load(
         target: directory, hub id, loaded model, or None for the pair that the package ships.
         drafter: drafter directory or hub id, "ngram" (prompt lookup, no training) or None for plain decoding.
         budget: how large draft trees grow.
+        compile: see `Target.compiled`.
         coupled: at temperature > 0 draft with the noise that the sampler will use.
 
     Raises:
@@ -64,7 +66,10 @@ def load(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-    return Pair(target, make_proposer(target, drafter, coupled, drafter_revision), budget or Budget())
+    budget = budget or Budget()
+    if compile:
+        target = target.compiled((1, budget.num_nodes + 1))
+    return Pair(target, make_proposer(target, drafter, coupled, drafter_revision), budget)
 
 
 def make_proposer(

@@ -25,8 +25,9 @@ class KVLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_empty((*key_states.shape[:2], self.capacity, key_states.shape[-1]))
-        self.values = value_states.new_empty((*value_states.shape[:2], self.capacity, value_states.shape[-1]))
+        # Zeros: a compiled forward reads free rows too, and a weight of 0 does not cancel a NaN.
+        self.keys = key_states.new_zeros((*key_states.shape[:2], self.capacity, key_states.shape[-1]))
+        self.values = value_states.new_zeros((*value_states.shape[:2], self.capacity, value_states.shape[-1]))
         self.is_initialized = True
 
     def update(
@@ -34,9 +35,8 @@ class KVLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.reserve(key_states.shape[-2])
         end = self.length + key_states.shape[-2]
-        if end > self.capacity:
-            self._grow(max(end, 2 * self.capacity))
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
         self.length = end
@@ -52,6 +52,11 @@ class KVLayer(DynamicLayer):
             ]  # the gather copies first: overlap is harmless
             self.values[:, :, start:end] = self.values[:, :, index]
         self.length = end
+
+    def reserve(self, rows: int) -> None:
+        """Make room for `rows` more rows."""
+        if self.length + rows > self.capacity:
+            self._grow(max(self.length + rows, 2 * self.capacity))
 
     def _grow(self, capacity: int) -> None:
         old_keys, old_values, self.capacity = self.keys, self.values, capacity

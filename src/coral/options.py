@@ -32,6 +32,12 @@ Tree = Annotated[
         "--tree", help="Draft tree as TOP_K,MAX_DEPTH,NUM_NODES. Larger trees accept more and cost more."
     ),
 ]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        help="Compile the target's forward: faster, after a minute or more of waiting at the start."
+    ),
+]
 Coupled = Annotated[
     bool, typer.Option(help="At temperature > 0, draft with the noise that the sampler will use.")
 ]

@@ -1,8 +1,9 @@
 """Linear layers whose weights stay packed on the CPU, so that a few rows cost what one row costs.
 
-A float32 product of a few rows with a weight matrix rearranges the whole matrix each time before it multiplies.
-MKL can keep it rearranged. 96 products with matrices of 3712 x 256 (365 MB, four cores), milliseconds by number
-of rows 1 / 8 / 12 / 16 / 32: as they are 14 / 25 / 23 / 47 / 57, packed 13 / 13 / 15 / 16 / 21.
+A float32 product of a few rows with a weight matrix rearranges the whole matrix each time before it
+multiplies. MKL can keep it rearranged. 96 products with matrices of 3712 x 256 (365 MB, four cores),
+milliseconds by number of rows 1 / 8 / 12 / 16 / 32: as they are 14 / 25 / 23 / 47 / 57, packed 13 / 13 / 15 /
+16 / 21.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class PackedLinear(nn.Linear):
     _packed: tuple[Any, Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # frozen weights are packed by the compiler
+            return super().forward(input)
         rows = input.numel() // self.in_features
         if not 0 < rows <= MOST_ROWS or input.dtype != torch.float32 or torch.is_grad_enabled():
             return super().forward(input)

@@ -7,6 +7,7 @@ head, after the final norm: `get_decoder()(...).last_hidden_state`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from transformers import (
 
 from coral.attention import GROUPED_SDPA
 from coral.cache import KVCache, pack
+from coral.compiled import compiled, fix
 from coral.errors import CoralError
 from coral.files import refuse_missing
 from coral.packed import pack_linears
@@ -48,6 +50,7 @@ class Target:
         head_weight: [V, h]; head_bias: [V] or None; embedding_weight: [V, h].
         context_length: the longest sequence that is decoded exactly.
         eos_ids: ids that end a text.
+        sizes: numbers of rows for which verification is compiled; see `compiled`.
     """
 
     def __init__(
@@ -82,6 +85,8 @@ class Target:
         self.embedding_weight: Tensor = embedding.weight
         self.context_length = context_length(model.config)
         self.eos_ids = _eos_ids(model, tokenizer)
+        self.sizes: tuple[int, ...] = ()
+        self._decode: Any = None
 
     @classmethod
     def load(
@@ -159,6 +164,23 @@ class Target:
     def vocab_size(self) -> int:
         return self.head_weight.shape[0]
 
+    def compiled(self, rows: Sequence[int]) -> Target:
+        """This target with a compiled forward for trees of one sequence; the model is shared.
+
+        A tree is padded to the next size in `rows`; a larger one, or several sequences, run as before. Each
+        size is compiled when it is first met, which takes about two seconds a layer on a CPU.
+        """
+        target = copy(self)
+        target.sizes = tuple(sorted(set(rows)))
+        target._decode = compiled(self._forward_and_score, self.device)
+        return target
+
+    def _size(self, states: Sequence[State], counts: list[int]) -> int | None:
+        """To how many rows this forward is padded and compiled; None: neither."""
+        if len(counts) > 1 or states[0].cache.length == 0:
+            return None
+        return next((size for size in self.sizes if size >= counts[0]), None)
+
     def embed(self, ids: Tensor) -> Tensor:
         """Frozen token embeddings, [...] int64 -> [..., h]."""
         return F.embedding(ids, self.embedding_weight)
@@ -228,6 +250,7 @@ class Target:
             CoralError: a tree reaches past the context.
         """
         counts = [len(tree) for tree in trees]
+        size = self._size(states, counts)
         lengths = [state.cache.length for state in states]
         ids = torch.cat([tree.tokens for tree in trees])[None].to(self.device)
         depths = [length + tree.depth for length, tree in zip(lengths, trees, strict=True)]
@@ -237,14 +260,17 @@ class Target:
                 "rotary frequencies may change there; a proposer must keep to budget.within(state.remaining)."
             )
         positions = torch.cat(depths)[None].to(self.device)
-        if counts == [1]:  # plain decoding: one row sees everything, and a kernel without a mask is faster
-            allowed = key_positions = None
-        else:
-            allowed, key_positions = _pack_mask(lengths, trees, depths)
-            allowed, key_positions = allowed.to(self.device), key_positions.to(self.device)
-        cache = pack([state.cache for state in states], counts)
-        features = self._forward(ids, positions, allowed, key_positions, cache)[0]
-        return list(self.head(features).split(counts)), list(features.split(counts))
+        mask, key_positions = _pack_mask(lengths, trees, depths)
+        mask, key_positions = mask.to(self.device), key_positions.to(self.device)
+        if size is None:
+            # In plain decoding one row sees everything, and a kernel without a mask is faster.
+            allowed = None if counts == [1] else mask
+            cache = pack([state.cache for state in states], counts)
+            features = self._forward(ids, positions, allowed, key_positions, cache)[0]
+            return list(self.head(features).split(counts)), list(features.split(counts))
+        fixed = fix(states[0].cache, size, ids, positions, mask, key_positions)
+        features, logits = self._decode(*fixed)
+        return [logits[: counts[0]]], [features[: counts[0]]]
 
     @torch.inference_mode()
     def keep(
@@ -297,6 +323,10 @@ class Target:
             use_cache=cache is not None,
         )
         return output.last_hidden_state
+
+    def _forward_and_score(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        features = self._forward(*inputs)[0]
+        return features, self.head(features)
 
     def _mask(self, allowed: Tensor) -> Tensor:
         """[B, N, keys] bool -> [B, 1, N, keys]: boolean for sdpa, additive for eager."""

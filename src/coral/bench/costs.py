@@ -25,7 +25,8 @@ class Costs:
     """What one dtype costs on this machine.
 
     plain: the variant chosen as plain decoding; plain_seconds: seconds per token of all that competed.
-    step_seconds: one plain step of the chosen variant; verify_seconds: one target forward, by number of rows.
+    step_seconds: one plain step of the chosen variant; verify_seconds: one target forward of the drafters'
+    target (the compiled one if any), by number of rows.
     c: bytes of a draft step with the full LM head over bytes of a plain step, by drafter.
     """
 
@@ -54,18 +55,29 @@ class Costs:
 
 
 def measure(
-    target: Target, drafters: Mapping[str, nn.Module], prompts: Sequence[list[int]], most_rows: int
+    targets: Mapping[str, Target],
+    drafters: Mapping[str, nn.Module],
+    prompts: Sequence[list[int]],
+    most_rows: int,
 ) -> Costs:
-    """Measure all costs of a target in its dtype; `most_rows`: size of the largest tree, root included."""
-    name, per_token = fastest_plain(plain_variants(target), prompts)
+    """Measure all costs of a target in its dtype.
+
+    Args:
+        targets: the target by how it runs, "eager" and perhaps "compiled"; drafters verify with the last one.
+        most_rows: size of the largest tree, root included.
+    """
+    variants = plain_variants(targets)
+    name, per_token = fastest_plain({name: write for name, (write, _, _) in variants.items()}, prompts)
+    _, chosen, rows = variants[name]
+    target, longest = [*targets.values()][-1], max(prompts, key=len)
     sizes = {1, 2, most_rows, *(n for n in (4, 8, 12, 16, 24, 32, 48, 64) if n < most_rows)}
-    timed = verify_seconds(target, sorted(sizes), max(prompts, key=len))
+    timed = verify_seconds(target, sorted(sizes), longest)
     plain = plain_bytes(target.model)
     return Costs(
         dtype=dtype_name(target),
         plain=name,
         plain_seconds=per_token,
-        step_seconds=timed[1] if name == "1 row" else timed[2],
+        step_seconds=timed[rows] if chosen is target else verify_seconds(chosen, [rows], longest)[rows],
         verify_seconds=timed,
         c={drafter: draft_bytes(network, target.model) / plain for drafter, network in drafters.items()},
     )
@@ -92,12 +104,14 @@ class PlainPadded:
         return [_PaddedTree(torch.tensor([state.tokens[-1]] * 2), parents, scores) for state in states]
 
 
-def plain_variants(target: Target) -> dict[str, Write]:
-    """Every way of plain decoding that competes to be the baseline."""
+def plain_variants(targets: Mapping[str, Target]) -> dict[str, tuple[Write, Target, int]]:
+    """Every way of plain decoding that competes to be the baseline, with its target and number of rows."""
     budget = Budget(top_k=1, max_depth=0, num_nodes=1)
+    ways = (("1 row", Plain(), 1), ("padded to 2 rows", PlainPadded(), 2))
     return {
-        "1 row": ours(target, Plain(), budget),
-        "padded to 2 rows": ours(target, PlainPadded(), budget),
+        f"{name}, {how}": (ours(target, proposer, budget), target, rows)
+        for how, target in targets.items()
+        for name, proposer, rows in ways
     }
 
 

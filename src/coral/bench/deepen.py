@@ -107,7 +107,7 @@ def _idle_copy(source: nn.Module, wide: object, index: int, config: object) -> n
             module.config = config  # type: ignore[assignment]
     for name, module in layer.named_modules():  # and so must packed weights
         if isinstance(module, nn.Linear):
-            module.__class__ = type(source.get_submodule(name))
+            module.__class__ = source.get_submodule(name).__class__  # type: ignore[assignment]
     return layer.requires_grad_(like.requires_grad).train(source.training)
 
 

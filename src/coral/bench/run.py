@@ -50,6 +50,7 @@ def bench(
     max_new_tokens: int = 128,
     budget: Budget | None = None,
     peers: bool = True,
+    compile: bool = False,
     seed: int = 0,
     device: str | None = None,
     note: str = "",
@@ -65,6 +66,7 @@ def bench(
         suites, limit: see `suites.load`.
         deepen: append layers that change no output up to this many (see `deepen.deepen`).
         dtypes: "auto", "float32", "bfloat16", "float16"; each is measured against its own plain decoding.
+        compile: plain decoding may also be compiled, and our own methods are (see `Target.compiled`).
         coupled: whether drafting shares the sampler's noise; each value gives a row at temperature > 0.
         note: printed with every table, for example that the target's weights are random.
         command: what to type to repeat it; None takes this process's command line.
@@ -90,6 +92,7 @@ def bench(
         "max_new_tokens": max_new_tokens,
         "budget": asdict(budget),
         "peers": peers,
+        "compile": compile,
         "seed": seed,
         "note": note,
     }
@@ -113,6 +116,12 @@ def bench(
                 "layers": loaded.config.num_hidden_layers,
                 "appended_ffn_width": width,
             }
+            most_rows = max(10, budget.num_nodes) + 1
+            targets = {"eager": loaded}
+            if compile:
+                console.print(f"{dtype}: compiling, about two seconds a layer for each of three forwards")
+                targets["compiled"] = loaded.compiled((1, 2, most_rows))
+            fastest = [*targets.values()][-1]
             made = {name: maker(source) for name, source in drafters.items()}
             first = [suites_.render(loaded.tokenizer, items[0].turns[:1], []) for items in prompts.values()][
                 :3
@@ -120,15 +129,15 @@ def bench(
             if (dtype_ := dtype_name(loaded)) not in log.costs:
                 proposers = {name: make(loaded, False) for name, make in made.items()}
                 networks = {name: p.drafter for name, p in proposers.items() if hasattr(p, "drafter")}
-                log.add(measure(loaded, networks, first, max(10, budget.num_nodes) + 1))
+                log.add(measure(targets, networks, first, most_rows))
             costs, tie_references = log.costs[dtype_], references(loaded)
             shown = ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in costs.plain_seconds.items())
             console.print(f"{dtype_}: plain decoding is {costs.plain!r}, the fastest, per token: {shown}")
-            plain = plain_variants(loaded)[costs.plain]
+            plain, _, _ = plain_variants(targets)[costs.plain]
             for temperature in temperatures:
                 sampling = Sampling(temperature=temperature, seed=seed)
                 flags = list(coupled) if temperature else [False]  # at T = 0 there is no noise to share
-                methods = all_methods(loaded, plain, made, flags, budget, peers)
+                methods = all_methods(fastest, plain, made, flags, budget, peers)
                 for method in methods:
                     method.write(first[0], sampling, 0, 4)  # warm up
                 turns = sum(len(prompt.turns) for items in prompts.values() for prompt in items)

@@ -250,11 +250,12 @@ class Drafter(nn.Module):
 
     @torch.no_grad()
     def init_from_drafter(self, source: "Drafter") -> None:
-        """Copy a drafter that is as wide and deep as this one or less; what this one has more of adds nothing
-        at first, so that both compute the same.
+        """Copy a drafter that has as many layers and as wide a feed-forward block, or less.
+
+        What this one has more of adds nothing at first, so that both compute the same.
 
         Raises:
-            CoralError: the two differ in more than `intermediate_size` and `num_layers`, or the source is larger.
+            CoralError: the two differ in more than these sizes, or the source is larger.
         """
         more = {size: getattr(self.config, size) for size in ("intermediate_size", "num_layers")}
         larger = any(getattr(source.config, size) > value for size, value in more.items())

@@ -1,0 +1,51 @@
+"""Compiled forwards of fixed shapes against the eager ones, their slow twins."""
+
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from tiny import Bushes, prompt_of, random_drafter, tiny_target, write
+
+from coral.decoding.proposers.feature import Feature
+from coral.decoding.proposers.plain import Plain
+from coral.decoding.sampling import Sampling
+from coral.decoding.tree import Budget
+from coral.errors import CoralError
+
+BUDGET = Budget(top_k=3, max_depth=3, num_nodes=6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2-sliding", "mistral-sliding"])
+def test_padded_forwards_write_the_same(kind, monkeypatch):
+    """Stops: padding rows that are attended to, a window lost in the padded mask, a cache that is left with
+    other rows than an eager forward leaves, and a new compilation for every length.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, in seconds
+    target = tiny_target(kind)
+    fast = target.compiled((1, BUDGET.num_nodes + 1))
+    proposer = Feature(random_drafter(target).drafter, fast)
+    bushes = Bushes([], target.vocab_size)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for length, sampling in ((5, Sampling()), (9, Sampling(1.0, seed=3)), (14, Sampling())):
+        bushes.texts = expected = write(target, Plain(), [prompt_of(length)], 24, sampling).texts
+        for drafting in (Plain(), proposer, bushes):
+            assert write(fast, drafting, [prompt_of(length)], 24, sampling, BUDGET).texts == expected
+    # Two sizes of the target and one of the drafter, whatever the length.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 3
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_frozen_weights_write_the_same():
+    """Stops: the compiler's own packing of weights changing what is written."""
+    target = tiny_target()
+    expected = write(target, Plain(), [prompt_of(9)], 24).texts
+    bushes = Bushes(expected, target.vocab_size)
+    assert write(target.compiled((7,)), bushes, [prompt_of(9)], 24, budget=BUDGET).texts == expected
+
+
+def test_a_machine_without_a_compiler_is_told_so(monkeypatch):
+    """Stops: a page of traceback from inside the compiler at the first token."""
+    monkeypatch.setattr("coral.compiled.shutil.which", lambda name: None)
+    with pytest.raises(CoralError, match="install g\\+\\+, or do not compile"):
+        tiny_target().compiled((1,))

@@ -31,8 +31,8 @@ def test_padded_forwards_write_the_same(kind, monkeypatch):
         bushes.texts = expected = write(target, Plain(), [prompt_of(length)], 24, sampling).texts
         for drafting in (Plain(), proposer, bushes):
             assert write(fast, drafting, [prompt_of(length)], 24, sampling, BUDGET).texts == expected
-    # Two sizes of the target and one of the drafter, whatever the length.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 3
+    # Two sizes of the target, whatever the length.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 2
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")

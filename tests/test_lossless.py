@@ -19,6 +19,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from coral.decoding.generate import acceptance_length, generate
 from coral.decoding.proposers.feature import Feature
+from coral.decoding.proposers.merged import Merged
 from coral.decoding.proposers.ngram import NGram
 from coral.decoding.proposers.plain import Plain
 from coral.decoding.sampling import Sampling
@@ -37,6 +38,7 @@ PROPOSERS = {
     "random": lambda target, texts: random_drafter(target),
     "random, not coupled": lambda target, texts: random_drafter(target, coupled=False),
     "ngram": lambda target, texts: NGram(2, 1),
+    "merged": lambda target, texts: Merged(random_drafter(target), NGram(2, 1)),
     "bushes": lambda target, texts: Bushes(texts, target.vocab_size),
     "oracle": lambda target, texts: Oracle(texts, target.vocab_size),
     "wrong": lambda target, texts: Wrong(texts, target.vocab_size),

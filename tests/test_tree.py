@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import V, new_state, prompt_of, random_tree, root_path, tiny_target, tree_of
 
-from coral.decoding.tree import best_nodes
+from coral.decoding.tree import best_nodes, merge
 
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("tests")
@@ -53,6 +53,20 @@ def test_best_nodes_are_closed_under_parents(pool, count):
     assert all(parents[node] in kept for node in kept if parents[node] >= 0)
     left = [float(scores[node]) for node in range(len(scores)) if node not in kept]
     assert not left or not kept or max(left) <= min(float(scores[node]) for node in kept)
+
+
+@given(trees, trees, st.integers(0, 24))
+def test_merging_keeps_every_path_that_fits(first, second, num_nodes):
+    """Stops a node under the wrong parent, a path drafted twice, and a first tree crowded out by a second."""
+    second.tokens[0] = first.tokens[0]
+    drafted = [
+        {tuple(tree.tokens[root_path(tree, node)].tolist()) for node in range(len(tree))}
+        for tree in (first, second, merge([first, second], num_nodes))
+    ]
+    merged = merge([first, second], num_nodes)
+    assert len(drafted[2]) == len(merged) == min(num_nodes + 1, len(drafted[0] | drafted[1]))
+    assert drafted[2] <= drafted[0] | drafted[1]
+    assert drafted[0] <= drafted[2] or (len(merged) == num_nodes + 1 and drafted[2] <= drafted[0])
 
 
 @given(trees, st.data())

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 EMBEDDED = Path(__file__).parent / "embedded"
 """The pair that the package ships: `target` and `drafter`."""
 
+_AND_NGRAM = "+ngram"
+
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 
@@ -43,7 +45,8 @@ def load(
 
     Args:
         target: directory, hub id, loaded model, or None for the pair that the package ships.
-        drafter: drafter directory or hub id, "ngram" (prompt lookup, no training) or None for plain decoding.
+        drafter: drafter directory or hub id, "ngram" (prompt lookup, no training), both in one tree as
+            "DIRECTORY+ngram", or None for plain decoding.
         budget: how large draft trees grow.
         compile: see `Target.compiled`.
         coupled: at temperature > 0 draft with the noise that the sampler will use.
@@ -75,8 +78,11 @@ def load(
 def make_proposer(
     target: Target, drafter: str | Path | None, coupled: bool = True, revision: str | None = None
 ) -> Proposer:
-    """The proposer that `drafter` names: None or "plain", "ngram", or a drafter directory or hub id."""
+    """The proposer that `drafter` names: None or "plain", "ngram", a drafter directory or hub id, or both
+    together: "DIRECTORY+ngram".
+    """
     from coral.decoding.proposers.feature import Feature
+    from coral.decoding.proposers.merged import Merged
     from coral.decoding.proposers.ngram import NGram
     from coral.decoding.proposers.plain import Plain
     from coral.drafter import checkpoint
@@ -86,6 +92,9 @@ def make_proposer(
             return Plain()
         case "ngram":
             return NGram()
+        case str() if drafter.endswith(_AND_NGRAM):
+            source = drafter.removesuffix(_AND_NGRAM)
+            return Merged(make_proposer(target, source, coupled, revision), NGram())
         case _:
             device = target.head_weight.device
             loaded = checkpoint.load(drafter, target, revision=revision, dtype=target.dtype, device=device)

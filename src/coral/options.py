@@ -21,7 +21,8 @@ Target = Annotated[
 Drafter = Annotated[
     str | None,
     typer.Option(
-        help="Drafter: a directory, a hub id, 'ngram' or 'plain'. Default: the shipped pair's, else plain."
+        help="Drafter: a directory or hub id (add '+ngram' for lookup in the same tree), 'ngram' or 'plain'. "
+        "Default: the shipped pair's, else plain."
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]

@@ -128,11 +128,6 @@ def all_methods(
 def maker(source: str | Path | MakeProposer) -> MakeProposer:
     if not isinstance(source, (str, Path)):
         return source
-    from coral.decoding.proposers.feature import Feature
-    from coral.drafter import checkpoint
+    from coral.api import make_proposer
 
-    def make(target: Target, coupled: bool) -> Proposer:
-        drafter = checkpoint.load(source, target, dtype=target.dtype, device=target.device)
-        return Feature(drafter, target, coupled=coupled)
-
-    return make
+    return lambda target, coupled: make_proposer(target, source, coupled)

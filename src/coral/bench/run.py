@@ -28,6 +28,8 @@ from coral.bench.equality import Logits, compare, references
 from coral.bench.log import Log
 from coral.bench.methods import RESERVED, MakeProposer, Method, all_methods, maker
 from coral.bench.rows import Record, rows
+from coral.decoding.generate import Proposer
+from coral.decoding.proposers.merged import Merged
 from coral.decoding.sampling import Sampling
 from coral.decoding.tree import Budget
 from coral.errors import CoralError
@@ -128,7 +130,7 @@ def bench(
             ]
             if (dtype_ := dtype_name(loaded)) not in log.costs:
                 proposers = {name: make(loaded, False) for name, make in made.items()}
-                networks = {name: p.drafter for name, p in proposers.items() if hasattr(p, "drafter")}
+                networks = {name: network for name, p in proposers.items() if (network := _network(p))}
                 log.add(measure(targets, networks, first, most_rows))
             costs, tie_references = log.costs[dtype_], references(loaded)
             shown = ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in costs.plain_seconds.items())
@@ -159,6 +161,10 @@ def _save(output: Path, results: dict[str, Any], log: Log) -> None:
         results["costs"] = {dtype: costs.to_json() for dtype, costs in log.costs.items()}
         results["rows"] = rows(log.records, log.costs)
         atomic_text(output / "results.json", json.dumps(results, indent=1) + "\n")
+
+
+def _network(proposer: Proposer) -> torch.nn.Module | None:
+    return getattr(proposer.drafter if isinstance(proposer, Merged) else proposer, "drafter", None)
 
 
 def _load(target: Target | str | Path, dtype: str, device: str | None) -> Target:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -88,12 +89,41 @@ class DraftTree:
         return path, samples[path[-1]]
 
 
+def merge(trees: Sequence[DraftTree], num_nodes: int) -> DraftTree:
+    """One tree of what several trees of the same root draft.
+
+    The first tree's nodes come first, then the next one's, each likeliest first, until there are `num_nodes`
+    below the root. Nodes with the same path become one.
+    """
+    tokens, parents, scores = [int(trees[0].tokens[0])], [-1], [0.0]
+    children: dict[tuple[int, int], int] = {}
+    for tree in trees:
+        merged = {0: 0}  # node of this tree -> node of the result
+        for node in _best_first(tree.scores, tree.depth).tolist()[1:]:
+            if (parent := merged.get(int(tree.parents[node]))) is None:
+                continue
+            key = parent, int(tree.tokens[node])
+            if key not in children:
+                if len(tokens) > num_nodes:
+                    continue
+                children[key] = len(tokens)
+                tokens.append(key[1])
+                parents.append(parent)
+                scores.append(float(tree.scores[node]))
+            merged[node] = children[key]
+    forwards = sum(tree.num_forwards for tree in trees)
+    return DraftTree(torch.tensor(tokens), torch.tensor(parents), torch.tensor(scores), forwards)
+
+
 def best_nodes(scores: Tensor, depth: Tensor, count: int) -> Tensor:
     """Indices, ascending, of the `count` best nodes in the total order (score, depth, index).
 
     A parent precedes its child in that order whenever its score is not lower and its index is, so no child is
     kept without its parent, ties included. `scores` [N] float32, `depth` [N] int64.
     """
+    return _best_first(scores, depth)[:count].sort().values
+
+
+def _best_first(scores: Tensor, depth: Tensor) -> Tensor:
     by_depth = torch.argsort(depth, stable=True)
-    order = by_depth[torch.argsort(scores[by_depth], descending=True, stable=True)]
-    return order[:count].sort().values
+    return by_depth[torch.argsort(scores[by_depth], descending=True, stable=True)]

@@ -7,14 +7,11 @@ t + 1, whose head output proposes token t + 2. Its KV cache keeps only rows made
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from coral.cache import KVCache
-from coral.compiled import compiled, fix
 from coral.decoding.state import Committed, State
 from coral.decoding.tree import Budget, DraftTree, best_nodes
 from coral.drafter.drafter import Drafter
@@ -22,7 +19,6 @@ from coral.drafter.heads import FullHead, Head
 from coral.packed import pack_linears
 from coral.target import Target
 
-_ROWS = 8  # of the compiled draft step: what one level expands, or a cycle commits, is padded to this many
 _POOL = 256  # ids per node that compete after the noise is added: the sampled id is rarely outside
 
 
@@ -40,7 +36,6 @@ class Feature:
         self.drafter, self.target, self.coupled = drafter.eval(), target, coupled
         self.head = head or FullHead(target)
         pack_linears(drafter)
-        self._compiled = compiled(self._draft, target.device) if target.sizes else None
 
     @torch.inference_mode()
     def propose(
@@ -107,17 +102,10 @@ class Feature:
         self, ids: Tensor, features: Tensor, positions: Tensor, cache: KVCache, mask: Tensor
     ) -> Tensor:
         """Draft features [n, h] of rows ids [n], features [n, h], positions [1, n], mask [n, length + n]."""
-        n, device = len(ids), features.device
-        ids, positions, mask = ids[None].to(device), positions.to(device), mask[None].to(device)
-        if self._compiled is None or n > _ROWS or cache.length == 0:
-            return self._draft(ids, features[None], positions, mask, cache)[0]
-        fixed = fix(cache, _ROWS, ids, positions, mask, mask.new_zeros(1, mask.shape[2]).long())
-        features = pad(features, (0, 0, 0, _ROWS - n))[None]
-        return self._compiled(fixed.ids, features, fixed.positions, fixed.allowed, fixed.cache)[0, :n]
-
-    def _draft(self, ids: Tensor, features: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        embeddings = self.target.embed(ids.to(self.target.device)).to(features.device)
-        return self.drafter.feedback(self.drafter(embeddings, features, positions, cache, mask))
+        device = features.device
+        embeddings = self.target.embed(ids.to(self.target.device)).to(device)[None]
+        output = self.drafter(embeddings, features[None], positions.to(device), cache, mask.to(device))
+        return self.drafter.feedback(output)[0]
 
     def _children(
         self, features: Tensor, parent_scores: Tensor, depth: int, state: State, budget: Budget

@@ -329,7 +329,8 @@ def bench(
 
     drafters = options.read_drafters(drafter or [])
     if target is None and not drafters:
-        drafters["coral"] = EMBEDDED / "drafter"
+        own = str(EMBEDDED / "drafter")
+        drafters = {"coral": own, "coral+ngram": f"{own}+ngram"}
     _quiet_transformers()
     results = run(
         target or EMBEDDED / "target",

@@ -21,7 +21,7 @@ class Budget:
 
     top_k: int = 4
     max_depth: int = 4
-    num_nodes: int = 11
+    num_nodes: int = 15
 
     def within(self, remaining: int) -> Budget:
         """The same budget when only `remaining` tokens may still be written, the bonus token included."""

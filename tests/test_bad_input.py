@@ -62,7 +62,7 @@ def nothing_left(directory: Path) -> bool:
 
 GENERATE = "generate --target {target} "
 TRAIN = "train --target {target} --data {data} --output {out} --updates 1 "
-BENCH = "bench --target {target} --suite {suite_jsonl} --output {out} --max-new-tokens 4 "
+BENCH = "bench --no-compile --target {target} --suite {suite_jsonl} --output {out} --max-new-tokens 4 "
 PREPARE = "data prepare {good_jsonl} --tokenizer {target} --output {out} --held-out 1 "
 REGENERATE = "data regenerate {good_jsonl} --target {target} --output {out}.jsonl --max-new-tokens 4 "
 MISTAKES = {

@@ -23,7 +23,15 @@ FORBIDDEN = {
     "coral.decoding": ("coral.training",),
 }
 # Outlets: imported by nobody but the command line, which wires them (and the module that starts it).
-OUTLETS = ("coral.bench", "coral.cli", "coral.chat", "coral.demo", "coral.export", "coral.serve")
+OUTLETS = (
+    "coral.bench",
+    "coral.cli",
+    "coral.cli_data",
+    "coral.chat",
+    "coral.demo",
+    "coral.export",
+    "coral.serve",
+)
 MAY_USE_OUTLETS = {
     "coral.cli": OUTLETS,
     "coral.__main__": ("coral.cli",),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ OPTIONS = {
     "generate": {
         "--target", "--drafter", "--temperature", "--top-p", "--top-k", "--seed", "--max-new-tokens",
         "--stop", "--chat", "--raw", "--stats", "--mark", "--dtype", "--device", "--tree", "--coupled",
-        "--no-coupled", "--compile", "--no-compile", "--revision", "--drafter-revision",
+        "--no-coupled", "--compile", "--no-compile", "--head", "--revision", "--drafter-revision",
         "--trust-remote-code",
     },
     "demo": {"--deepen", "--max-new-tokens", "--dtype", "--tree"},
@@ -39,10 +40,14 @@ OPTIONS = {
         "--data", "--output", "--target", "--recipe", "--set", "--minutes", "--updates", "--resume",
         "--no-resume", "--dtype", "--device", "--revision", "--trust-remote-code",
     },
+    "train-head": {
+        "--data", "--target", "--kind", "--groups", "--active", "--grouping", "--updates", "--dtype",
+        "--device", "--seed", "--revision", "--trust-remote-code",
+    },
     "bench": {
         "--output", "--target", "--drafter", "--suite", "--limit", "--deepen", "--dtype", "--temperature",
-        "--uncoupled", "--peers", "--no-peers", "--compile", "--no-compile", "--max-new-tokens",
-        "--tree", "--note", "--seed", "--device",
+        "--uncoupled", "--peers", "--no-peers", "--compile", "--no-compile", "--head",
+        "--max-new-tokens", "--tree", "--note", "--seed", "--device",
     },
 }  # fmt: skip
 
@@ -171,6 +176,22 @@ def test_train_then_go_on(coral, models: Path, data: Path, tmp_path: Path) -> No
     checkpoint.load(output, Target.load(models / "target"))
     asked = ("generate", "--target", models / "target", "--max-new-tokens", 12, "hi")
     assert coral(*asked, "--drafter", output).out == coral(*asked).out
+
+
+def test_train_head_then_use_it(coral, models: Path, data: Path, tmp_path: Path) -> None:
+    """Stops a head that changes the text, and one that is trained but never used."""
+    drafter = tmp_path / "drafter"
+    shutil.copytree(models / "drafter", drafter)
+    asked = ("generate", "--target", models / "target", "--drafter", drafter, "--max-new-tokens", 12, "hi")
+    assert "coral train-head" in coral(*asked, "--head", "routed").err
+    made = coral("train-head", drafter, "--data", data, "--target", models / "target", "--groups", 4,
+                 "--active", 1, "--updates", 3)  # fmt: skip
+    assert made.code == 0 and "1 of 4 groups, recall by draft step" in made.out
+    texts = {coral(*asked, "--head", head).out for head in ("auto", "routed", "full")}
+    assert len(texts) == 1 and texts.pop().strip()
+    assert (
+        coral("train-head", drafter, "--data", data, "--target", models / "target", "--kind", "odd").code == 2
+    )
 
 
 def test_a_limit_of_the_command_line_replaces_epochs(coral, models: Path, tmp_path: Path) -> None:

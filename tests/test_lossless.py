@@ -12,6 +12,7 @@ from tiny import (
     new_state,
     prompt_of,
     random_drafter,
+    routed_head,
     soft_target,
     write,
 )
@@ -38,6 +39,7 @@ PROPOSERS = {
     "random": lambda target, texts: random_drafter(target),
     "random, not coupled": lambda target, texts: random_drafter(target, coupled=False),
     "ngram": lambda target, texts: NGram(2, 1),
+    "routed": lambda target, texts: Feature(random_drafter(target).drafter, target, routed_head(target)),
     "merged": lambda target, texts: Merged(random_drafter(target), NGram(2, 1)),
     "bushes": lambda target, texts: Bushes(texts, target.vocab_size),
     "oracle": lambda target, texts: Oracle(texts, target.vocab_size),

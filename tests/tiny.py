@@ -26,6 +26,8 @@ from coral.decoding.sampling import Sampling
 from coral.decoding.state import Committed, Cycle, State
 from coral.decoding.tree import Budget, DraftTree
 from coral.drafter.drafter import Drafter, DrafterConfig
+from coral.drafter.groups import contiguous
+from coral.drafter.heads import RoutedHead, Router
 from coral.target import Target
 
 V = 31
@@ -107,6 +109,14 @@ def soft_target(vocab_size: int = 5) -> Target:
 def prompt_of(length: int, vocab_size: int = V, seed: int = 0) -> list[int]:
     draw = random.Random(1000 * seed + length)
     return [draw.randrange(1, vocab_size) for _ in range(length)]
+
+
+def routed_head(target: Target, active: int = 1, groups: int = 4) -> RoutedHead:
+    """A routed head with a random router, so that likely ids are often left out."""
+    torch.manual_seed(3)
+    router = Router(target.hidden_size, groups)
+    torch.nn.init.normal_(router.w1.weight)
+    return RoutedHead(target, router, contiguous(target.vocab_size, groups), active)
 
 
 def random_drafter(target: Target, coupled: bool = True) -> Feature:

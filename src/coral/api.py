@@ -36,6 +36,7 @@ def load(
     attention: str = "sdpa",
     budget: Budget | None = None,
     compile: bool = False,
+    head: str = "auto",
     coupled: bool = True,
     revision: str | None = None,
     drafter_revision: str | None = None,
@@ -49,6 +50,7 @@ def load(
             "DIRECTORY+ngram", or None for plain decoding.
         budget: how large draft trees grow.
         compile: see `Target.compiled`.
+        head: the drafter's LM head, "full", "routed", or "auto" for the one that it came with.
         coupled: at temperature > 0 draft with the noise that the sampler will use.
 
     Raises:
@@ -72,11 +74,15 @@ def load(
     budget = budget or Budget()
     if compile:
         target = target.compiled((1, budget.num_nodes + 1))
-    return Pair(target, make_proposer(target, drafter, coupled, drafter_revision), budget)
+    return Pair(target, make_proposer(target, drafter, coupled, drafter_revision, head), budget)
 
 
 def make_proposer(
-    target: Target, drafter: str | Path | None, coupled: bool = True, revision: str | None = None
+    target: Target,
+    drafter: str | Path | None,
+    coupled: bool = True,
+    revision: str | None = None,
+    head: str = "auto",
 ) -> Proposer:
     """The proposer that `drafter` names: None or "plain", "ngram", a drafter directory or hub id, or both
     together: "DIRECTORY+ngram".
@@ -85,7 +91,7 @@ def make_proposer(
     from coral.decoding.proposers.merged import Merged
     from coral.decoding.proposers.ngram import NGram
     from coral.decoding.proposers.plain import Plain
-    from coral.drafter import checkpoint
+    from coral.drafter import checkpoint, heads
 
     match drafter:
         case None | "plain":
@@ -94,11 +100,11 @@ def make_proposer(
             return NGram()
         case str() if drafter.endswith(_AND_NGRAM):
             source = drafter.removesuffix(_AND_NGRAM)
-            return Merged(make_proposer(target, source, coupled, revision), NGram())
+            return Merged(make_proposer(target, source, coupled, revision, head), NGram())
         case _:
             device = target.head_weight.device
             loaded = checkpoint.load(drafter, target, revision=revision, dtype=target.dtype, device=device)
-            return Feature(loaded, target, coupled=coupled)
+            return Feature(loaded, target, heads.load(drafter, target, head, revision=revision), coupled)
 
 
 class Pair:

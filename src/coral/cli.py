@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from coral import options
+from coral.cli_data import data
 from coral.errors import CoralError
 
 app = typer.Typer(
@@ -19,7 +20,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # its tables cut long option names
     help="Make a Hugging Face LLM write faster without changing a word of its output.",
 )
-data = typer.Typer(no_args_is_help=True, help="Turn conversations into training data.")
 app.add_typer(data, name="data")
 
 
@@ -60,6 +60,7 @@ def generate(
     device: options.Device = None,
     tree: options.Tree = None,
     compile: options.Compile = False,
+    head: options.Head = "auto",
     coupled: options.Coupled = True,
     revision: options.Revision = None,
     drafter_revision: Annotated[str | None, typer.Option(help="Revision of the drafter on the hub.")] = None,
@@ -75,7 +76,7 @@ def generate(
     if prompt is None and not chat:
         raise CoralError("--raw goes on with a text; give one as the prompt, or leave --raw out to chat.")
     Sampling(temperature, top_k, top_p, seed)  # refuses what is out of range before any weight is read
-    _quiet_transformers()
+    options.quiet_transformers()
     pair = load(
         target,
         drafter,
@@ -83,6 +84,7 @@ def generate(
         device=device,
         budget=options.read_budget(tree),
         compile=compile,
+        head=head,
         coupled=coupled,
         revision=revision,
         drafter_revision=drafter_revision,
@@ -114,125 +116,8 @@ def demo(
     """Show the shipped pair at work on six prompts: marked draft tokens, then plain against CORAL."""
     from coral.demo import run
 
-    _quiet_transformers()
+    options.quiet_transformers()
     run(deepen, max_new_tokens, dtype, options.read_budget(tree))
-
-
-@data.command()
-def prepare(
-    sources: Annotated[list[Path], typer.Argument(help="JSONL files of conversations, .gz too.")],
-    tokenizer: Annotated[str, typer.Option(help="The target (or its tokenizer): a directory or hub id.")],
-    output: Annotated[Path, typer.Option(help="Directory to write.")],
-    max_length: Annotated[int, typer.Option(help="Cut (or pack) rows at this many tokens.", min=8)] = 2048,
-    pack: Annotated[
-        bool, typer.Option("--pack", help="Put whole conversations together into rows of --max-length.")
-    ] = False,
-    held_out: Annotated[
-        int, typer.Option(help="Opening prompts to set aside, never trained on.", min=0)
-    ] = 60,
-    limit: Annotated[
-        int | None, typer.Option(help="This many conversations, drawn from all sources.")
-    ] = None,
-    last_turn_only: Annotated[
-        bool,
-        typer.Option(
-            "--last-turn-only", help="Train on last answers only, for templates that rewrite history."
-        ),
-    ] = False,
-    preview: Annotated[
-        bool, typer.Option("--preview", help="Only show examples, with trained text in colour.")
-    ] = False,
-    seed: options.Seed = 0,
-    revision: options.Revision = None,
-    trust_remote_code: options.Trust = False,
-) -> None:
-    """Render conversations through the chat template and mark what the target is to write."""
-    from rich.console import Console
-
-    from coral.data import prepared
-    from coral.data.preview import preview_sources
-
-    _quiet_transformers()
-    loaded = options.read_tokenizer(tokenizer, revision, trust_remote_code)
-    if preview:
-        preview_sources(sources, loaded, Console(), last_turn_only=last_turn_only)
-        return
-    info = prepared.prepare(
-        sources,
-        loaded,
-        output,
-        max_length=max_length,
-        pack=pack,
-        held_out=held_out,
-        seed=seed,
-        limit=limit,
-        last_turn_only=last_turn_only,
-        console=Console(stderr=True),
-    )
-    print(prepared.report(info))
-
-
-@data.command()
-def regenerate(
-    sources: Annotated[list[Path], typer.Argument(help="JSONL files of conversations or prompts, .gz too.")],
-    output: Annotated[Path, typer.Option(help="JSONL file to write; a stopped run goes on there.")],
-    target: options.Target = None,
-    temperature: Annotated[
-        list[float] | None, typer.Option(help="Records take these in turn. Default: 0 and 0.8, half each.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 512,
-    batch_size: Annotated[int, typer.Option(help="Conversations answered at once.", min=1)] = 64,
-    limit: Annotated[
-        int | None, typer.Option(help="This many conversations, drawn from all sources.")
-    ] = None,
-    max_turns: Annotated[int | None, typer.Option(help="Answer only the first N user turns.")] = None,
-    keep_unfinished: Annotated[
-        bool, typer.Option("--keep-unfinished/--drop-unfinished", help="Keep answers that were cut.")
-    ] = True,
-    seed: options.Seed = 0,
-    dtype: options.Dtype = "auto",
-    device: options.Device = None,
-    revision: options.Revision = None,
-    trust_remote_code: options.Trust = False,
-) -> None:
-    """Let the target write the answers itself: a drafter learns best from its own target's text."""
-    from rich.console import Console
-
-    from coral.api import EMBEDDED
-    from coral.data.regenerate import regenerate as run
-    from coral.decoding.batch import write
-    from coral.decoding.sampling import Sampling
-    from coral.target import Target
-
-    _quiet_transformers()
-    loaded = Target.load(
-        target or EMBEDDED / "target",
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
-
-    def answer(prompts: list[list[int]], temperatures: list[float], ids: list[int]) -> list[list[int]]:
-        return write(loaded, prompts, [Sampling(t, seed=seed) for t in temperatures], ids, max_new_tokens)
-
-    assert loaded.tokenizer is not None  # it was loaded from a directory or the hub
-    result = run(
-        sources,
-        output,
-        loaded.tokenizer,
-        answer,
-        context_length=loaded.context_length,
-        max_new_tokens=max_new_tokens,
-        temperatures=temperature or (0.0, 0.8),
-        batch_size=batch_size,
-        seed=seed,
-        limit=limit,
-        max_turns=max_turns,
-        keep_unfinished=keep_unfinished,
-        console=Console(stderr=True),
-    )
-    print(result)
 
 
 @app.command()
@@ -268,7 +153,7 @@ def train(
     given = [f"limits.{name}={value}" for name, value in limits.items() if value is not None]
     instead = ["limits.epochs=null"] if given else []  # first, so that --set limits.epochs=3 still counts
     config = load_recipe(recipe, [*instead, *(set_ or ()), *given])
-    _quiet_transformers()
+    options.quiet_transformers()
     rows = prepared.load(data)
     loaded = Target.load(
         target or EMBEDDED / "target",
@@ -289,6 +174,60 @@ def train(
     )
     if not outcome.finished:
         raise typer.Exit(2)  # the loop has said so, and what to do
+
+
+@app.command()
+def train_head(
+    drafter: Annotated[Path, typer.Argument(help="Drafter directory; the head is added to it.")],
+    data: Annotated[Path, typer.Option(help="Directory that `coral data prepare` wrote.")],
+    target: options.Target = None,
+    kind: Annotated[
+        str, typer.Option(help="routed: groups of ids, of which a router picks a few.")
+    ] = "routed",
+    groups: Annotated[int, typer.Option(help="Groups of ids.", min=2)] = 32,
+    active: Annotated[int, typer.Option(help="Groups multiplied for each level of the tree.", min=1)] = 8,
+    grouping: Annotated[
+        str, typer.Option(help="kmeans (similar ids), frequency (bands) or contiguous.")
+    ] = "kmeans",
+    updates: Annotated[int, typer.Option(help="Updates of the router.", min=1)] = 300,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    seed: options.Seed = 0,
+    revision: options.Revision = None,
+    trust_remote_code: options.Trust = False,
+) -> None:
+    """Give a trained drafter a cheaper LM head. The text stays the target's own; only the speed changes."""
+    from rich.console import Console
+
+    from coral.api import EMBEDDED
+    from coral.data import prepared
+    from coral.drafter import checkpoint, heads
+    from coral.drafter.groups import split
+    from coral.target import Target
+    from coral.training.router import RouterConfig, frequencies, train_router
+
+    if kind != "routed":
+        raise CoralError(f"kind {kind!r} is not known; the one kind is routed.")
+    options.quiet_transformers()
+    rows = prepared.load(data)
+    loaded = Target.load(
+        target or EMBEDDED / "target",
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    prepared.check(rows.info, loaded.vocab_size, loaded.tokenizer)
+    network = checkpoint.load(drafter, loaded, device=loaded.device).float()
+    counts = frequencies(rows.dataset, loaded.vocab_size)
+    ids = split(grouping, groups, loaded.head_weight, counts, seed)
+    console = Console(stderr=True)
+    router, recall = train_router(
+        loaded, network, rows.dataset, ids, active, RouterConfig(updates=updates, seed=seed), console
+    )
+    heads.save(drafter, router, ids, active)
+    shown = " ".join(f"{part:.1%}" for part in recall)
+    print(f"routed head: {active} of {groups} groups, recall by draft step {shown}: {drafter}")
 
 
 @app.command()
@@ -317,6 +256,7 @@ def bench(
     ] = True,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens written for each turn.", min=1)] = 128,
     compile: options.Compile = True,
+    head: options.Head = "auto",
     tree: options.Tree = None,
     note: Annotated[str, typer.Option(help="Printed under the table.")] = "",
     seed: options.Seed = 0,
@@ -331,7 +271,7 @@ def bench(
     if target is None and not drafters:
         own = str(EMBEDDED / "drafter")
         drafters = {"coral": own, "coral+ngram": f"{own}+ngram"}
-    _quiet_transformers()
+    options.quiet_transformers()
     results = run(
         target or EMBEDDED / "target",
         drafters,
@@ -346,23 +286,12 @@ def bench(
         budget=options.read_budget(tree),
         peers=peers,
         compile=compile,
+        head=head,
         seed=seed,
         device=device,
         note=note,
     )
     report(results)
-
-
-def _quiet_transformers() -> None:
-    """Keep its bars and advice off standard error; the hub's download bars stay, for they take minutes."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging
-
-    hub_is_quiet = are_progress_bars_disabled()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    if not hub_is_quiet:
-        enable_progress_bars()
 
 
 def main() -> None:

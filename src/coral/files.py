@@ -50,11 +50,16 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 def atomic_text(path: Path, text: str) -> None:
     """Replace the file at `path` with `text` in one step; raises CoralError when the disk refuses."""
+    atomic_bytes(path, text.encode())
+
+
+def atomic_bytes(path: Path, content: bytes) -> None:
+    """Replace the file at `path` with `content` in one step; raises CoralError when the disk refuses."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(content)
         aside.replace(path)
     except OSError as error:
         raise CoralError(

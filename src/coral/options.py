@@ -39,6 +39,7 @@ Compile = Annotated[
         help="Compile the target's forward: faster, after a minute or more of waiting at the start."
     ),
 ]
+Head = Annotated[str, typer.Option(help="The drafter's LM head: full, routed, or auto for its own.")]
 Coupled = Annotated[
     bool, typer.Option(help="At temperature > 0, draft with the noise that the sampler will use.")
 ]
@@ -95,3 +96,15 @@ def read_tokenizer(source: str, revision: str | None, trust_remote_code: bool) -
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise CoralError(f"cannot load a tokenizer from {source!r}: {reason}; check the name.") from error
+
+
+def quiet_transformers() -> None:
+    """Keep its bars and advice off standard error; the hub's download bars stay, for they take minutes."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    hub_is_quiet = are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if not hub_is_quiet:
+        enable_progress_bars()

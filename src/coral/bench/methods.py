@@ -125,9 +125,9 @@ def all_methods(
     return methods
 
 
-def maker(source: str | Path | MakeProposer) -> MakeProposer:
+def maker(source: str | Path | MakeProposer, head: str = "auto") -> MakeProposer:
     if not isinstance(source, (str, Path)):
         return source
     from coral.api import make_proposer
 
-    return lambda target, coupled: make_proposer(target, source, coupled)
+    return lambda target, coupled: make_proposer(target, source, coupled, head=head)

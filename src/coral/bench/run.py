@@ -53,6 +53,7 @@ def bench(
     budget: Budget | None = None,
     peers: bool = True,
     compile: bool = False,
+    head: str = "auto",
     seed: int = 0,
     device: str | None = None,
     note: str = "",
@@ -69,6 +70,7 @@ def bench(
         deepen: append layers that change no output up to this many (see `deepen.deepen`).
         dtypes: "auto", "float32", "bfloat16", "float16"; each is measured against its own plain decoding.
         compile: plain decoding may also be compiled, and our own methods are (see `Target.compiled`).
+        head: the drafters' LM head, see `heads.load`.
         coupled: whether drafting shares the sampler's noise; each value gives a row at temperature > 0.
         note: printed with every table, for example that the target's weights are random.
         command: what to type to repeat it; None takes this process's command line.
@@ -95,6 +97,7 @@ def bench(
         "budget": asdict(budget),
         "peers": peers,
         "compile": compile,
+        "head": head,
         "seed": seed,
         "note": note,
     }
@@ -124,7 +127,7 @@ def bench(
                 console.print(f"{dtype}: compiling, about two seconds a layer for each of three forwards")
                 targets["compiled"] = loaded.compiled((1, 2, most_rows))
             fastest = [*targets.values()][-1]
-            made = {name: maker(source) for name, source in drafters.items()}
+            made = {name: maker(source, head) for name, source in drafters.items()}
             first = [suites_.render(loaded.tokenizer, items[0].turns[:1], []) for items in prompts.values()][
                 :3
             ]

@@ -144,7 +144,7 @@ def load(
         CoralError: nothing there, not a drafter of ours, tensors missing, left over or of another shape, or a
             drafter that belongs to another target than the one given.
     """
-    directory = _locate(source, revision)
+    directory = locate(source, revision)
     ours = read_config(directory)
     config = DrafterConfig(**ours["drafter"])
     if target is not None:
@@ -184,7 +184,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     return ours
 
 
-def _locate(source: str | Path, revision: str | None) -> Path:
+def locate(source: str | Path, revision: str | None = None) -> Path:
+    """The directory of a drafter, downloaded if it is a hub id; raises CoralError when there is none."""
     if Path(source).is_dir():
         return Path(source)
     if isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "/", "~")):

@@ -117,9 +117,9 @@ class Feature:
         """
         sampling = state.sampling
         if not self.coupled or sampling.temperature == 0:
-            ids, log_probs = self.head.topk(features, budget.top_k, [state])
+            ids, log_probs = self.head.topk(features, budget.top_k, [state], parent_scores)
         else:
-            ids, log_probs = self.head.topk(features, _POOL, [state])
+            ids, log_probs = self.head.topk(features, _POOL, [state], parent_scores)
             position = torch.tensor([len(state.tokens) + depth - 1], device=ids.device)
             noise = sampling.noise(position, state.sequence_id, ids)
             perturbed = (sampling.process(log_probs) + noise) * sampling.temperature

@@ -1,0 +1,139 @@
+"""Heads: a routed one scores what it looks at as the dense one does, and looks where the target's mass is."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import V, tiny_target
+from tiny_training import tiny_data, tiny_drafter
+from tiny_training import tiny_target as training_target
+
+from coral.drafter import heads
+from coral.drafter.groups import GROUPINGS, split
+from coral.drafter.heads import FullHead, RoutedHead, Router
+from coral.errors import CoralError
+from coral.training.router import RouterConfig, frequencies, group_recall, train_router
+
+
+def routed(active: int, groups: int = 4, grouping: str = "kmeans") -> RoutedHead:
+    target = tiny_target()
+    torch.manual_seed(3)
+    router = Router(target.hidden_size, groups)
+    torch.nn.init.normal_(router.w1.weight)
+    ids = split(grouping, groups, target.head_weight, torch.arange(V))
+    return RoutedHead(target, router, ids, active)
+
+
+@given(st.integers(4, 70), st.integers(2, 8), st.sampled_from(GROUPINGS))
+def test_groups_hold_each_id_once(vocab_size, groups, grouping):
+    """Stops an id that no group holds, and groups of different cost."""
+    if groups > vocab_size // 2:
+        with pytest.raises(CoralError, match="too many"):
+            split(grouping, groups, torch.randn(vocab_size, 3), torch.ones(vocab_size))
+        return
+    ids = split(grouping, groups, torch.randn(vocab_size, 3), torch.ones(vocab_size))
+    assert ids.shape == (groups, -(-vocab_size // groups))
+    assert sorted(ids[ids >= 0].tolist()) == list(range(vocab_size))
+
+
+def test_groupings_group_what_they_say():
+    """Stops k-means that leaves similar rows apart, and bands that are not of frequency."""
+    centre = torch.eye(4).repeat_interleave(8, 0)
+    shuffled = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    rows = (centre + 0.05 * torch.randn(32, 4))[shuffled]
+    ids = min(
+        (split("kmeans", 4, rows, torch.ones(32), seed) for seed in range(5)), key=lambda g: _spread(rows, g)
+    )
+    assert _spread(rows, ids) < 0.2
+    counts = torch.tensor([1, 9, 5, 7])
+    assert split("frequency", 2, rows[:4], counts).tolist() == [[1, 3], [2, 0]]
+    with pytest.raises(CoralError, match="not known; use kmeans"):
+        split("by hand", 2, rows, counts)
+
+
+def _spread(rows, ids):
+    return max(float(rows[group].std(0).max()) for group in ids)
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_with_all_groups_topk_is_that_of_the_dense_scores(grouping):
+    """Stops scores that are renormalised over the active groups, ids of the wrong group, and id -1."""
+    head = routed(4, grouping=grouping)
+    features = torch.randn(5, 16)
+    dense = head.log_probs(features)
+    assert torch.allclose(dense.exp().sum(-1), torch.ones(5), atol=1e-5)
+    values, ids = dense.topk(6)
+    found, scores = head.topk(features, 6, [], torch.zeros(5))
+    assert torch.equal(found, ids) and torch.allclose(scores, values, atol=1e-5)
+    some, kept = routed(2, grouping=grouping).topk(features, 40, [], torch.zeros(5))
+    real = kept > float("-inf")
+    assert torch.allclose(kept[real], dense.gather(1, some)[real], atol=1e-5)
+
+
+def test_likely_nodes_choose_the_groups():
+    """Stops groups that are chosen for nodes that will hardly be reached."""
+    head = routed(1)
+    features = torch.randn(40, 16)
+    first = head.router(features).argmax(-1)
+    one, other = 0, int((first != first[0]).nonzero()[0])
+    pair = features[[one, other]]
+    for scores, group in (([-0.1, -20.0], first[one]), ([-20.0, -0.1], first[other])):
+        ids, _ = head.topk(pair, 3, [], torch.tensor(scores))
+        assert set(ids.flatten().tolist()) <= set(head.ids[group].tolist())
+
+
+def test_a_head_comes_back_from_its_directory(tmp_path, saved_drafter):
+    """Stops a head that is loaded for another vocabulary, or silently replaced by the full one."""
+    directory, target = saved_drafter
+    assert isinstance(heads.load(directory, target), FullHead)
+    with pytest.raises(CoralError, match="no routed head; make one with `coral train-head"):
+        heads.load(directory, target, "routed")
+    ids = split("contiguous", 4, target.head_weight, torch.ones(V))
+    router = Router(target.hidden_size, 4)
+    heads.save(directory, router, ids, 2)
+    loaded = heads.load(directory, target)
+    assert isinstance(loaded, RoutedHead) and loaded.active == 2 and torch.equal(loaded.ids, ids)
+    assert torch.equal(loaded.router.w2.weight, router.w2.weight)
+    assert heads.load(directory, target, active=3).active == 3
+    assert isinstance(heads.load(directory, target, "full"), FullHead)
+    heads.save(directory, router, ids.clamp(max=20), 2)
+    with pytest.raises(CoralError, match="each of the target's 31 ids once"):
+        heads.load(directory, target)
+    (directory / "coral" / "head.safetensors").write_bytes(b"cut off")
+    with pytest.raises(CoralError, match="cannot be read"):
+        heads.load(directory, target)
+    with pytest.raises(CoralError, match="not known; use auto, full, routed"):
+        heads.load(directory, target, "cheap")
+
+
+@pytest.fixture
+def saved_drafter(tmp_path):
+    from tiny import random_drafter
+
+    from coral.drafter import checkpoint
+
+    target = tiny_target()
+    checkpoint.save(random_drafter(target).drafter, tmp_path / "d", target=checkpoint.TargetRecord.of(target))
+    return tmp_path / "d", target
+
+
+def test_a_trained_router_finds_the_targets_mass():
+    """Stops a router that learns from the wrong rows: its recall would stay at that of chance."""
+    target, data = training_target(), tiny_data(rows=24)
+    ids = split("kmeans", 4, target.head_weight, torch.ones(31))
+    drafter = tiny_drafter().eval().requires_grad_(False)
+    config = RouterConfig(updates=1, batch_size=4, steps=2)
+    _, before = train_router(target, drafter, data.dataset, ids, 1, config)
+    config = RouterConfig(updates=120, batch_size=4, steps=2, learning_rate=1e-2)
+    _, after = train_router(target, drafter, data.dataset, ids, 1, config)
+    assert len(after) == 2 and after[0] > before[0] + 0.1
+    counts = frequencies(data.dataset, 31)
+    assert int(counts.sum()) == sum(int(torch.as_tensor(row["loss_mask"]).sum()) for row in data.dataset)
+
+
+def test_group_recall_is_the_mass_inside_the_chosen_groups():
+    """Stops a recall of the groups with most mass instead of those that the router names."""
+    log_mass = torch.tensor([[[0.5, 0.3, 0.2]], [[0.1, 0.2, 0.7]]]).log()
+    mass = torch.tensor([[0.1, 0.6, 0.3]])
+    assert group_recall(log_mass, mass, 1).flatten().tolist() == pytest.approx([0.1, 0.3])
+    assert group_recall(log_mass, mass, 9).flatten().tolist() == pytest.approx([1.0, 1.0])

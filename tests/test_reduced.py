@@ -1,0 +1,59 @@
+"""Heads of fewer ids or a lower rank: what they keep they score as the full head does."""
+
+import pytest
+import torch
+from tiny import V, tiny_target
+
+from coral.drafter.heads import FullHead
+from coral.drafter.reduced import LowRankHead, StaticHead, factorise
+
+
+def features(rows=5):
+    return torch.randn(rows, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_static_head_drafts_only_what_it_holds():
+    """Stops positions among the kept ids handed out as ids."""
+    target, ids = tiny_target(), torch.tensor([3, 30, 7, 11, 0])
+    head, zeros = StaticHead(target, ids), torch.zeros(5)
+    found, scores = head.topk(features(), 9, [], zeros)
+    full = FullHead(target).log_probs(features())[:, ids].log_softmax(-1)
+    values, best = full.topk(5)
+    assert torch.equal(found, ids[best])
+    torch.testing.assert_close(scores, values)
+    torch.testing.assert_close(head.log_probs(features()).gather(1, found), scores)
+
+
+@pytest.mark.parametrize("rescored", [0, 8])
+def test_a_low_rank_head_of_full_rank_is_the_full_head(rescored):
+    """Stops factors that are whitened and not turned back, and real scores on another scale than the rest."""
+    target = tiny_target()
+    up, down = factorise(target.head_weight, features(40).T @ features(40) / 40, 17, torch.rand(V))
+    head, full = LowRankHead(target, up, down, rescored), FullHead(target)
+    torch.testing.assert_close(
+        head.log_probs(features()), full.log_probs(features()), atol=1e-4, rtol=1e-4
+    )
+    for k in (3, V + 5):
+        ids, scores = head.topk(features(), k, [], torch.zeros(5))
+        expected, values = full.topk(features(), k, [], torch.zeros(5))
+        assert torch.equal(ids[:, :3], expected[:, :3])
+        torch.testing.assert_close(scores, values, atol=1e-4, rtol=1e-4)
+
+
+def test_rescored_ids_have_their_real_scores():
+    """Stops likely ids ranked by the approximation."""
+    target = tiny_target()
+    up, down = factorise(target.head_weight, torch.eye(16), 4)
+    head = LowRankHead(target, up, down, rescored=12)
+    ids, scores = head.topk(features(), 6, [], torch.zeros(5))
+    real = target.head(features()).gather(1, ids)
+    torch.testing.assert_close(real - real[:, :1], scores - scores[:, :1], atol=1e-5, rtol=1e-5)
+
+
+def test_factors_spend_their_rank_where_features_lie():
+    """Stops a decomposition of the bare weight, which ignores what the head is multiplied with."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(V, 16, generator=generator)
+    few = torch.randn(200, 3, generator=generator) @ torch.randn(3, 16, generator=generator)
+    up, down = factorise(weight, few.T @ few / 200, 4)
+    torch.testing.assert_close(few @ down.T @ up.T, few @ weight.T, atol=1e-3, rtol=1e-3)

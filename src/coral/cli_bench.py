@@ -25,7 +25,11 @@ def _bench(
         typer.Option(help="NAME=DIR; may be given again. Default with the shipped pair: its own."),
     ] = None,
     suite: Annotated[
-        str, typer.Option(help="mt_bench, humaneval, gsm8k or paths to JSONL files, with commas between.")
+        str,
+        typer.Option(
+            help="mt_bench, humaneval, gsm8k, JSONL files or prepared data (its held-out prompts), "
+            "with commas between."
+        ),
     ] = "mt_bench,humaneval,gsm8k",
     limit: Annotated[int | None, typer.Option(help="Only the first N prompts of each suite.", min=1)] = None,
     deepen: Annotated[
@@ -86,8 +90,10 @@ def _bench(
 
 @bench.command()
 def compare(
-    first: Annotated[str, typer.Argument(help="Drafter name; several (seeds of one recipe) with commas.")],
-    second: Annotated[str, typer.Argument(help="The one, or those, to compare it with.")],
+    first: Annotated[
+        str, typer.Argument(help="Drafter name; several (seeds of one recipe) with commas.", metavar="FIRST")
+    ],
+    second: Annotated[str, typer.Argument(help="The one, or those, to compare it with.", metavar="SECOND")],
     runs: Annotated[list[Path], typer.Argument(help="What `coral bench --output` named.", metavar="RUN...")],
 ) -> None:
     """Say whether FIRST accepts more than SECOND: difference of tau, with a 95% interval over prompts."""

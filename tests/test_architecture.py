@@ -26,6 +26,7 @@ FORBIDDEN = {
 OUTLETS = (
     "coral.bench",
     "coral.cli",
+    "coral.cli_bench",
     "coral.cli_data",
     "coral.chat",
     "coral.demo",
@@ -34,6 +35,7 @@ OUTLETS = (
 )
 MAY_USE_OUTLETS = {
     "coral.cli": OUTLETS,
+    "coral.cli_bench": ("coral.bench",),
     "coral.__main__": ("coral.cli",),
     "coral.demo": (
         "coral.bench.deepen",

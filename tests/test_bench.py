@@ -13,6 +13,7 @@ from coral.bench.costs import Costs
 from coral.bench.report import markdown, report
 from coral.bench.rows import acceptance_by_depth, repeated, tau, unrepeated_cycles
 from coral.bench.run import bench
+from coral.data import prepared
 from coral.decoding.proposers.ngram import NGram
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle
@@ -71,6 +72,30 @@ def test_suite_from_a_path(tmp_path: Path) -> None:
         suites.load(str(path))
     with pytest.raises(CoralError, match="mt_bench, humaneval, gsm8k"):
         suites.load("mtbench")
+
+
+def test_held_out_prompts_of_prepared_data(tmp_path: Path) -> None:
+    """Stops a template put around prompts that have one, and prompts of another tokenizer that pass."""
+    rows = [
+        {"messages": [{"role": "user", "content": c}, {"role": "assistant", "content": "b"}]} for c in "cdefg"
+    ]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    target = tiny_target()
+    target.tokenizer.chat_template = "{% for m in messages %}{{ m.content[:6] }}a{% endfor %}"
+    prepared.prepare([tmp_path / "c.jsonl"], target.tokenizer, tmp_path / "data", held_out=2)
+    data = str(tmp_path / "data")
+    held_out = prepared.load(data).held_out_prompts
+    assert [suites.render(None, prompt) for prompt in suites.load(data)["held_out"]] == held_out
+    options = {"max_new_tokens": 3, "peers": False}
+    results = json.loads(bench(target, {}, f"{data},gsm8k", tmp_path / "out", limit=2, **options).read_text())
+    assert {row["suite"]: row["tokens"] for row in results["rows"]} == {"held_out": 6, "gsm8k": 6, "all": 12}
+    target.tokenizer.add_tokens(["new"])
+    with pytest.raises(CoralError, match="the target's own tokenizer"):
+        bench(target, {}, data, tmp_path / "other", **options)
+    with pytest.raises(CoralError, match=r"no coral\.json"):
+        suites.load(str(tmp_path))
+    with pytest.raises(CoralError, match="named twice"):
+        suites.load([data, data])
 
 
 def test_formulas_on_cycles_made_by_hand() -> None:

@@ -49,6 +49,7 @@ OPTIONS = {
         "--uncoupled", "--peers", "--no-peers", "--compile", "--no-compile", "--head",
         "--max-new-tokens", "--tree", "--note", "--seed", "--device",
     },
+    "bench compare": set(),
 }  # fmt: skip
 
 # What the issue promises of every row of results.json.
@@ -321,6 +322,15 @@ def test_bench(coral, models: Path, tmp_path: Path) -> None:
     assert all(row["wrong"] == 0 for row in results["rows"] if row["kind"] != "peer")
     assert (output / "results.md").read_text().count("\n| ") > 4
     assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
+    compared = coral("bench", "compare", "mine", "mine", output)
+    assert compared.code == 0 and compared.out.splitlines()[0].startswith(
+        "float32 T=0 mine: mine - mine: +0.00 tau [0.00, 0.00] over 2 prompts: no difference shown; 1.00x"
+    )
+    assert len(compared.out.splitlines()) == 6  # T = 0, T = 1 coupled and not; the suite and `all`
+    unknown = coral("bench", "compare", "mine", "yours", output)
+    assert unknown.code == 2 and "known are plain, ngram, mine" in unknown.err
+    assert "records.jsonl" in coral("bench", "compare", "mine", "ngram", tmp_path).err
+    assert "--output" in coral("bench", "--limit", 1).err
 
 
 def test_demo_and_the_shipped_pair(coral, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from coral import options
+from coral.cli_bench import bench
 from coral.cli_data import data
 from coral.errors import CoralError
 
@@ -21,6 +22,7 @@ app = typer.Typer(
     help="Make a Hugging Face LLM write faster without changing a word of its output.",
 )
 app.add_typer(data, name="data")
+app.add_typer(bench, name="bench")
 
 
 @app.callback()
@@ -228,70 +230,6 @@ def train_head(
     heads.save(drafter, router, ids, active)
     shown = " ".join(f"{part:.1%}" for part in recall)
     print(f"routed head: {active} of {groups} groups, recall by draft step {shown}: {drafter}")
-
-
-@app.command()
-def bench(
-    output: Annotated[Path, typer.Option(help="Directory for results.json, results.md and results.png.")],
-    target: options.Target = None,
-    drafter: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=DIR; may be given again. Default with the shipped pair: its own."),
-    ] = None,
-    suite: Annotated[
-        str, typer.Option(help="mt_bench, humaneval, gsm8k or paths to JSONL files, with commas between.")
-    ] = "mt_bench,humaneval,gsm8k",
-    limit: Annotated[int | None, typer.Option(help="Only the first N prompts of each suite.", min=1)] = None,
-    deepen: Annotated[
-        int | None,
-        typer.Option(help="Append layers that change no output, up to N, for an LLM's cost ratio."),
-    ] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="May be given again. Default: auto.")] = None,
-    temperature: Annotated[list[float] | None, typer.Option(help="May be given again. Default: 0.")] = None,
-    uncoupled: Annotated[
-        bool, typer.Option("--uncoupled", help="At temperature > 0, also measure uncoupled drafting.")
-    ] = False,
-    peers: Annotated[
-        bool, typer.Option(help="Also run HF generate, HF prompt lookup and our n-gram.")
-    ] = True,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens written for each turn.", min=1)] = 128,
-    compile: options.Compile = True,
-    head: options.Head = "auto",
-    tree: options.Tree = None,
-    note: Annotated[str, typer.Option(help="Printed under the table.")] = "",
-    seed: options.Seed = 0,
-    device: options.Device = None,
-) -> None:
-    """Compare plain decoding, drafters and peers on the same prompts; rows say whether the text is equal."""
-    from coral.api import EMBEDDED
-    from coral.bench.report import report
-    from coral.bench.run import bench as run
-
-    drafters = options.read_drafters(drafter or [])
-    if target is None and not drafters:
-        own = str(EMBEDDED / "drafter")
-        drafters = {"coral": own, "coral+ngram": f"{own}+ngram"}
-    options.quiet_transformers()
-    results = run(
-        target or EMBEDDED / "target",
-        drafters,
-        suite,
-        output,
-        limit=limit,
-        deepen=deepen,
-        dtypes=tuple(dtype or ("auto",)),
-        temperatures=tuple(temperature or (0.0,)),
-        coupled=(True, False) if uncoupled else (True,),
-        max_new_tokens=max_new_tokens,
-        budget=options.read_budget(tree),
-        peers=peers,
-        compile=compile,
-        head=head,
-        seed=seed,
-        device=device,
-        note=note,
-    )
-    report(results)
 
 
 def main() -> None:

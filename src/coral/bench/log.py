@@ -11,6 +11,29 @@ from coral.bench.rows import Record
 from coral.errors import CoralError
 
 
+def read(directory: Path) -> tuple[dict[str, Any], list[Record]]:
+    """Header and records of a bench, finished or not.
+
+    Raises:
+        CoralError: there is no bench in this directory, or it cannot be read.
+    """
+    path = directory / "records.jsonl"
+    if not path.is_file():
+        raise CoralError(f"{directory} holds no bench (no records.jsonl); name an --output of `coral bench`.")
+    try:
+        header, *items = [json.loads(line) for line in _finished(path)]
+        header["settings"]  # what a comparison asks for
+        return header, [Record.from_json(item["record"]) for item in items if "record" in item]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CoralError(f"cannot read {path} ({reason}); was it written by `coral bench`?") from error
+
+
+def _finished(path: Path) -> list[bytes]:
+    """Whole lines: what follows the last line end was torn when the bench was killed."""
+    return path.read_bytes().split(b"\n")[:-1]
+
+
 class Log:
     """Records and costs on disk. The first line, the header, says which bench they belong to.
 
@@ -26,8 +49,7 @@ class Log:
         self._header: dict[str, Any] | None = None  # until it is written, with the first record
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_bytes().split(b"\n") if path.exists() else []
-            finished = lines[:-1]  # what follows the last line end was torn when the bench was killed
+            finished = _finished(path) if path.exists() else []
             if not finished:
                 self._header = header  # a bench that fails before its first record leaves no file in the way
                 return

@@ -113,6 +113,7 @@ def bench(
     try:
         for dtype in dtypes:
             loaded = _load(target, dtype, device)
+            suites_.check(suites, loaded.vocab_size, loaded.tokenizer)
             width = deepen_(loaded.model, deepen, cost_ratio) if deepen else None
             results["environment"] = environment(loaded.device)
             results["target"] = {
@@ -128,9 +129,7 @@ def bench(
                 targets["compiled"] = loaded.compiled((1, 2, most_rows))
             fastest = [*targets.values()][-1]
             made = {name: maker(source, head) for name, source in drafters.items()}
-            first = [suites_.render(loaded.tokenizer, items[0].turns[:1], []) for items in prompts.values()][
-                :3
-            ]
+            first = _first_prompts(loaded, prompts)
             if (dtype_ := dtype_name(loaded)) not in log.costs:
                 proposers = {name: make(loaded, False) for name, make in made.items()}
                 networks = {name: network for name, p in proposers.items() if (network := _network(p))}
@@ -145,7 +144,7 @@ def bench(
                 methods = all_methods(fastest, plain, made, flags, budget, peers)
                 for method in methods:
                     method.write(first[0], sampling, 0, 4)  # warm up
-                turns = sum(len(prompt.turns) for items in prompts.values() for prompt in items)
+                turns = sum(prompt.num_turns for items in prompts.values() for prompt in items)
                 with Progress(console=console, transient=True) as progress:
                     task = progress.add_task(f"{dtype_} T={temperature:g}", total=turns * len(methods))
                     for suite, prompt in ((s, p) for s, items in prompts.items() for p in items):
@@ -180,6 +179,16 @@ def _load(target: Target | str | Path, dtype: str, device: str | None) -> Target
     return Target(model, target.tokenizer, name=target.name, revision=target.revision)
 
 
+def _first_prompts(target: Target, prompts: Mapping[str, Sequence[suites_.Prompt]]) -> list[list[int]]:
+    """The first prompt of up to three suites, on which costs are measured."""
+    room = target.context_length - 64  # for what is written while measuring
+    rendered = ((suites_.render(target.tokenizer, p) for p in items) for items in prompts.values())
+    fitting = [next((ids for ids in suite if len(ids) <= room), None) for suite in rendered]
+    if not (first := [ids for ids in fitting if ids is not None][:3]):
+        raise CoralError(f"no prompt fits the target's context of {target.context_length}; use other suites.")
+    return first
+
+
 def _conversation(
     target: Target,
     methods: Sequence[Method],
@@ -193,8 +202,8 @@ def _conversation(
     """Every turn by every method. Yields None after each text, or once why the rest is left out."""
     dtype = dtype_name(target)
     answers: list[str] = []
-    for turn in range(len(prompt.turns)):
-        ids = suites_.render(target.tokenizer, prompt.turns[: turn + 1], answers)
+    for turn in range(prompt.num_turns):
+        ids = suites_.render(target.tokenizer, prompt, answers)
         if len(ids) + length > target.context_length:
             yield f"{suite}/{prompt.id} turn {turn + 1}: {len(ids)} + {length} tokens exceed the context"
             return

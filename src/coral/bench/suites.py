@@ -1,4 +1,6 @@
-"""Benchmark prompts: three suites ship with the package, any other is read from a JSONL file."""
+"""Benchmark prompts: three suites ship with the package, any other is read from a JSONL file or from the
+held-out prompts of a prepared data directory.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,16 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from transformers import PreTrainedTokenizerBase
 
+from coral.data import prepared
 from coral.errors import CoralError
 
 SUITES = {"mt_bench": 80, "humaneval": 164, "gsm8k": 1319}  # name: number of prompts
+
+HELD_OUT = "held_out"  # what the prompts of a prepared data directory are called
 
 # HumanEval prompts are the beginning of a function; a chat model is asked to go on, as in EAGLE's evaluation.
 HUMANEVAL_INSTRUCTION = "Complete the following Python function.\n\n```python\n{prompt}```"
@@ -22,47 +28,72 @@ HUMANEVAL_INSTRUCTION = "Complete the following Python function.\n\n```python\n{
 
 @dataclass(frozen=True)
 class Prompt:
-    """One conversation: each turn is what the user says; the answers between them are the target's own."""
+    """One conversation: each turn is what the user says; the answers between them are the target's own.
+
+    ids: token ids of the whole prompt instead of turns, when it is rendered already; then it has one turn.
+    """
 
     id: str
     category: str
     turns: tuple[str, ...]
+    ids: tuple[int, ...] = ()
+
+    @property
+    def num_turns(self) -> int:
+        return 1 if self.ids else len(self.turns)
 
 
 def load(names: str | Iterable[str], limit: int | None = None) -> dict[str, list[Prompt]]:
     """Prompts by suite.
 
     Args:
-        names: suites, as a list or separated by commas: mt_bench, humaneval, gsm8k, or the path of a JSONL
-            file with {"id" or "question_id", "turns"} in each line (the format of Spec-Bench and EAGLE).
+        names: suites, as a list or separated by commas: mt_bench, humaneval, gsm8k, the path of a JSONL
+            file with {"id" or "question_id", "turns"} in each line (the format of Spec-Bench and EAGLE), or a
+            prepared data directory, whose held-out prompts become the suite held_out.
         limit: the first so many prompts of each suite; None takes all.
 
     Raises:
-        CoralError: an unknown suite, or a line that cannot be read.
+        CoralError: an unknown suite, or a line or directory that cannot be read.
     """
     if limit is not None and limit < 1:
         raise CoralError(f"limit is {limit}, but at least one prompt of each suite is needed.")
-    wanted = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
-    if not any(wanted):
+    wanted = _split(names)
+    if not wanted:
         raise CoralError(f"no suite was named; use some of {', '.join(SUITES)} or the path of a JSONL file.")
     suites: dict[str, list[Prompt]] = {}
-    for name in filter(None, wanted):
-        key = name if name in SUITES else Path(name).stem
+    for name in wanted:
+        key = name if name in SUITES else HELD_OUT if Path(name).is_dir() else Path(name).stem
         if key in suites or key == "all":
-            raise CoralError(f"suite {key!r} is named twice or reserved; rename the file {name}.")
+            raise CoralError(f"suite {key!r} is named twice or reserved; rename or leave out {name}.")
         suites[key] = _read(name)[:limit]
     return suites
 
 
+def check(
+    names: str | Iterable[str], vocab_size: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Refuse held-out prompts that were prepared with another tokenizer than the target's.
+
+    Raises:
+        CoralError: see `prepared.check`.
+    """
+    for name in _split(names):
+        if name not in SUITES and Path(name).is_dir():
+            prepared.check(prepared.load(name).info, vocab_size, tokenizer)
+
+
 def render(
-    tokenizer: PreTrainedTokenizerBase | None, turns: Sequence[str], answers: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt, answers: Sequence[str] = ()
 ) -> list[int]:
-    """Token ids of a conversation up to where the target answers its last turn.
+    """Token ids of a conversation up to where the target answers the turn after `answers`.
 
     Without a chat template the turns and answers follow each other, separated by blank lines.
     """
+    if prompt.ids:
+        return list(prompt.ids)
     if tokenizer is None:
         raise CoralError("the target has no tokenizer, so prompts cannot be read; load it with one.")
+    turns = prompt.turns[: len(answers) + 1]
     texts = [text for pair in zip(turns, [*answers, ""], strict=True) for text in pair][:-1]
     if tokenizer.chat_template is None:
         return list(tokenizer("\n\n".join(texts))["input_ids"])
@@ -78,7 +109,21 @@ def answer(tokenizer: PreTrainedTokenizerBase | None, tokens: Sequence[int], eos
     return str(tokenizer.decode(list(tokens[:end]), skip_special_tokens=True))
 
 
+def _split(names: str | Iterable[str]) -> list[str]:
+    parts = names.split(",") if isinstance(names, str) else names
+    return [name.strip() for name in parts if name.strip()]
+
+
 def _read(name: str) -> list[Prompt]:
+    if name not in SUITES and Path(name).is_dir():
+        prompts = [
+            # Named by its content, so that benches on different data are never taken for one.
+            Prompt(f"{crc32(json.dumps(ids).encode()):08x}", "", (), tuple(ids))
+            for ids in prepared.load(name).held_out_prompts
+        ]
+        if not prompts:
+            raise CoralError(f"{name} holds no held-out prompts; prepare it with --held-out above 0.")
+        return prompts
     if name in SUITES:
         packed = files("coral.bench").joinpath("data", f"{name}.jsonl.gz").read_bytes()
         text = gzip.decompress(packed).decode("utf-8")
@@ -87,7 +132,7 @@ def _read(name: str) -> list[Prompt]:
         if not path.is_file():
             raise CoralError(
                 f"suite {name!r} is neither a file nor one of {', '.join(SUITES)}; "
-                f"name one of these or the path of a JSONL file."
+                f"name one of these, a JSONL file or prepared data."
             )
         try:
             text = path.read_text(encoding="utf-8")

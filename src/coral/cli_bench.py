@@ -1,0 +1,105 @@
+"""`coral bench`: measure drafters on the same prompts; `coral bench compare`: say whether they differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coral import options
+from coral.errors import CoralError
+
+bench = typer.Typer(invoke_without_command=True)
+
+
+@bench.callback()
+def _bench(
+    context: typer.Context,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory for results.json, results.md and results.png. Required.")
+    ] = None,
+    target: options.Target = None,
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=DIR; may be given again. Default with the shipped pair: its own."),
+    ] = None,
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="mt_bench, humaneval, gsm8k, JSONL files or prepared data (its held-out prompts), "
+            "with commas between."
+        ),
+    ] = "mt_bench,humaneval,gsm8k",
+    limit: Annotated[int | None, typer.Option(help="Only the first N prompts of each suite.", min=1)] = None,
+    deepen: Annotated[
+        int | None,
+        typer.Option(help="Append layers that change no output, up to N, for an LLM's cost ratio."),
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="May be given again. Default: auto.")] = None,
+    temperature: Annotated[list[float] | None, typer.Option(help="May be given again. Default: 0.")] = None,
+    uncoupled: Annotated[
+        bool, typer.Option("--uncoupled", help="At temperature > 0, also measure uncoupled drafting.")
+    ] = False,
+    peers: Annotated[
+        bool, typer.Option(help="Also run HF generate, HF prompt lookup and our n-gram.")
+    ] = True,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens written for each turn.", min=1)] = 128,
+    compile: options.Compile = True,
+    head: options.Head = "auto",
+    tree: options.Tree = None,
+    note: Annotated[str, typer.Option(help="Printed under the table.")] = "",
+    seed: options.Seed = 0,
+    device: options.Device = None,
+) -> None:
+    """Compare plain decoding, drafters and peers on the same prompts; rows say whether the text is equal."""
+    if context.invoked_subcommand is not None:
+        return
+    if output is None:  # not for typer to ask for: the commands below need none
+        raise CoralError("missing option '--output'; see `coral bench --help`.")
+    from coral.api import EMBEDDED
+    from coral.bench.report import report
+    from coral.bench.run import bench as run
+
+    drafters = options.read_drafters(drafter or [])
+    if target is None and not drafters:
+        own = str(EMBEDDED / "drafter")
+        drafters = {"coral": own, "coral+ngram": f"{own}+ngram"}
+    options.quiet_transformers()
+    results = run(
+        target or EMBEDDED / "target",
+        drafters,
+        suite,
+        output,
+        limit=limit,
+        deepen=deepen,
+        dtypes=tuple(dtype or ("auto",)),
+        temperatures=tuple(temperature or (0.0,)),
+        coupled=(True, False) if uncoupled else (True,),
+        max_new_tokens=max_new_tokens,
+        budget=options.read_budget(tree),
+        peers=peers,
+        compile=compile,
+        head=head,
+        seed=seed,
+        device=device,
+        note=note,
+    )
+    report(results)
+
+
+@bench.command()
+def compare(
+    first: Annotated[
+        str, typer.Argument(help="Drafter name; several (seeds of one recipe) with commas.", metavar="FIRST")
+    ],
+    second: Annotated[str, typer.Argument(help="The one, or those, to compare it with.", metavar="SECOND")],
+    runs: Annotated[list[Path], typer.Argument(help="What `coral bench --output` named.", metavar="RUN...")],
+) -> None:
+    """Say whether FIRST accepts more than SECOND: difference of tau, with a 95% interval over prompts."""
+    from coral.bench.compare import compare as run
+    from coral.bench.compare import line
+    from coral.bench.log import read
+
+    for difference in run(first.split(","), second.split(","), [read(directory) for directory in runs]):
+        print(line(difference, first, second))

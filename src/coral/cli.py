@@ -198,7 +198,12 @@ def train_head(
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Give a trained drafter a cheaper LM head. The text stays the target's own; only the speed changes."""
+    """Give a trained drafter a cheaper LM head. The text stays the target's own; only the speed changes.
+
+    A stopped run goes on with the same command.
+    """
+    from dataclasses import asdict
+
     from rich.console import Console
 
     from coral.api import EMBEDDED
@@ -206,6 +211,7 @@ def train_head(
     from coral.drafter import checkpoint, heads
     from coral.drafter.groups import split
     from coral.target import Target
+    from coral.training import router_state
     from coral.training.router import RouterConfig, frequencies, train_router
 
     if kind != "routed":
@@ -221,13 +227,34 @@ def train_head(
     )
     prepared.check(rows.info, loaded.vocab_size, loaded.tokenizer)
     network = checkpoint.load(drafter, loaded, device=loaded.device).float()
-    counts = frequencies(rows.dataset, loaded.vocab_size)
-    ids = split(grouping, groups, loaded.head_weight, counts, seed)
-    console = Console(stderr=True)
+    config = RouterConfig(updates=updates, seed=seed)
+    settings = {
+        "groups": groups,
+        "active": active,
+        "grouping": grouping,
+        "router": asdict(config),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "rows": len(rows.dataset),
+    }
+    state = router_state.load(drafter, settings)
+    if state is None:
+        counts = frequencies(rows.dataset, loaded.vocab_size)
+        ids = split(grouping, groups, loaded.head_weight, counts, seed)
+    else:
+        ids = state.ids
     router, recall = train_router(
-        loaded, network, rows.dataset, ids, active, RouterConfig(updates=updates, seed=seed), console
+        loaded,
+        network,
+        rows.dataset,
+        ids,
+        active,
+        config,
+        Console(stderr=True),
+        state=state,
+        keep=lambda state: router_state.save(drafter, settings, state),
     )
     heads.save(drafter, router, ids, active)
+    router_state.remove(drafter)
     shown = " ".join(f"{part:.1%}" for part in recall)
     print(f"routed head: {active} of {groups} groups, recall by draft step {shown}: {drafter}")
 

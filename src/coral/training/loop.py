@@ -6,10 +6,9 @@ started again equals one that was never stopped.
 """
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -145,7 +144,10 @@ def train(
         save()  # so that a full or read-only disk is found now, not after hours
     started = time.monotonic() - state.seconds
     saved, broken, measured = time.monotonic(), 0, -1
-    with Reporter(output, not accelerator.is_main_process, console) as reporter, _signals() as stop:
+    with (
+        Reporter(output, not accelerator.is_main_process, console) as reporter,
+        run_state.stop_signals() as stop,
+    ):
         if resumed:
             reporter.forget_after(state.update)
             reporter.say(f"going on after update {state.update}")
@@ -294,21 +296,3 @@ def _order(seed: int, examples: int, first: int, count: int) -> list[int]:
         permutation = torch.randperm(examples, generator=run_state.random_generator(seed, 1, epoch))
         rows += permutation[offset : offset + count - len(rows)].tolist()
     return rows
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that fills when SIGINT or SIGTERM arrives; the update in work is finished first."""
-    received: list[int] = []
-    try:
-        old = {
-            number: signal.signal(number, lambda number, frame: received.append(number))
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-    except ValueError:  # not the main thread, which alone receives signals
-        old = {}
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

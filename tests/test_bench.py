@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from coral.bench import methods, suites
 from coral.bench.costs import Costs
+from coral.bench.recall import recall_by_depth
 from coral.bench.report import markdown, report
 from coral.bench.rows import acceptance_by_depth, repeated, tau, unrepeated_cycles
 from coral.bench.run import bench
@@ -81,14 +83,15 @@ def test_held_out_prompts_of_prepared_data(tmp_path: Path) -> None:
     ]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     target = tiny_target()
-    target.tokenizer.chat_template = "{% for m in messages %}{{ m.content[:6] }}a{% endfor %}"
+    target.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}a{% endfor %}"
     prepared.prepare([tmp_path / "c.jsonl"], target.tokenizer, tmp_path / "data", held_out=2)
     data = str(tmp_path / "data")
     held_out = prepared.load(data).held_out_prompts
     assert [suites.render(None, prompt) for prompt in suites.load(data)["held_out"]] == held_out
-    options = {"max_new_tokens": 3, "peers": False}
-    results = json.loads(bench(target, {}, f"{data},gsm8k", tmp_path / "out", limit=2, **options).read_text())
-    assert {row["suite"]: row["tokens"] for row in results["rows"]} == {"held_out": 6, "gsm8k": 6, "all": 12}
+    more, options = tmp_path / "more.jsonl", {"max_new_tokens": 3, "peers": False}
+    more.write_text('{"id": 1, "turns": ["ab"]}')
+    results = json.loads(bench(target, {}, f"{data},{more}", tmp_path / "out", **options).read_text())
+    assert {row["suite"]: row["tokens"] for row in results["rows"]} == {"held_out": 6, "more": 3, "all": 9}
     target.tokenizer.add_tokens(["new"])
     with pytest.raises(CoralError, match="the target's own tokenizer"):
         bench(target, {}, data, tmp_path / "other", **options)
@@ -198,3 +201,35 @@ def test_hugging_face_writes_past_its_end_token() -> None:
     written = methods.hugging_face(target)([1, 2, 3], Sampling(), 0, 9)
     assert len(written.tokens) == written.num_cycles == 9
     assert target.model.generation_config is defaults
+
+
+def test_group_recall_is_the_targets_mass_along_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stops masses of the wrong position, depth or cycle: they are computed again from the written text."""
+    target, budget = tiny.tiny_target(), Budget(3, 3, 9)
+    proposer, length = tiny.random_drafter(target), 20
+    prompts = [tiny.prompt_of(n) for n in (6, 9)]
+    assert recall_by_depth(target, proposer, prompts, length, budget) is None
+    proposer.head = head = tiny.routed_head(target, active=2)
+    # Groups that depend on the level, so that a level taken for another is seen.
+    monkeypatch.setattr(head, "choose", lambda features, scores: (
+        head.router(features), torch.tensor([0, 1] if len(features) == 1 else [2, 3])))  # fmt: skip
+    found = recall_by_depth(target, proposer, prompts, length, budget)
+    expected: list[list[float]] = [[], [], []]
+    for prompt in prompts:
+        written = tiny.write(target, proposer, [prompt], length, budget=budget)
+        law = target.model(torch.tensor(written.texts)).logits[0].softmax(-1)
+        at = len(prompt) - 1
+        for one in written.cycles[:-1]:  # nothing is proposed after the last
+            levels = min(3, len(written.texts[0]) - at - 2)
+            for depth in range(min(one.num_accepted + 1, levels)):
+                ids = head.ids[[0, 1] if depth == 0 else [2, 3]]
+                expected[depth].append(float(law[at + depth, ids[ids >= 0]].sum()))
+            at += len(one.tokens)
+    assert found is not None and (found["groups"], found["active"]) == (4, 2)
+    assert len(found["cycles"]) > 1
+    assert found["cycles"] == [len(masses) for masses in expected if masses]
+    assert found["recall"] == pytest.approx([sum(m) / len(m) for m in expected if m], abs=1e-5)
+    monkeypatch.undo()
+    proposer.head = tiny.routed_head(target, active=4)
+    whole = recall_by_depth(target, proposer, prompts, length, budget)
+    assert whole is not None and whole["recall"] == pytest.approx([1.0] * len(whole["recall"]))

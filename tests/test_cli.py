@@ -189,6 +189,13 @@ def test_train_head_then_use_it(coral, models: Path, data: Path, tmp_path: Path)
                  "--active", 1, "--updates", 3)  # fmt: skip
     assert made.code == 0 and "1 of 4 groups, recall by draft step" in made.out
     texts = {coral(*asked, "--head", head).out for head in ("auto", "routed", "full")}
+    command = ("bench", "--target", models / "target", "--drafter", f"mine={drafter}", "--suite", data)
+    measured = coral(
+        *command, "--max-new-tokens", 6, "--no-compile", "--no-peers", "--output", tmp_path / "out"
+    )
+    assert "routed head of mine: 1 of 4 groups hold" in measured.out
+    kept = json.loads((tmp_path / "out" / "results.json").read_text())["routed_heads"]
+    assert 0 < kept["float32"]["mine"]["recall"][0] < 1
     assert len(texts) == 1 and texts.pop().strip()
     assert (
         coral("train-head", drafter, "--data", data, "--target", models / "target", "--kind", "odd").code == 2

@@ -73,7 +73,7 @@ def markdown(results: dict[str, Any]) -> str:
             row = found[name, "all"]
             cells = [column(row) for column in _COLUMNS.values()]
             lines.append(_line([name, *(_number(x, "{:.2f}x") for x in speedups), *cells]))
-        lines.append("")
+        lines += ["", *_routed_heads(results.get("routed_heads", {}).get(dtype, {}))]
     command, commit = results["command"], results["commit"]
     return "\n".join([*lines, LEGEND, "", f"Reproduce with `{command}` at commit `{commit}`.", ""])
 
@@ -140,6 +140,16 @@ def plot(results: dict[str, Any], path: Path) -> None:
         raise CoralError(f"cannot write {path}: {error.strerror}; free some space.") from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _routed_heads(found: dict[str, Any]) -> Iterable[str]:
+    for name, head in found.items():
+        shown = " ".join(f"{recall:.1%}" for recall in head["recall"]) or "nothing measured"
+        yield (
+            f"routed head of {name}: {head['active']} of {head['groups']} groups hold {shown} of the "
+            f"target's mass at depths 1 to {len(head['recall'])}, on the accepted path (greedy, not timed)"
+        )
+        yield ""
 
 
 def _settings(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, float], list[dict[str, Any]]]:

@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -27,8 +28,10 @@ from coral.bench.environment import commit, environment
 from coral.bench.equality import Logits, compare, references
 from coral.bench.log import Log
 from coral.bench.methods import RESERVED, MakeProposer, Method, all_methods, maker
+from coral.bench.recall import recall_by_depth
 from coral.bench.rows import Record, rows
 from coral.decoding.generate import Proposer
+from coral.decoding.proposers.feature import Feature
 from coral.decoding.proposers.merged import Merged
 from coral.decoding.sampling import Sampling
 from coral.decoding.tree import Budget
@@ -108,6 +111,7 @@ def bench(
         "command": command or shlex.join(["coral", *sys.argv[1:]]),
         **header,
         "skipped": [],
+        "routed_heads": {},
     }
     console = Console(stderr=True)
     try:
@@ -122,18 +126,15 @@ def bench(
                 "layers": loaded.config.num_hidden_layers,
                 "appended_ffn_width": width,
             }
-            most_rows = max(10, budget.num_nodes) + 1
             targets = {"eager": loaded}
             if compile:
                 console.print(f"{dtype}: compiling, about two seconds a layer for each of three forwards")
-                targets["compiled"] = loaded.compiled((1, 2, most_rows))
+                targets["compiled"] = loaded.compiled((1, 2, _most_rows(budget)))
             fastest = [*targets.values()][-1]
             made = {name: maker(source, head) for name, source in drafters.items()}
-            first = _first_prompts(loaded, prompts)
-            if (dtype_ := dtype_name(loaded)) not in log.costs:
-                proposers = {name: make(loaded, False) for name, make in made.items()}
-                networks = {name: network for name, p in proposers.items() if (network := _network(p))}
-                log.add(measure(targets, networks, first, most_rows))
+            dtype_, few = dtype_name(loaded), _first_prompts(loaded, prompts)
+            heads = _measure_apart(targets, made, few, log, max_new_tokens, budget)
+            results["routed_heads"][dtype_] = heads
             costs, tie_references = log.costs[dtype_], references(loaded)
             shown = ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in costs.plain_seconds.items())
             console.print(f"{dtype_}: plain decoding is {costs.plain!r}, the fastest, per token: {shown}")
@@ -143,7 +144,7 @@ def bench(
                 flags = list(coupled) if temperature else [False]  # at T = 0 there is no noise to share
                 methods = all_methods(fastest, plain, made, flags, budget, peers)
                 for method in methods:
-                    method.write(first[0], sampling, 0, 4)  # warm up
+                    method.write(few[0][0], sampling, 0, 4)  # warm up
                 turns = sum(prompt.num_turns for items in prompts.values() for prompt in items)
                 with Progress(console=console, transient=True) as progress:
                     task = progress.add_task(f"{dtype_} T={temperature:g}", total=turns * len(methods))
@@ -165,8 +166,35 @@ def _save(output: Path, results: dict[str, Any], log: Log) -> None:
         atomic_text(output / "results.json", json.dumps(results, indent=1) + "\n")
 
 
-def _network(proposer: Proposer) -> torch.nn.Module | None:
-    return getattr(proposer.drafter if isinstance(proposer, Merged) else proposer, "drafter", None)
+def _most_rows(budget: Budget) -> int:
+    """Of a tree, root included; 10 is the length of what is looked up."""
+    return max(10, budget.num_nodes) + 1
+
+
+def _measure_apart(
+    targets: Mapping[str, Target],
+    made: Mapping[str, MakeProposer],
+    prompts: Sequence[Sequence[list[int]]],
+    log: Log,
+    length: int,
+    budget: Budget,
+) -> dict[str, Any]:
+    """What is measured on a few prompts of each suite before the texts: costs, unless the log holds them, and
+    the recall of routed heads, by drafter.
+    """
+    target = [*targets.values()][-1]
+    trained = {name: p for name, make in made.items() if (p := _trained(make(target, False)))}
+    if dtype_name(target) not in log.costs:
+        networks = {name: proposer.drafter for name, proposer in trained.items()}
+        log.add(measure(targets, networks, [suite[0] for suite in prompts][:3], _most_rows(budget)))
+    texts = [prompt for suite in prompts for prompt in suite]
+    recalls = {name: recall_by_depth(target, p, texts, length, budget) for name, p in trained.items()}
+    return {name: recall for name, recall in recalls.items() if recall}
+
+
+def _trained(proposer: Proposer) -> Feature | None:
+    inner = proposer.drafter if isinstance(proposer, Merged) else proposer
+    return inner if isinstance(inner, Feature) else None
 
 
 def _load(target: Target | str | Path, dtype: str, device: str | None) -> Target:
@@ -179,14 +207,16 @@ def _load(target: Target | str | Path, dtype: str, device: str | None) -> Target
     return Target(model, target.tokenizer, name=target.name, revision=target.revision)
 
 
-def _first_prompts(target: Target, prompts: Mapping[str, Sequence[suites_.Prompt]]) -> list[list[int]]:
-    """The first prompt of up to three suites, on which costs are measured."""
-    room = target.context_length - 64  # for what is written while measuring
+def _first_prompts(
+    target: Target, prompts: Mapping[str, Sequence[suites_.Prompt]], count: int = 4
+) -> list[list[list[int]]]:
+    """The first few prompts of each suite that leave room to write: what is measured beside the rows."""
+    room = target.context_length - 64
     rendered = ((suites_.render(target.tokenizer, p) for p in items) for items in prompts.values())
-    fitting = [next((ids for ids in suite if len(ids) <= room), None) for suite in rendered]
-    if not (first := [ids for ids in fitting if ids is not None][:3]):
+    fitting = [list(islice((ids for ids in suite if len(ids) <= room), count)) for suite in rendered]
+    if not any(fitting):
         raise CoralError(f"no prompt fits the target's context of {target.context_length}; use other suites.")
-    return first
+    return [suite for suite in fitting if suite]
 
 
 def _conversation(

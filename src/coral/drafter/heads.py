@@ -97,12 +97,16 @@ class RoutedHead:
         pack_linears(self.router)
 
     def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
-        mass = self.router(features)  # [N, G]
-        worth = (mass + scores.to(mass)[:, None]).exp().sum(0)
-        chosen = worth.topk(self.active).indices
+        mass, chosen = self.choose(features, scores)
         log_probs = self._log_probs(features, mass, chosen.tolist())  # [N, active * R]
         values, best = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
         return self.ids[chosen].flatten()[best].clamp(min=0), values
+
+    def choose(self, features: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-mass [N, G] of each group, and the groups [active] worth most to these nodes together."""
+        mass = self.router(features)
+        worth = (mass + scores.to(mass)[:, None]).exp().sum(0)
+        return mass, worth.topk(self.active).indices
 
     def log_probs(self, features: Tensor) -> Tensor:
         """[N, V] float32 with every group active, for tests."""

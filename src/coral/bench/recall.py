@@ -1,0 +1,81 @@
+"""How much of the target's mass a routed head looks at. Measured apart, on a few prompts, and never timed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coral.decoding.generate import generate
+from coral.decoding.proposers.feature import Feature
+from coral.decoding.state import Committed, State
+from coral.decoding.tree import Budget, DraftTree
+from coral.drafter.heads import RoutedHead
+from coral.target import Target
+
+
+def recall_by_depth(
+    target: Target, proposer: Feature, prompts: Sequence[list[int]], length: int, budget: Budget
+) -> dict[str, Any] | None:
+    """The part of the target's probability mass that lies in the groups which a routed head chose.
+
+    At depth d it is the mass after the node of depth d - 1 on the accepted path, in the groups chosen for
+    level d of that cycle's tree; the mean is over the cycles whose path reaches that node. The target's
+    distribution is that of temperature 1; decoding is greedy.
+
+    Returns:
+        groups, active, recall and cycles (both by depth), or None where the head is not a routed one.
+    """
+    head = proposer.head
+    if not isinstance(head, RoutedHead):
+        return None
+    sums = torch.zeros(budget.max_depth, 2, dtype=torch.float64)
+    for prompt in prompts:
+        end = min(len(prompt) + length, target.context_length)
+        state = State(list(prompt), end, target.new_cache(end + budget.num_nodes + 1))
+        for _ in generate(target, _Watcher(proposer, head, sums), [state], budget):
+            pass
+    reached = sums[sums[:, 1] > 0]
+    return {
+        "groups": len(head.ids),
+        "active": head.active,
+        "recall": (reached[:, 0] / reached[:, 1]).tolist(),
+        "cycles": reached[:, 1].long().tolist(),
+    }
+
+
+class _WatchedHead:
+    """A routed head that remembers which groups it chose, level by level."""
+
+    def __init__(self, head: RoutedHead) -> None:
+        self.head, self.levels = head, list[Tensor]()
+
+    def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
+        self.levels.append(self.head.choose(features, scores)[1])
+        return self.head.topk(features, k, states, scores)
+
+
+class _Watcher:
+    """Drafts for one sequence. What was committed since its last call tells what the target's mass was along
+    the path: row i is the feature of the node of depth i. `sums` [depths, 2] takes the mass and a count.
+    """
+
+    def __init__(self, proposer: Feature, head: RoutedHead, sums: Tensor) -> None:
+        self.watched, self.sums = _WatchedHead(head), sums
+        self.proposer = copy(proposer)
+        self.proposer.head = self.watched
+
+    def propose(
+        self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
+    ) -> list[DraftTree]:
+        head, target = self.watched.head, self.proposer.target
+        levels = self.watched.levels  # of the last cycle; none before the first
+        for depth, (chosen, feature) in enumerate(zip(levels, committed[0].features, strict=False)):
+            ids = head.ids[chosen]
+            law = target.head(feature).float().softmax(-1)
+            self.sums[depth] += torch.tensor([float(law[ids[ids >= 0]].sum()), 1.0], dtype=torch.float64)
+        levels.clear()
+        return self.proposer.propose(states, committed, budget)

@@ -4,7 +4,8 @@
 
 One-thread benches side by side: acceptance does not depend on the clock, and the speeds of these runs mean
 nothing. Prints each drafter's tau and its difference from BASE with a 95% paired bootstrap interval over
-prompts, as Markdown. Names that end in -0, -1, -2 are seeds of one recipe and are pooled, unless BASE is one run.
+prompts, as Markdown. Names that end in -0, -1, -2 are seeds of one recipe and are pooled, unless BASE is one
+run.
 """
 
 import os

@@ -294,8 +294,7 @@ def test_coupling_can_be_switched_off(forgetful):
 
 
 def test_while_the_text_repeats_itself_the_drafter_only_reads_along():
-    """Stops drafting for text that lookup has already, a drafter that misses what was written meanwhile, and one
-    that never comes back."""
+    """Stops drafting for text that lookup has already, and a drafter that never comes back."""
     target = soft_target(V)
     prompt = prompt_of(5) * 6
     state = new_state(target, prompt, 40)

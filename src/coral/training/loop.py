@@ -20,7 +20,8 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 from torch import Tensor
 
-from coral.data.features import FeatureSource, Rows, live_batch
+from coral.data.features import FeatureSource, Rows, feature_batch
+from coral.data.shards import refuse_other_target
 from coral.drafter import checkpoint
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.errors import CoralError
@@ -46,7 +47,7 @@ class TrainTarget(checkpoint.TargetLike, FeatureSource, Protocol):
 
 
 class Data(Protocol):
-    """Prepared data."""
+    """Prepared data, with or without stored features."""
 
     @property
     def dataset(self) -> Rows: ...
@@ -87,7 +88,8 @@ def train(
 
     Raises:
         CoralError: a bad configuration, an output that is something else, another configuration or other
-            data than the run in `output` had, no data, or `PATIENCE` updates in a row that are not finite.
+            data than the run in `output` had, no data, features of another target, or `PATIENCE` updates in
+            a row that are not finite.
     """
     check(config)
     output = Path(output)
@@ -95,6 +97,7 @@ def train(
     dataset = data.dataset
     if len(dataset) == 0:
         raise CoralError("the prepared data holds no rows; prepare it from other conversations.")
+    refuse_other_target(dataset, target)
     AcceleratorState._reset_state()  # one process may train twice, each time at its own precision
     accelerator = Accelerator(
         cpu=target.device.type == "cpu", mixed_precision="bf16" if config.precision == "bfloat16" else "no"
@@ -217,7 +220,7 @@ def _accumulate(
     rank, world = accelerator.process_index, accelerator.num_processes
     mine = rows[rank::world]
     batches = [
-        live_batch(target, dataset, mine[start : start + config.batch_size])
+        feature_batch(target, dataset, mine[start : start + config.batch_size])
         for start in range(0, len(mine), config.batch_size)
     ]
     trained = torch.stack([trained_rows(b.loss_mask, b.document_starts, 1).sum() for b in batches]).sum()

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from coral.data.features import FeatureSource, Rows, feature_batch
 from coral.data.shards import refuse_other_target
-from coral.drafter import checkpoint
+from coral.drafter import checkpoint, eagle
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.errors import CoralError
 from coral.training import state as run_state
@@ -239,13 +239,22 @@ def _accumulate(
 
 
 def new_drafter(target: TrainTarget, config: TrainConfig) -> Drafter:
-    """A drafter as `config.drafter` says, with weights that are a function of the seed."""
+    """A drafter as `config.drafter` says, with weights that are a function of the seed.
+
+    Raises:
+        CoralError: a layer or drafter to start from that does not exist or does not fit.
+    """
     options = config.drafter
     sizes = asdict(options)
     del sizes["init_layer"], sizes["init_drafter"]
-    if sizes["intermediate_size"] is None:
-        del sizes["intermediate_size"]
-    wanted = DrafterConfig.for_target(target.config, **sizes)
+    if options.intermediate_size is None:
+        sizes["intermediate_size"] = target.config.intermediate_size
+    wanted, source = DrafterConfig.for_target(target.config, **sizes), None
+    if options.init_drafter is not None:
+        directory = checkpoint.locate(options.init_drafter)
+        ours = (directory / "coral" / "config.json").exists()
+        source = checkpoint.load(directory, target) if ours else eagle.read(directory, target)
+        wanted = replace(source.config, **sizes)  # heads, rotary frequencies and so on stay its own
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run_state.random_generator(config.seed, 0).initial_seed())
         drafter = Drafter(wanted)
@@ -256,8 +265,8 @@ def new_drafter(target: TrainTarget, config: TrainConfig) -> Drafter:
                 f"drafter.init_layer is {options.init_layer}, but the target has {len(layers)} layers."
             )
         drafter.init_from_layer(layers[options.init_layer])
-    if options.init_drafter is not None:
-        drafter.init_from_drafter(checkpoint.load(options.init_drafter, target))
+    if source is not None:
+        drafter.init_from_drafter(source)
     return drafter
 
 

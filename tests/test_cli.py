@@ -39,6 +39,10 @@ OPTIONS = {
         "--keep-unfinished", "--drop-unfinished", "--seed", "--dtype", "--device", "--revision",
         "--trust-remote-code",
     },
+    "data features": {
+        "--output", "--target", "--store", "--shard-rows", "--batch-size", "--shard", "--dtype", "--device",
+        "--revision", "--trust-remote-code",
+    },
     "train": {
         "--data", "--output", "--target", "--recipe", "--set", "--minutes", "--updates", "--resume",
         "--no-resume", "--dtype", "--device", "--revision", "--trust-remote-code",

@@ -1,9 +1,12 @@
 """Heads: a routed one scores what it looks at as the dense one does, and looks where the target's mass is."""
 
 import io
+import json
 import re
+import runpy
 import signal
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,3 +199,15 @@ def test_group_recall_is_the_mass_inside_the_chosen_groups():
     mass = torch.tensor([[0.1, 0.6, 0.3]])
     assert group_recall(log_mass, mass, 1).flatten().tolist() == pytest.approx([0.1, 0.3])
     assert group_recall(log_mass, mass, 9).flatten().tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_the_benchmark_of_heads_runs(tmp_path, monkeypatch, capsys):
+    """Stops a published table whose command no longer works, and bytes that are not those that are read."""
+    script = Path(__file__).parent.parent / "benchmarks" / "heads.py"
+    monkeypatch.setattr("sys.argv", [str(script), str(tmp_path), "--size", "640,8", "--seconds", "0.1"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert (tmp_path / "results.md").read_text() in capsys.readouterr().out
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    read = {(r["dtype"], r["groups"], r["active"]): r["bytes"] for r in rows if r["head"] == "routed"}
+    assert read["float32", 32, 8] == 4 * 8 * (640 // 4 + 8 + 32)
+    assert {r["bytes"] for r in rows if r["head"] == "full"} == {4 * 640 * 8, 2 * 640 * 8}

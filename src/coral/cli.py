@@ -124,7 +124,7 @@ def demo(
 
 @app.command()
 def train(
-    data: Annotated[Path, typer.Option(help="Directory that `coral data prepare` wrote.")],
+    data: options.Data,
     output: Annotated[Path, typer.Option(help="Drafter directory to write; a stopped run goes on there.")],
     target: options.Target = None,
     recipe: Annotated[str, typer.Option(help="coral, hass, eagle2, or a YAML file of your own.")] = "coral",
@@ -143,9 +143,9 @@ def train(
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Train a drafter for a target. Features are computed on the way; nothing is stored but the drafter."""
+    """Train a drafter for a target. Features are computed on the way, unless --data holds them."""
     from coral.api import EMBEDDED
-    from coral.data import prepared
+    from coral.data import prepared, shards
     from coral.decoding.measure import acceptance
     from coral.target import Target
     from coral.training.loop import train as run
@@ -156,7 +156,7 @@ def train(
     instead = ["limits.epochs=null"] if given else []  # first, so that --set limits.epochs=3 still counts
     config = load_recipe(recipe, [*instead, *(set_ or ()), *given])
     options.quiet_transformers()
-    rows = prepared.load(data)
+    rows = shards.load(data)
     loaded = Target.load(
         target or EMBEDDED / "target",
         dtype=dtype,
@@ -181,7 +181,7 @@ def train(
 @app.command()
 def train_head(
     drafter: Annotated[Path, typer.Argument(help="Drafter directory; the head is added to it.")],
-    data: Annotated[Path, typer.Option(help="Directory that `coral data prepare` wrote.")],
+    data: options.Data,
     target: options.Target = None,
     kind: Annotated[
         str, typer.Option(help="routed: groups of ids, of which a router picks a few.")
@@ -207,7 +207,7 @@ def train_head(
     from rich.console import Console
 
     from coral.api import EMBEDDED
-    from coral.data import prepared
+    from coral.data import prepared, shards
     from coral.drafter import checkpoint, heads
     from coral.drafter.groups import split
     from coral.target import Target
@@ -217,7 +217,7 @@ def train_head(
     if kind != "routed":
         raise CoralError(f"kind {kind!r} is not known; the one kind is routed.")
     options.quiet_transformers()
-    rows = prepared.load(data)
+    rows = shards.load(data)
     loaded = Target.load(
         target or EMBEDDED / "target",
         dtype=dtype,

@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from coral.data.features import FeatureBatch, FeatureSource, Rows, live_batch
+from coral.data.features import FeatureBatch, FeatureSource, Rows, feature_batch
+from coral.data.shards import refuse_other_target
+from coral.drafter.checkpoint import TargetLike
 from coral.drafter.drafter import Drafter
 from coral.drafter.heads import Router
 from coral.errors import CoralError
@@ -30,11 +32,9 @@ KEEP_MINUTES = 5
 _CHUNK = 512  # trained rows that meet the LM head at a time
 
 
-class RouterTarget(FeatureSource, Protocol):
+class RouterTarget(TargetLike, FeatureSource, Protocol):
     """What stage two asks of a target."""
 
-    @property
-    def head_weight(self) -> Tensor: ...
     @property
     def head_bias(self) -> Tensor | None: ...
 
@@ -76,11 +76,12 @@ def train_router(
         target's mass that lies in the `active` groups it ranks first, a row at a time.
 
     Raises:
-        CoralError: no data, or a loss that is not finite.
+        CoralError: no data, features of another target, or a loss that is not finite.
         KeyboardInterrupt: SIGINT or SIGTERM arrived, and the state was kept.
     """
     if len(dataset) == 0:
         raise CoralError("the prepared data holds no rows; prepare it from other conversations.")
+    refuse_other_target(dataset, target)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         router = Router(drafter.config.hidden_size, len(ids)).to(target.device)
@@ -111,7 +112,7 @@ def train_router(
             at = update * config.batch_size
             rows = [order[i % len(order)] for i in range(at, at + config.batch_size)]
             drafts, kept, mass = _examples(
-                target, drafter, live_batch(target, dataset, rows), group_of, config.steps
+                target, drafter, feature_batch(target, dataset, rows), group_of, config.steps
             )
             log_mass = router(drafts)  # [S,R,G]
             loss = -((mass * log_mass).sum(-1) * kept).sum() / kept.sum().clamp(min=1)

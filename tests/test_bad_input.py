@@ -65,6 +65,7 @@ TRAIN = "train --target {target} --data {data} --output {out} --updates 1 "
 BENCH = "bench --no-compile --target {target} --suite {suite_jsonl} --output {out} --max-new-tokens 4 "
 PREPARE = "data prepare {good_jsonl} --tokenizer {target} --output {out} --held-out 1 "
 REGENERATE = "data regenerate {good_jsonl} --target {target} --output {out}.jsonl --max-new-tokens 4 "
+FEATURES = "data features {data} --target {target} --output {out} --shard-rows 2 "
 MISTAKES = {
     # command line
     "generate --tempature 1 hi": "no such option: --tempature",
@@ -117,7 +118,11 @@ MISTAKES = {
     TRAIN + "--recipe {typo_yaml}": "unknown key step; did you mean steps",
     BENCH + "--deepen 1": "deepen",
     REGENERATE + "--temperature -1": "temperatures must be",
+    FEATURES + "--shard 3/2": "cannot read --shard '3/2'; write it as I/N",
+    FEATURES + "--store float16": "cannot be stored as 'float16'; use bfloat16 or float32",
     # outputs
+    FEATURES.replace("{out}", "{file}"): "is a file, but a directory is to be written there; choose another",
+    FEATURES.replace("{out}", "{full}"): "holds other files; choose an empty or new directory",
     PREPARE.replace("{out}", "{file}"): "is a file, but a directory is to be written there; choose another",
     PREPARE.replace("{out}", "{full}"): "choose another output",
     TRAIN.replace("{out}", "{file}"): "is a file, but a directory is to be written there; choose another",
@@ -167,7 +172,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("line", [TRAIN, PREPARE, BENCH, REGENERATE])
+@pytest.mark.parametrize("line", [TRAIN, PREPARE, BENCH, REGENERATE, FEATURES])
 def test_a_full_disk_leaves_what_was_there(
     coral, place: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
@@ -243,7 +248,8 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> N
         (GENERATE + "hi", "coral.chat.Detokenizer", 0),
         (PREPARE, "coral.data.prepared._truncate", 2),
         (REGENERATE + "--batch-size 2", "coral.decoding.batch.write", 1),
-        (TRAIN, "coral.training.loop.live_batch", 0),
+        (FEATURES, "coral.data.shards.feature_batch", 1),
+        (TRAIN, "coral.training.loop.feature_batch", 0),
         (BENCH, "coral.bench.run.compare", 3),
     ],
 )

@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 import coral as library
@@ -15,6 +17,7 @@ from coral.cli import app
 from coral.data import prepared
 from coral.drafter import checkpoint
 from coral.target import Target
+from coral.training import router
 
 # Every option of every command. A new one is a promise to keep: it is added here with a reason to exist.
 OPTIONS = {
@@ -35,6 +38,10 @@ OPTIONS = {
         "--output", "--target", "--temperature", "--max-new-tokens", "--batch-size", "--limit", "--max-turns",
         "--keep-unfinished", "--drop-unfinished", "--seed", "--dtype", "--device", "--revision",
         "--trust-remote-code",
+    },
+    "data features": {
+        "--output", "--target", "--store", "--shard-rows", "--batch-size", "--shard", "--dtype", "--device",
+        "--revision", "--trust-remote-code",
     },
     "train": {
         "--data", "--output", "--target", "--recipe", "--set", "--minutes", "--updates", "--resume",
@@ -179,14 +186,32 @@ def test_train_then_go_on(coral, models: Path, data: Path, tmp_path: Path) -> No
     assert coral(*asked, "--drafter", output).out == coral(*asked).out
 
 
-def test_train_head_then_use_it(coral, models: Path, data: Path, tmp_path: Path) -> None:
-    """Stops a head that changes the text, and one that is trained but never used."""
+def test_train_head_then_use_it(
+    coral, models: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stops a head that changes the text, one that is trained but never used, and a stop that loses work."""
     drafter = tmp_path / "drafter"
     shutil.copytree(models / "drafter", drafter)
     asked = ("generate", "--target", models / "target", "--drafter", drafter, "--max-new-tokens", 12, "hi")
     assert "coral train-head" in coral(*asked, "--head", "routed").err
-    made = coral("train-head", drafter, "--data", data, "--target", models / "target", "--groups", 4,
-                 "--active", 1, "--updates", 3)  # fmt: skip
+    command = ("train-head", drafter, "--data", data, "--target", models / "target", "--groups", 4)
+    command += ("--active", 1, "--updates", 3)
+    state = drafter / "coral" / "head_training.pt"
+    recall = router.group_recall
+
+    def interrupted(*given: torch.Tensor) -> torch.Tensor:
+        signal.raise_signal(signal.SIGINT)
+        return recall(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(router, "group_recall", interrupted)
+        assert "run the same command to go on" in coral(*command).err and state.exists()
+    other = coral(*command, "--seed", 1)
+    assert other.code == 2 and "started with router.seed=0, now it is 1" in other.err
+    with monkeypatch.context() as patched:  # the groups are not made again
+        patched.setattr("coral.drafter.groups.kmeans", None)
+        made = coral(*command)
+    assert not state.exists()
     assert made.code == 0 and "1 of 4 groups, recall by draft step" in made.out
     texts = {coral(*asked, "--head", head).out for head in ("auto", "routed", "full")}
     command = ("bench", "--target", models / "target", "--drafter", f"mine={drafter}", "--suite", data)

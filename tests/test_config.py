@@ -62,9 +62,9 @@ def test_recipes_differ_where_their_papers_differ():
     """Stops: a recipe that names a method and trains another."""
     eagle2, hass, coral = (load_recipe(name) for name in ("eagle2", "hass", "coral"))
     assert {path.stem for path in RECIPES.glob("*.yaml")} == {"eagle2", "hass", "coral"}
-    assert (eagle2.steps, eagle2.loss.cross_entropy, eagle2.loss.top_k_weight) == (1, 0.1, 0.0)
-    assert (hass.steps, hass.loss.top_k_weight, hass.alignment.weight) == (3, 1.0, 0.0)
-    assert coral.loss == hass.loss and coral.alignment.weight > 0
+    assert (eagle2.steps, eagle2.loss.divergence_weight, eagle2.loss.top_k_weight) == (1, 0.1, 0.0)
+    assert (hass.steps, hass.loss.top_k_weight, hass.alignment.kind) == (3, 1.0, "none")
+    assert coral.loss == hass.loss and coral.alignment.kind == "csra"
     with pytest.raises(CoralError, match="coral, eagle2, hass"):
         load_recipe("medusa")
     with pytest.raises(CoralError, match="steps must be at least 1"):

@@ -1,9 +1,18 @@
 """Heads: a routed one scores what it looks at as the dense one does, and looks where the target's mass is."""
 
+import io
+import json
+import re
+import runpy
+import signal
+from dataclasses import asdict, replace
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from tiny import V, tiny_target
 from tiny_training import tiny_data, tiny_drafter
 from tiny_training import tiny_target as training_target
@@ -12,6 +21,7 @@ from coral.drafter import heads
 from coral.drafter.groups import GROUPINGS, split
 from coral.drafter.heads import FullHead, RoutedHead, Router
 from coral.errors import CoralError
+from coral.training import router_state
 from coral.training.router import RouterConfig, frequencies, group_recall, train_router
 
 
@@ -131,9 +141,73 @@ def test_a_trained_router_finds_the_targets_mass():
     assert int(counts.sum()) == sum(int(torch.as_tensor(row["loss_mask"]).sum()) for row in data.dataset)
 
 
+class StopsAt:
+    """Rows of data that send a signal when row `number` (counted by reading) is read."""
+
+    def __init__(self, dataset, number, signal_number):
+        self.dataset, self.left, self.signal_number = dataset, number, signal_number
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left == 0:
+            signal.raise_signal(self.signal_number)
+        return self.dataset[index]
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_router_ends_as_one_that_was_not(tmp_path, signal_number):
+    """Stops moments, learning rate, data position or recall that start again after a stop."""
+    target, data = training_target(), tiny_data(rows=24)
+    drafter = tiny_drafter().eval().requires_grad_(False)
+    ids = split("kmeans", 4, target.head_weight, torch.ones(31))
+    config = RouterConfig(updates=40, batch_size=4, steps=2, learning_rate=1e-2, log_every=10)
+    console = Console(file=io.StringIO(), width=200)
+    whole, recall = train_router(target, drafter, data.dataset, ids, 1, config, console)
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 4 and re.fullmatch(
+        r"100%  update 40  loss \d+\.\d{4}  recall \d+\.\d% \d+\.\d%", lines[-1]
+    )
+
+    def keep(state):
+        router_state.save(tmp_path, settings, state)
+
+    settings = asdict(config)
+    stopping = StopsAt(data.dataset, 38 * 4, signal_number)
+    before = signal.getsignal(signal_number)
+    with pytest.raises(KeyboardInterrupt):
+        train_router(target, drafter, stopping, ids, 1, config, console, keep=keep)
+    assert signal.getsignal(signal_number) is before
+    state = router_state.load(tmp_path, settings)
+    assert state.update == 38 and torch.equal(state.ids, ids)
+    again, found = train_router(target, drafter, data.dataset, ids, 1, config, console, state=state)
+    assert "going on after update 38" in console.file.getvalue()
+    assert found == recall
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    with pytest.raises(CoralError, match=r"started with steps=2, now it is 3; .* remove that file"):
+        router_state.load(tmp_path, asdict(replace(config, steps=3)))
+    router_state.remove(tmp_path)
+    assert router_state.load(tmp_path, settings) is None
+
+
 def test_group_recall_is_the_mass_inside_the_chosen_groups():
     """Stops a recall of the groups with most mass instead of those that the router names."""
     log_mass = torch.tensor([[[0.5, 0.3, 0.2]], [[0.1, 0.2, 0.7]]]).log()
     mass = torch.tensor([[0.1, 0.6, 0.3]])
     assert group_recall(log_mass, mass, 1).flatten().tolist() == pytest.approx([0.1, 0.3])
     assert group_recall(log_mass, mass, 9).flatten().tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_the_benchmark_of_heads_runs(tmp_path, monkeypatch, capsys):
+    """Stops a published table whose command no longer works, and bytes that are not those that are read."""
+    script = Path(__file__).parent.parent / "benchmarks" / "heads.py"
+    monkeypatch.setattr("sys.argv", [str(script), str(tmp_path), "--size", "640,8", "--seconds", "0.1"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert (tmp_path / "results.md").read_text() in capsys.readouterr().out
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    read = {(r["dtype"], r["groups"], r["active"]): r["bytes"] for r in rows if r["head"] == "routed"}
+    assert read["float32", 32, 8] == 4 * 8 * (640 // 4 + 8 + 32)
+    assert {r["bytes"] for r in rows if r["head"] == "full"} == {4 * 640 * 8, 2 * 640 * 8}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from coral.packed import MOST_ROWS, PackedLinear, pack_linears
+from coral.packed import MOST_ROWS, PackedGroups, PackedLinear, pack_linears
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch is built without MKL")
 
@@ -29,6 +29,23 @@ def test_packed_equals_plain_for_any_number_of_rows_and_threads(shape, bias):
                     assert torch.allclose(packed(x), plain(x), atol=1e-5)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_packed_groups_are_those_that_were_named(dtype, biased):
+    """Stops: the product of another group, or of one group with another's bias."""
+    weight = torch.randn(5, 33, 17, dtype=dtype)
+    bias = torch.randn(5, 33, dtype=dtype) if biased else None
+    groups, chosen = PackedGroups(weight, bias), [3, 0, 4]
+    assert (groups.packed is not None) == (dtype == torch.float32)
+    with torch.inference_mode():
+        for rows in (0, 1, 4, MOST_ROWS + 1):
+            x = torch.randn(rows, 17, dtype=dtype)
+            expected = torch.einsum("nh,grh->gnr", x.float(), weight[chosen].float())
+            expected = expected + (bias[chosen, None].float() if biased else 0)
+            close = 1e-5 if dtype == torch.float32 else 0.1
+            assert torch.allclose(groups(x, chosen).float(), expected, atol=close)
 
 
 def test_a_changed_weight_is_packed_anew_and_gradients_flow():

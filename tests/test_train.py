@@ -26,7 +26,7 @@ CONFIG = TrainConfig(
     batch_size=3,
     accumulate=2,
     loss=LossConfig(top_k_weight=1.0),
-    alignment=AlignmentConfig(weight=0.1, max_rows=8),
+    alignment=AlignmentConfig(kind="csra", max_rows=8),
     optimiser=OptimiserConfig(learning_rate=5e-3),
     limits=Limits(updates=8),
     reports=Reports(log_every=1, acceptance_every=4),

@@ -124,7 +124,7 @@ def demo(
 
 @app.command()
 def train(
-    data: Annotated[Path, typer.Option(help="Directory that `coral data prepare` wrote.")],
+    data: options.Data,
     output: Annotated[Path, typer.Option(help="Drafter directory to write; a stopped run goes on there.")],
     target: options.Target = None,
     recipe: Annotated[str, typer.Option(help="coral, hass, eagle2, or a YAML file of your own.")] = "coral",
@@ -143,9 +143,9 @@ def train(
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Train a drafter for a target. Features are computed on the way; nothing is stored but the drafter."""
+    """Train a drafter for a target. Features are computed on the way, unless --data holds them."""
     from coral.api import EMBEDDED
-    from coral.data import prepared
+    from coral.data import prepared, shards
     from coral.decoding.measure import acceptance
     from coral.target import Target
     from coral.training.loop import train as run
@@ -156,7 +156,7 @@ def train(
     instead = ["limits.epochs=null"] if given else []  # first, so that --set limits.epochs=3 still counts
     config = load_recipe(recipe, [*instead, *(set_ or ()), *given])
     options.quiet_transformers()
-    rows = prepared.load(data)
+    rows = shards.load(data)
     loaded = Target.load(
         target or EMBEDDED / "target",
         dtype=dtype,
@@ -181,7 +181,7 @@ def train(
 @app.command()
 def train_head(
     drafter: Annotated[Path, typer.Argument(help="Drafter directory; the head is added to it.")],
-    data: Annotated[Path, typer.Option(help="Directory that `coral data prepare` wrote.")],
+    data: options.Data,
     target: options.Target = None,
     kind: Annotated[
         str, typer.Option(help="routed: groups of ids, of which a router picks a few.")
@@ -198,20 +198,26 @@ def train_head(
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Give a trained drafter a cheaper LM head. The text stays the target's own; only the speed changes."""
+    """Give a trained drafter a cheaper LM head. The text stays the target's own; only the speed changes.
+
+    A stopped run goes on with the same command.
+    """
+    from dataclasses import asdict
+
     from rich.console import Console
 
     from coral.api import EMBEDDED
-    from coral.data import prepared
+    from coral.data import prepared, shards
     from coral.drafter import checkpoint, heads
     from coral.drafter.groups import split
     from coral.target import Target
+    from coral.training import router_state
     from coral.training.router import RouterConfig, frequencies, train_router
 
     if kind != "routed":
         raise CoralError(f"kind {kind!r} is not known; the one kind is routed.")
     options.quiet_transformers()
-    rows = prepared.load(data)
+    rows = shards.load(data)
     loaded = Target.load(
         target or EMBEDDED / "target",
         dtype=dtype,
@@ -221,13 +227,34 @@ def train_head(
     )
     prepared.check(rows.info, loaded.vocab_size, loaded.tokenizer)
     network = checkpoint.load(drafter, loaded, device=loaded.device).float()
-    counts = frequencies(rows.dataset, loaded.vocab_size)
-    ids = split(grouping, groups, loaded.head_weight, counts, seed)
-    console = Console(stderr=True)
+    config = RouterConfig(updates=updates, seed=seed)
+    settings = {
+        "groups": groups,
+        "active": active,
+        "grouping": grouping,
+        "router": asdict(config),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "rows": len(rows.dataset),
+    }
+    state = router_state.load(drafter, settings)
+    if state is None:
+        counts = frequencies(rows.dataset, loaded.vocab_size)
+        ids = split(grouping, groups, loaded.head_weight, counts, seed)
+    else:
+        ids = state.ids
     router, recall = train_router(
-        loaded, network, rows.dataset, ids, active, RouterConfig(updates=updates, seed=seed), console
+        loaded,
+        network,
+        rows.dataset,
+        ids,
+        active,
+        config,
+        Console(stderr=True),
+        state=state,
+        keep=lambda state: router_state.save(drafter, settings, state),
     )
     heads.save(drafter, router, ids, active)
+    router_state.remove(drafter)
     shown = " ".join(f"{part:.1%}" for part in recall)
     print(f"routed head: {active} of {groups} groups, recall by draft step {shown}: {drafter}")
 

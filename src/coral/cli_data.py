@@ -127,3 +127,49 @@ def regenerate(
         console=Console(stderr=True),
     )
     print(result)
+
+
+@data.command()
+def features(
+    data: Annotated[Path, typer.Argument(help="Directory that `coral data prepare` wrote.")],
+    output: Annotated[Path, typer.Option(help="Directory to write; a stopped run goes on there.")],
+    target: options.Target = None,
+    store: Annotated[str, typer.Option(help="Stored as bfloat16 or float32.")] = "bfloat16",
+    shard_rows: Annotated[int, typer.Option(help="Rows in a file.", min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(help="Rows that the target reads at once.", min=1)] = 8,
+    shard: Annotated[
+        str, typer.Option(help="I/N: of N processes that write into one directory, this is number I.")
+    ] = "1/1",
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.Trust = False,
+) -> None:
+    """Store the target's features of prepared data: many runs then train without running the target."""
+    from rich.console import Console
+
+    from coral.api import EMBEDDED
+    from coral.data import prepared, shards
+    from coral.target import Target
+
+    options.quiet_transformers()
+    rows = prepared.load(data)
+    loaded = Target.load(
+        target or EMBEDDED / "target",
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    prepared.check(rows.info, loaded.vocab_size, loaded.tokenizer)
+    stored = shards.store(
+        loaded,
+        rows,
+        output,
+        dtype=store,
+        shard_rows=shard_rows,
+        batch_size=batch_size,
+        part=options.read_part(shard),
+        console=Console(stderr=True),
+    )
+    print(f"features of {len(stored):,} rows in {stored.num_shards:,} shards: {output}")

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Target = Annotated[
     str | None, typer.Option(help="Target: a directory or hub id. Default: the pair that the package ships.")
 ]
+Data = Annotated[
+    Path, typer.Option(help="Directory that `coral data prepare` or `coral data features` wrote.")
+]
 Drafter = Annotated[
     str | None,
     typer.Option(
@@ -65,6 +68,18 @@ def read_budget(tree: str | None) -> Budget:
     if min(top_k, num_nodes) < 1 or max_depth < 0:
         raise CoralError(f"--tree {tree!r} is out of range; TOP_K and NUM_NODES are at least 1, MAX_DEPTH 0.")
     return Budget(top_k, max_depth, num_nodes)
+
+
+def read_part(part: str) -> tuple[int, int]:
+    """What --shard says, as (I, N).
+
+    Raises:
+        CoralError: it cannot be read, or is out of range.
+    """
+    number, slash, parts = part.partition("/")
+    if not (slash and number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise CoralError(f"cannot read --shard {part!r}; write it as I/N, with I from 1 to N.")
+    return int(number), int(parts)
 
 
 def read_drafters(items: list[str]) -> dict[str, str | Path]:

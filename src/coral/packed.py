@@ -8,11 +8,13 @@ milliseconds by number of rows 1 / 8 / 12 / 16 / 32: as they are 14 / 25 / 23 / 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 MOST_ROWS = 64  # above this, rearranging costs little beside the product itself
 
@@ -34,11 +36,34 @@ class PackedLinear(nn.Linear):
         weight = self.weight
         made_from = (weight.data_ptr(), weight.shape, 0 if weight.is_inference() else weight._version)
         if self._packed is None or self._packed[0] != made_from:
-            self._packed = made_from, torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), MOST_ROWS)
+            self._packed = made_from, _pack(weight)
         return torch.ops.mkl._mkl_linear(input, self._packed[1], weight, self.bias, rows)
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles pack anew: a packed tensor has no storage
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+
+
+class PackedGroups:
+    """Products of rows with a few chosen groups of a frozen weight; the groups stay packed where that pays.
+
+    Args:
+        weight: [G, R, h]. bias: [G, R] or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        weight = weight.detach()
+        self.weights = list(weight)
+        self.biases = [None] * len(weight) if bias is None else list(bias)
+        self.packed = [_pack(group) for group in self.weights] if _can_pack([weight]) else None
+
+    def __call__(self, rows: Tensor, groups: Sequence[int]) -> Tensor:
+        """rows [N, h] with each of the A groups: [A, N, R]."""
+        if self.packed is None or not 0 < len(rows) <= MOST_ROWS or torch.is_grad_enabled():
+            return torch.stack([linear(rows, self.weights[g], self.biases[g]) for g in groups])
+        multiply = torch.ops.mkl._mkl_linear
+        return torch.stack(
+            [multiply(rows, self.packed[g], self.weights[g], self.biases[g], len(rows)) for g in groups]
+        )
 
 
 def pack_linears(model: nn.Module) -> bool:
@@ -49,14 +74,21 @@ def pack_linears(model: nn.Module) -> bool:
         of torch without MKL, or less free memory than twice the copy of the weights that packing makes.
     """
     linears = [module for module in model.modules() if type(module) is nn.Linear]
-    weights = [module.weight for module in linears]
-    size = sum(weight.numel() * weight.element_size() for weight in weights)
-    if (
-        not torch.backends.mkl.is_available()
-        or any(weight.device.type != "cpu" or weight.dtype != torch.float32 for weight in weights)
-        or psutil.virtual_memory().available < 2 * size
-    ):
+    if not _can_pack([module.weight for module in linears]):
         return False
     for module in linears:
         module.__class__ = PackedLinear
     return True
+
+
+def _can_pack(weights: Sequence[Tensor]) -> bool:
+    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    return (
+        torch.backends.mkl.is_available()
+        and all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights)
+        and psutil.virtual_memory().available >= 2 * size
+    )
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), MOST_ROWS)

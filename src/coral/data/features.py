@@ -1,5 +1,5 @@
-"""Feature batches: what training reads. The features are computed live by the target, row by row of prepared
-data.
+"""Feature batches: what training reads. The rows of prepared data either hold the target's features (see
+`coral.data.shards`), or the target computes them now.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from coral.errors import CoralError
 
 
 class FeatureSource(Protocol):
-    """What live features ask of a target."""
+    """What feature batches ask of a target."""
 
     @property
     def device(self) -> torch.device: ...
@@ -27,7 +27,9 @@ class FeatureSource(Protocol):
 
 
 class Rows(Protocol):
-    """Prepared rows: a mapping with input_ids, loss_mask and document_starts for each index."""
+    """Prepared rows: a mapping with input_ids, loss_mask, document_starts and perhaps features for each
+    index.
+    """
 
     def __len__(self) -> int: ...
 
@@ -52,14 +54,16 @@ class FeatureBatch:
     """The embedding of the token after each, float32 [B,L,h] (the last one stands for nothing)."""
 
 
-def live_batch(target: FeatureSource, dataset: Rows, rows: Sequence[int]) -> FeatureBatch:
-    """Read rows of prepared data and run the target on them; each is cut after its last trained token.
+def feature_batch(target: FeatureSource, dataset: Rows, rows: Sequence[int]) -> FeatureBatch:
+    """Read rows of prepared data, each cut after its last trained token, with the target's features.
+
+    The target runs on rows that do not hold their features. Where they do, the padding's features are zeros.
 
     Raises:
         CoralError: a token id that the target does not have.
     """
     examples = [dataset[row] for row in rows]
-    lengths = [_used_length(example["loss_mask"]) for example in examples]
+    lengths = [used_length(example["loss_mask"]) for example in examples]
     shape = (len(rows), max(2, *lengths))
     input_ids = torch.zeros(shape, dtype=torch.int64)
     loss_mask = torch.zeros(shape, dtype=torch.bool)
@@ -77,16 +81,24 @@ def live_batch(target: FeatureSource, dataset: Rows, rows: Sequence[int]) -> Fea
     packed = bool(document_starts[:, 1:].any())
     input_ids, loss_mask = input_ids.to(target.device), loss_mask.to(target.device)
     starts_given = document_starts.to(target.device) if packed else None
+    if "features" in examples[0]:
+        features = torch.zeros(*shape, examples[0]["features"].shape[1])
+        for i, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+            features[i, :length] = example["features"][:length]
+        features = features.to(target.device)
+    else:
+        features = target.features(input_ids, starts_given).float()
     return FeatureBatch(
         rows=list(rows),
         input_ids=input_ids,
         loss_mask=loss_mask,
         document_starts=starts_given,
-        features=target.features(input_ids, starts_given).float(),
+        features=features,
         embeddings=target.embed(input_ids.roll(-1, dims=1)).float(),
     )
 
 
-def _used_length(loss_mask: Sequence[int]) -> int:
+def used_length(loss_mask: Sequence[int]) -> int:
+    """Tokens of a row up to its last trained one, which is all that training reads; 0 if there is none."""
     trained = torch.as_tensor(loss_mask).bool().nonzero()
     return int(trained[-1]) + 1 if len(trained) else 0

@@ -23,8 +23,9 @@ from coral.errors import CoralError
 from coral.files import atomic_directory
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+    from coral.data.features import Rows
 
 FORMAT_VERSION = 1
 OPEN_ROWS = 64  # packed rows that are filled side by side
@@ -34,7 +35,7 @@ OPEN_ROWS = 64  # packed rows that are filled side by side
 class PreparedData:
     """A prepared directory in memory: see the module's docstring."""
 
-    dataset: "Dataset"
+    dataset: "Rows"
     held_out_prompts: list[list[int]]
     info: dict[str, Any]
 

@@ -7,6 +7,7 @@ drafter, the target it belongs to, the drafter's options, and the recipe and mea
 
 import hashlib
 import json
+from collections.abc import Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -156,7 +157,9 @@ def load(
             f"{directory / 'model.safetensors'} cannot be read ({error}); copy the drafter again."
         ) from error
     drafter = Drafter(config)
-    _check_tensors(directory, {name: t.shape for name, t in drafter.state_dict().items()}, tensors)
+    check_tensors(
+        directory / "model.safetensors", {name: t.shape for name, t in drafter.state_dict().items()}, tensors
+    )
     stored = next(iter(tensors.values())).dtype
     drafter = drafter.to(dtype=dtype or stored)
     drafter.load_state_dict(tensors)
@@ -195,7 +198,9 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     try:
         return Path(
             snapshot_download(
-                source, revision=revision, allow_patterns=["*.json", "*.safetensors", "coral/*"]
+                source,
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors", "pytorch_model.bin", "coral/*"],
             )
         )
     except Exception as error:
@@ -221,12 +226,20 @@ def _check_target(directory: Path, recorded: TargetRecord, given: TargetRecord) 
         )
 
 
-def _check_tensors(directory: Path, expected: dict[str, torch.Size], found: dict[str, Tensor]) -> None:
-    file = directory / "model.safetensors"
-    if missing := sorted(expected.keys() - found.keys()):
-        raise CoralError(f"{file} lacks the tensors {', '.join(missing)}; copy the drafter again.")
-    if extra := sorted(found.keys() - expected.keys()):
-        raise CoralError(f"{file} holds tensors that the drafter has no place for: {', '.join(extra)}.")
+def check_names(file: Path, expected: Set[str], found: Set[str]) -> None:
+    """Raise CoralError that names the tensors which `file` lacks, or holds without a place for them."""
+    wrong = []
+    if missing := sorted(expected - found):
+        wrong.append(f"lacks the tensors {', '.join(missing)}")
+    if extra := sorted(found - expected):
+        wrong.append(f"holds tensors that the drafter has no place for: {', '.join(extra)}")
+    if wrong:
+        raise CoralError(f"{file} {' and '.join(wrong)}; copy the drafter again, or use another one.")
+
+
+def check_tensors(file: Path, expected: dict[str, torch.Size], found: dict[str, Tensor]) -> None:
+    """Raise CoralError unless the tensors found in `file` have exactly these names and shapes."""
+    check_names(file, expected.keys(), found.keys())
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise CoralError(

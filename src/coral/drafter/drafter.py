@@ -252,14 +252,16 @@ class Drafter(nn.Module):
     def init_from_drafter(self, source: "Drafter") -> None:
         """Copy a drafter that has as many layers and as wide a feed-forward block, or less.
 
-        What this one has more of adds nothing at first, so that both compute the same.
+        What this one has more of adds nothing at first, so that both compute the same. They may differ in
+        `normalised_feedback`, which draft step 1 does not use.
 
         Raises:
-            CoralError: the two differ in more than these sizes, or the source is larger.
+            CoralError: the two differ in more than this, or the source is larger.
         """
         more = {size: getattr(self.config, size) for size in ("intermediate_size", "num_layers")}
         larger = any(getattr(source.config, size) > value for size, value in more.items())
-        if larger or replace(source.config, **more) != self.config:
+        free = {**more, "normalised_feedback": self.config.normalised_feedback}
+        if larger or replace(source.config, **free) != self.config:
             raise CoralError(
                 f"cannot start from a drafter of {source.config}, since {self.config} is asked for; only "
                 f"{' and '.join(more)} may be larger."

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from coral.drafter import checkpoint
 from coral.errors import CoralError
 from coral.files import atomic_bytes
-from coral.packed import pack_linears
+from coral.packed import PackedGroups, pack_linears
 from coral.target import Target
 
 HEADS = ("auto", "full", "routed")
@@ -39,12 +39,12 @@ class FullHead:
         self.target = target
 
     def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.target.head(features).float()
-        values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
-        return ids, values - logits.logsumexp(-1, keepdim=True)
+        log_probs = self.log_probs(features)
+        values, ids = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
+        return ids, values
 
     def log_probs(self, features: Tensor) -> Tensor:
-        """[N, V] float32, for tests."""
+        """[N, V] float32."""
         return self.target.head(features).float().log_softmax(-1)
 
 
@@ -82,25 +82,19 @@ class RoutedHead:
         weight, bias = target.head_weight, target.head_bias
         self.router = router.to(weight.device, weight.dtype).eval().requires_grad_(False)
         self.ids, self.active = ids.to(weight.device), min(active, len(ids))
-        self.rows = nn.ModuleList()
-        for group in self.ids:
-            absent = group < 0
-            rows = nn.Linear(
-                weight.shape[1], len(group), bias=bias is not None or bool(absent.any()), device="meta"
-            )
-            rows.weight = nn.Parameter(weight[group.clamp(min=0)], requires_grad=False)
-            if rows.bias is not None:
-                own = weight.new_zeros(len(group)) if bias is None else bias[group.clamp(min=0)]
-                rows.bias = nn.Parameter(own.masked_fill(absent, float("-inf")), requires_grad=False)
-            self.rows.append(rows)
-        pack_linears(self.rows)
+        absent, there = self.ids < 0, self.ids.clamp(min=0)
+        if bias is not None or absent.any():
+            bias = weight.new_zeros(there.shape) if bias is None else bias[there]
+            bias = bias.masked_fill(absent, float("-inf"))
+        self.rows = PackedGroups(weight[there], bias)
         pack_linears(self.router)
 
     def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
         mass, chosen = self.choose(features, scores)
-        log_probs = self._log_probs(features, mass, chosen.tolist())  # [N, active * R]
+        log_probs = self._log_probs(features, mass, chosen)  # [N, active * R]
         values, best = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
-        return self.ids[chosen].flatten()[best].clamp(min=0), values
+        size = self.ids.shape[1]
+        return self.ids[chosen[best // size], best % size].clamp(min=0), values
 
     def choose(self, features: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The log-mass [N, G] of each group, and the groups [active] worth most to these nodes together."""
@@ -110,17 +104,16 @@ class RoutedHead:
 
     def log_probs(self, features: Tensor) -> Tensor:
         """[N, V] float32 with every group active, for tests."""
-        scores = self._log_probs(features, self.router(features), range(len(self.ids)))
+        scores = self._log_probs(features, self.router(features), torch.arange(len(self.ids)))
         dense = scores.new_empty(len(features), int(self.ids.max()) + 1)
         there = self.ids.flatten() >= 0
         dense[:, self.ids.flatten()[there]] = scores[:, there]
         return dense
 
-    def _log_probs(self, features: Tensor, mass: Tensor, groups: Sequence[int]) -> Tensor:
-        inside = [self.rows[group](features).float().log_softmax(-1) for group in groups]  # each [N, R]
-        return torch.cat(
-            [scores + mass[:, g, None] for g, scores in zip(groups, inside, strict=True)], dim=-1
-        )
+    def _log_probs(self, features: Tensor, mass: Tensor, groups: Tensor) -> Tensor:
+        """[N, A * R] float32, of the ids in these A groups."""
+        inside = self.rows(features, groups.tolist()).float().log_softmax(-1)  # [A, N, R]
+        return inside.add_(mass[:, groups].T[:, :, None]).transpose(0, 1).flatten(1)
 
 
 def save(directory: Path, router: Router, ids: Tensor, active: int) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from coral.data.features import FeatureBatch
 from coral.drafter.drafter import Drafter
@@ -51,11 +52,16 @@ class Learner(nn.Module):
         sequence, row = valid[0].nonzero(as_tuple=True)
         kept = valid[:, sequence, row]  # [S,R]
         drafts = torch.stack([output[sequence, row] for output in outputs]).float()  # [S,R,h]
+        wanted, tokens = features[sequence, row + 1], batch.input_ids[sequence, row + 2]
+        follows = (sequence[1:] == sequence[:-1]) & (row[1:] == row[:-1] + 1)
+        before = torch.where(pad(follows, (1, 0)), torch.arange(len(row), device=row.device), 0) - 1
         with torch.autocast(features.device.type, enabled=False):
             losses = draft_losses(
                 drafts,
-                features[sequence, row + 1],
+                wanted,
                 kept,
+                tokens,
+                before,
                 head_weight,
                 head_bias,
                 config.loss,
@@ -63,8 +69,9 @@ class Learner(nn.Module):
             )
             loss = losses.total.sum()
             aligned = torch.zeros((), device=drafts.device)
-            if config.alignment.weight and config.steps > 1:
-                aligned = alignment_loss(drafts, kept, sequence, config.alignment, generator) * len(row)
+            if config.alignment.kind != "none":
+                views = (drafts, wanted, kept, sequence, tokens)
+                aligned = alignment_loss(*views, config.alignment, generator) * len(row)
                 loss = loss + config.alignment.weight * aligned
         parts = (losses.rows, losses.correct, losses.regression, losses.cross_entropy, losses.top_k)
         sums = torch.stack([*(part.float() for part in parts), aligned.detach().expand(config.steps)], dim=1)

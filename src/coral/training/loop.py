@@ -6,11 +6,10 @@ started again equals one that was never stopped.
 """
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +19,9 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 from torch import Tensor
 
-from coral.data.features import FeatureSource, Rows, live_batch
-from coral.drafter import checkpoint
+from coral.data.features import FeatureSource, Rows, feature_batch
+from coral.data.shards import refuse_other_target
+from coral.drafter import checkpoint, eagle
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.errors import CoralError
 from coral.training import state as run_state
@@ -46,7 +46,7 @@ class TrainTarget(checkpoint.TargetLike, FeatureSource, Protocol):
 
 
 class Data(Protocol):
-    """Prepared data."""
+    """Prepared data, with or without stored features."""
 
     @property
     def dataset(self) -> Rows: ...
@@ -87,7 +87,8 @@ def train(
 
     Raises:
         CoralError: a bad configuration, an output that is something else, another configuration or other
-            data than the run in `output` had, no data, or `PATIENCE` updates in a row that are not finite.
+            data than the run in `output` had, no data, features of another target, or `PATIENCE` updates in
+            a row that are not finite.
     """
     check(config)
     output = Path(output)
@@ -95,6 +96,7 @@ def train(
     dataset = data.dataset
     if len(dataset) == 0:
         raise CoralError("the prepared data holds no rows; prepare it from other conversations.")
+    refuse_other_target(dataset, target)
     AcceleratorState._reset_state()  # one process may train twice, each time at its own precision
     accelerator = Accelerator(
         cpu=target.device.type == "cpu", mixed_precision="bf16" if config.precision == "bfloat16" else "no"
@@ -145,7 +147,10 @@ def train(
         save()  # so that a full or read-only disk is found now, not after hours
     started = time.monotonic() - state.seconds
     saved, broken, measured = time.monotonic(), 0, -1
-    with Reporter(output, not accelerator.is_main_process, console) as reporter, _signals() as stop:
+    with (
+        Reporter(output, not accelerator.is_main_process, console) as reporter,
+        run_state.stop_signals() as stop,
+    ):
         if resumed:
             reporter.forget_after(state.update)
             reporter.say(f"going on after update {state.update}")
@@ -217,7 +222,7 @@ def _accumulate(
     rank, world = accelerator.process_index, accelerator.num_processes
     mine = rows[rank::world]
     batches = [
-        live_batch(target, dataset, mine[start : start + config.batch_size])
+        feature_batch(target, dataset, mine[start : start + config.batch_size])
         for start in range(0, len(mine), config.batch_size)
     ]
     trained = torch.stack([trained_rows(b.loss_mask, b.document_starts, 1).sum() for b in batches]).sum()
@@ -236,13 +241,22 @@ def _accumulate(
 
 
 def new_drafter(target: TrainTarget, config: TrainConfig) -> Drafter:
-    """A drafter as `config.drafter` says, with weights that are a function of the seed."""
+    """A drafter as `config.drafter` says, with weights that are a function of the seed.
+
+    Raises:
+        CoralError: a layer or drafter to start from that does not exist or does not fit.
+    """
     options = config.drafter
     sizes = asdict(options)
     del sizes["init_layer"], sizes["init_drafter"]
-    if sizes["intermediate_size"] is None:
-        del sizes["intermediate_size"]
-    wanted = DrafterConfig.for_target(target.config, **sizes)
+    if options.intermediate_size is None:
+        sizes["intermediate_size"] = target.config.intermediate_size
+    wanted, source = DrafterConfig.for_target(target.config, **sizes), None
+    if options.init_drafter is not None:
+        directory = checkpoint.locate(options.init_drafter)
+        ours = (directory / "coral" / "config.json").exists()
+        source = checkpoint.load(directory, target) if ours else eagle.read(directory, target)
+        wanted = replace(source.config, **sizes)  # heads, rotary frequencies and so on stay its own
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run_state.random_generator(config.seed, 0).initial_seed())
         drafter = Drafter(wanted)
@@ -253,8 +267,8 @@ def new_drafter(target: TrainTarget, config: TrainConfig) -> Drafter:
                 f"drafter.init_layer is {options.init_layer}, but the target has {len(layers)} layers."
             )
         drafter.init_from_layer(layers[options.init_layer])
-    if options.init_drafter is not None:
-        drafter.init_from_drafter(checkpoint.load(options.init_drafter, target))
+    if source is not None:
+        drafter.init_from_drafter(source)
     return drafter
 
 
@@ -294,21 +308,3 @@ def _order(seed: int, examples: int, first: int, count: int) -> list[int]:
         permutation = torch.randperm(examples, generator=run_state.random_generator(seed, 1, epoch))
         rows += permutation[offset : offset + count - len(rows)].tolist()
     return rows
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that fills when SIGINT or SIGTERM arrives; the update in work is finished first."""
-    received: list[int] = []
-    try:
-        old = {
-            number: signal.signal(number, lambda number, frame: received.append(number))
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-    except ValueError:  # not the main thread, which alone receives signals
-        old = {}
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -15,7 +15,7 @@ Shapes: S draft steps, R trained rows, V vocabulary, h hidden size.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,8 +30,14 @@ class LossConfig:
 
     regression: float = 1.0
     """Weight of SmoothL1 (beta 1, mean over the hidden size) between draft feature and target feature."""
-    cross_entropy: float = 0.1
-    """Weight of the soft cross-entropy against the target's distribution over the whole vocabulary."""
+    divergence: Literal["kl", "tv", "nla", "lk"] = "kl"
+    """How the drafter's distribution q is compared with the target's p over the whole vocabulary. kl: soft
+    cross-entropy, which is the forward KL divergence up to a constant. The others follow the acceptance
+    probability alpha = sum min(p, q) of sampled decoding: tv: 1 - alpha, nla: -log(alpha), lk: w * kl
+    + (1 - w) * tv with w = exp(-3 alpha) held constant, so that kl leads while p and q hardly overlap.
+    """
+    divergence_weight: float = 0.1
+    """Weight of that."""
     top_k_weight: float = 0.0
     """Weight of the top-K loss: cross-entropy on the target's K likeliest tokens, not renormalised (HASS:
     1.0).
@@ -40,6 +46,11 @@ class LossConfig:
     """K of the top-K loss."""
     step_decay: float = 1.0
     """Draft step s counts with step_decay ** (s-1)."""
+    aligned_top: int = 0
+    """Leave a row of step s out unless each of the s-1 tokens before it was among the drafter's likeliest
+    `aligned_top` when it was drafted, since decoding would not come there (GRIFFIN, arXiv 2502.11018: 3);
+    0 keeps all rows.
+    """
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,8 @@ def draft_losses(
     drafts: Tensor,
     features: Tensor,
     valid: Tensor,
+    tokens: Tensor,
+    before: Tensor,
     head_weight: Tensor,
     head_bias: Tensor | None,
     config: LossConfig,
@@ -83,26 +96,28 @@ def draft_losses(
 
     Args:
         valid: bool [S,R], False where a row carries no loss at that step.
+        tokens: the token that each row is to predict, int64 [R].
+        before: where the row just before each stands among the R, int64 [R]; -1 if it is not trained. Rows
+            come in their order in the sequence.
         head_weight: the target's frozen LM head [V,h]; head_bias: [V] or None.
         chunk: rows that meet the LM head at a time.
     """
     decay = torch.tensor([config.step_decay**step for step in range(len(drafts))], device=drafts.device)
-    features = features.to(drafts.dtype)
-    distance = smooth_l1_loss(drafts, features.expand_as(drafts), reduction="none").mean(-1)  # [S,R]
-    regression = (distance * valid).sum(1)  # [S]
-    total = config.regression * regression
+    features, kept = features.to(drafts.dtype), valid
     zero = torch.zeros(len(drafts), device=drafts.device)
-    cross_entropy, top_k, correct = zero, zero, zero
-    if config.cross_entropy or config.top_k_weight:
-        head, cross_entropy, top_k, correct = _HeadLoss.apply(
-            drafts, features, valid, head_weight, head_bias, config, chunk
+    total, cross_entropy, top_k, correct = zero, zero, zero, zero
+    if config.divergence_weight or config.top_k_weight or config.aligned_top:
+        total, cross_entropy, top_k, correct, kept = _HeadLoss.apply(
+            drafts, features, valid, tokens, before, head_weight, head_bias, config, chunk
         )
-        total = total + head
-    return DraftLosses(total * decay, regression.detach(), cross_entropy, top_k, correct, valid.sum(1))
+    distance = smooth_l1_loss(drafts, features.expand_as(drafts), reduction="none").mean(-1)  # [S,R]
+    total = total + config.regression * (distance * kept).sum(1)
+    regression = (distance.detach() * valid).sum(1)
+    return DraftLosses(total * decay, regression, cross_entropy, top_k, correct, valid.sum(1))
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Weighted cross-entropy and top-K loss, summed per step; gradients are made in the forward pass."""
+    """Weighted divergence and top-K loss, summed per step; gradients are made in the forward pass."""
 
     @staticmethod
     def forward(
@@ -110,19 +125,24 @@ class _HeadLoss(torch.autograd.Function):
         drafts: Tensor,
         features: Tensor,
         valid: Tensor,
+        tokens: Tensor,
+        before: Tensor,
         head_weight: Tensor,
         head_bias: Tensor | None,
         config: LossConfig,
         chunk: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         steps, rows, _ = drafts.shape
         gradient = torch.empty(drafts.shape, dtype=torch.float32, device=drafts.device)  # [S,R,h]
-        sums = torch.zeros(3, steps, device=drafts.device)  # cross-entropy, top-K, correct
+        sums = torch.zeros(4, steps, device=drafts.device)  # divergence, cross-entropy, top-K, correct
+        kept, hits = valid.clone(), torch.ones_like(valid)
         buffer = head_weight.new_empty(min(chunk, max(rows, 1)), head_weight.shape[0])
-        weight, k = config.cross_entropy, config.top_k_weight
+        overlap = config.divergence != "kl"
+        own = torch.empty_like(buffer) if overlap else buffer  # p is needed beside q
+        weight, k = config.divergence_weight, config.top_k_weight
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
-            p = _logits(features[part], head_weight, head_bias, buffer)  # [c,V]
+            p = _logits(features[part], head_weight, head_bias, own)  # [c,V]
             p = torch.softmax(p, dim=-1, out=p)
             top, ids = p.topk(min(config.top_k if k else 1, p.shape[-1]), dim=-1)  # [c,K]
             mass = top.sum(-1)  # P_K
@@ -132,26 +152,57 @@ class _HeadLoss(torch.autograd.Function):
             if head_bias is not None:
                 p_bias, top_bias = p @ head_bias.float(), (top * head_bias[ids].float()).sum(-1)
             for step in range(steps):
-                draft, keep = drafts[step, part], valid[step, part]
+                draft = drafts[step, part]
                 q = _logits(draft, head_weight, head_bias, buffer)
                 highest = q.amax(-1)  # several times faster on CPU than the index of the maximum
                 correct = q.gather(1, ids[:, :1]).squeeze(1) >= highest
+                if config.aligned_top:
+                    above = q > q.gather(1, tokens[part, None])
+                    hits[step, part] = above.sum(-1) < config.aligned_top
+                    if step:  # the row before was settled earlier: rows come in order
+                        kept[step, part] &= (before[part] < 0) | hits[step - 1, before[part]]
+                    hits[step, part] &= kept[step, part] | ~valid[step, part]
                 q = torch.softmax(q, dim=-1, out=q)
                 normaliser = highest - q.amax(-1).log()  # log-sum-exp of the logits
                 cross_entropy = normaliser - (draft * p_head).sum(-1) - p_bias
                 top_k = mass * normaliser - (draft * top_head).sum(-1) - top_bias
-                sums[:, step] += torch.stack([cross_entropy, top_k, correct.float()]) @ keep.float()
-                slope = (weight + k * mass)[:, None] * _times_head(q, head_weight)
-                slope -= weight * p_head + k * top_head
-                gradient[step, part] = slope * keep[:, None]
+                divergence, kl, tv = cross_entropy, torch.ones_like(mass), torch.zeros_like(mass)
+                if overlap:
+                    alpha = torch.minimum(p, q).sum(-1)
+                    divergence, kl, tv = _overlap_loss(config.divergence, cross_entropy, alpha)
+                losses = torch.stack([divergence, cross_entropy, top_k]) * kept[step, part]
+                sums[:3, step] += losses.sum(1)
+                sums[3, step] += (correct & valid[step, part]).sum()
+                # Slope in the logits: weight * (kl * (q - p) + tv * slope of 1 - alpha) + k * (P_K q - top).
+                if overlap:
+                    inside = q * (p > q)
+                    outer = weight * (kl + tv * inside.sum(-1)) + k * mass
+                    q = q.mul_(outer[:, None]).sub_(inside.mul_((weight * tv)[:, None]))
+                    slope = _times_head(q, head_weight)
+                else:
+                    slope = (weight + k * mass)[:, None] * _times_head(q, head_weight)
+                slope -= (weight * kl)[:, None] * p_head + k * top_head
+                gradient[step, part] = slope * kept[step, part, None]
         ctx.save_for_backward(gradient)
         ctx.dtype = drafts.dtype
-        return weight * sums[0] + k * sums[1], sums[0], sums[1], sums[2]
+        ctx.mark_non_differentiable(kept)
+        return weight * sums[0] + k * sums[2], sums[1], sums[2], sums[3], kept
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * upstream[0][:, None, None]).to(ctx.dtype), None, None, None, None, None, None
+        return (gradient * upstream[0][:, None, None]).to(ctx.dtype), *[None] * 8
+
+
+def _overlap_loss(kind: str, cross_entropy: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of each row, and how much of its slope is that of the forward KL and that of 1 - alpha."""
+    alpha = alpha.clamp(min=1e-5)
+    if kind == "tv":
+        return 1 - alpha, torch.zeros_like(alpha), torch.ones_like(alpha)
+    if kind == "nla":
+        return -alpha.log(), torch.zeros_like(alpha), 1 / alpha
+    kl = torch.exp(-3 * alpha)  # eta = 3
+    return kl * cross_entropy + (1 - kl) * (1 - alpha), kl, 1 - kl
 
 
 def _logits(rows: Tensor, head_weight: Tensor, head_bias: Tensor | None, buffer: Tensor) -> Tensor:

@@ -7,6 +7,9 @@ There is no random state to keep: every draw is a function of the seed and of th
 """
 
 import io
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,18 +87,41 @@ def load(output: Path, config: TrainConfig, examples: int) -> tuple[RunState, di
         ) from error
     except Exception as error:
         raise CoralError(f"{path} cannot be read ({error}); choose another output directory.") from error
-    if changed := _changed(stored["config"], asdict(config)):
-        key, before, now = changed
-        raise CoralError(
-            f"the run in {output} was started with {key}={before!r}, now it is {now!r}; use the old value, "
-            "or choose another output directory."
-        )
+    refuse_changed(output, stored["config"], asdict(config), "choose another output directory")
     if stored["examples"] != examples:
         raise CoralError(
             f"the run in {output} was started on {stored['examples']} rows of data, now there are "
             f"{examples}; use the old data, or choose another output directory."
         )
     return state, stored["optimiser"]
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that fills when SIGINT or SIGTERM arrives; the update in work is finished first."""
+    received: list[int] = []
+    try:
+        old = {
+            number: signal.signal(number, lambda number, frame: received.append(number))
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+    except ValueError:  # not the main thread, which alone receives signals
+        old = {}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def refuse_changed(place: Path, before: dict[str, Any], now: dict[str, Any], instead: str) -> None:
+    """Raise CoralError with the first setting in which a run that is to go on differs from itself before."""
+    if changed := _changed(before, now):
+        key, old, new = changed
+        raise CoralError(
+            f"the run in {place} was started with {key}={old!r}, now it is {new!r}; use the old value, "
+            f"or {instead}."
+        )
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:

@@ -7,6 +7,9 @@ does not.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
 
 from coral.decoding.generate import Proposer
 from coral.decoding.state import Committed, State
@@ -14,7 +17,12 @@ from coral.decoding.tree import Budget, DraftTree, merge
 
 
 class Merged:
-    """What `lookup` drafts comes first, as a chain of up to `most` tokens; `drafter` has the nodes left."""
+    """What `lookup` drafts comes first, as a chain of up to `most` tokens; `drafter` has the nodes left.
+
+    While the text repeats itself the drafter only reads along: if the last cycle followed lookup's chain at
+    least as far as the drafter could have drafted, and lookup goes on as far again, its chain has the tree
+    alone.
+    """
 
     def __init__(self, drafter: Proposer, lookup: Proposer, most: int = 7) -> None:
         self.drafter, self.lookup, self.most = drafter, lookup, most
@@ -22,16 +30,45 @@ class Merged:
     def propose(
         self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
     ) -> list[DraftTree]:
-        most = min(self.most, budget.num_nodes)
-        budgets = Budget(top_k=1, max_depth=most, num_nodes=most), budget
-        memories = [state.memory if isinstance(state.memory, list) else [None, None] for state in states]
-        made = []
-        for i, proposer in enumerate((self.lookup, self.drafter)):
-            for state, memory in zip(states, memories, strict=True):
-                state.memory = memory[i]
-            made.append(proposer.propose(states, committed, budgets[i]))
-            for state, memory in zip(states, memories, strict=True):
-                memory[i] = state.memory
-        for state, memory in zip(states, memories, strict=True):
-            state.memory = memory
-        return [merge(trees, budget.num_nodes) for trees in zip(*made, strict=True)]
+        return [
+            self._propose(state, rows, budget.within(state.remaining))
+            for state, rows in zip(states, committed, strict=True)
+        ]
+
+    def _propose(self, state: State, committed: Committed, budget: Budget) -> DraftTree:
+        memory = state.memory if isinstance(state.memory, _Memory) else _Memory()
+        followed = _common(memory.chain, committed.tokens)
+        longest = Budget(top_k=1, max_depth=budget.num_nodes, num_nodes=budget.num_nodes)
+        chain, memory.lookup = _ask(self.lookup, state, memory.lookup, committed, longest)
+        memory.chain = chain.tokens[1:].tolist()
+        if min(followed, len(memory.chain)) >= budget.max_depth:
+            budget = Budget(budget.top_k, 0, budget.num_nodes)
+        else:
+            end = self.most + 1
+            chain = DraftTree(chain.tokens[:end], chain.parents[:end], chain.scores[:end])
+        tree, memory.drafter = _ask(self.drafter, state, memory.drafter, committed, budget)
+        state.memory = memory
+        return merge([chain, tree], budget.num_nodes)
+
+
+@dataclass
+class _Memory:
+    """Each proposer's own memory of a sequence, and what lookup drafted last."""
+
+    lookup: Any = None
+    drafter: Any = None
+    chain: list[int] = field(default_factory=list)
+
+
+def _ask(
+    proposer: Proposer, state: State, memory: Any, committed: Committed, budget: Budget
+) -> tuple[DraftTree, Any]:
+    """The tree of a proposer that finds its own memory in the state, and that memory."""
+    state.memory = memory
+    (tree,) = proposer.propose([state], [committed], budget)
+    return tree, state.memory
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

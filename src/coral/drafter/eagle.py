@@ -1,0 +1,161 @@
+"""Read a plain EAGLE directory, as EAGLE, EAGLE-2 and HASS publish them: config.json beside model.safetensors
+or pytorch_model.bin.
+
+Sizes are those of the tensors; of config.json only what tensors cannot tell is believed: the number of heads,
+the rotary frequencies, the norm's epsilon and the activation.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from coral.drafter.checkpoint import TargetLike, check_names, check_tensors
+from coral.drafter.drafter import Drafter, DrafterConfig
+from coral.errors import CoralError
+
+# Rotary types whose frequencies do not depend on max_position_embeddings, which is set to the target's.
+_ROTARY = ("default", "linear", "llama3")
+
+
+class EagleTarget(TargetLike, Protocol):
+    """What an EAGLE directory, which has no record of its target, is compared with."""
+
+    @property
+    def config(self) -> Any: ...
+    @property
+    def device(self) -> torch.device: ...
+    def embed(self, ids: Tensor) -> Tensor: ...
+
+
+def read(directory: Path, target: EagleTarget) -> Drafter:
+    """The drafter in a plain EAGLE directory, in its stored dtype, ready to run with `target`.
+
+    The prefixes `model.` and `module.` are taken off the tensors' names. Biases that are zero are dropped, as
+    is an embedding that is the target's.
+
+    Raises:
+        CoralError: an unreadable file; a tensor that is missing, left over or of another shape; a bias that
+            is not zero; another hidden size or embedding than the target's; a rotary type that changes with
+            the length.
+    """
+    file = next((f for f in map(directory.joinpath, _READERS) if f.is_file()), None)
+    if file is None or not (directory / "config.json").is_file():
+        raise CoralError(
+            f"{directory} holds no drafter: neither one of ours (coral/config.json) nor config.json with "
+            f"{' or '.join(_READERS)}; check the path."
+        )
+    tensors = _read_tensors(file)
+    _drop_biases(file, tensors)
+    embedding = tensors.pop("embed_tokens.weight", None)
+    num_layers = len({match[1] for name in tensors if (match := re.match(r"layers\.(\d+)\.", name))})
+    smallest = DrafterConfig(2, 2, 1, 1, 2, 2, num_layers=max(1, num_layers))  # its tensors' names are all's
+    check_names(file, Drafter(smallest).state_dict().keys(), tensors.keys())
+    drafter = _empty_drafter(directory / "config.json", tensors, target)
+    check_tensors(file, {name: t.shape for name, t in drafter.state_dict().items()}, tensors)
+    if embedding is not None:
+        _check_embedding(file, embedding, target)
+    drafter = drafter.to(dtype=tensors["fc.weight"].dtype)
+    drafter.load_state_dict(tensors)
+    return drafter.eval().requires_grad_(False)
+
+
+_READERS: dict[str, Any] = {
+    "model.safetensors": load_file,
+    "pytorch_model.bin": lambda file: torch.load(file, map_location="cpu", weights_only=True),
+}
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a file, by their names without prefix."""
+    try:
+        stored = dict(_READERS[file.name](file))
+    except Exception as error:  # torch and pickle raise many kinds
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise CoralError(f"{file} cannot be read ({reason}); copy the drafter again.") from error
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        plain = re.sub(r"^((module|model)\.)+", "", str(name))
+        if not isinstance(tensor, Tensor):
+            raise CoralError(f"{file} holds {name!r}, which is no tensor; give a directory of weights alone.")
+        if plain in tensors:
+            raise CoralError(f"{file} holds {plain} twice, with and without a prefix; keep one of them.")
+        tensors[plain] = tensor
+    return tensors
+
+
+def _drop_biases(file: Path, tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if name.endswith(".bias")]:
+        if tensors.pop(name).any():
+            raise CoralError(
+                f"{file}: {name} is not zero, but a drafter of ours has no bias there, since engines drop it "
+                "without a word; use a drafter that was trained without it."
+            )
+
+
+def _empty_drafter(path: Path, tensors: dict[str, Tensor], target: EagleTarget) -> Drafter:
+    """A drafter of the tensors' sizes, with random weights."""
+    rows = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in tensors.items()}
+    query, key = rows["layers.0.self_attn.q_proj.weight"], rows["layers.0.self_attn.k_proj.weight"]
+    if rows["fc.weight"] != target.hidden_size:
+        raise CoralError(
+            f"the drafter {path.parent} has hidden size {rows['fc.weight']}, but the target {target.name} "
+            f"has {target.hidden_size}; use the target that it was trained for."
+        )
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+        heads = int(given["num_attention_heads"])
+        rope = dict(given.get("rope_parameters") or given.get("rope_scaling") or {})
+        legacy = rope.pop("type", "default")
+        rope = {"rope_theta": given.get("rope_theta") or 10000.0, "rope_type": legacy, **rope}
+        if rope["rope_type"] not in _ROTARY:
+            raise CoralError(
+                f"{path} asks for rotary type {rope['rope_type']!r}; a drafter's must be one of "
+                f"{', '.join(_ROTARY)}, whose frequencies are the same at every length."
+            )
+        head_dim = query // heads
+        kv_heads = key // head_dim
+        if query != heads * head_dim or key != kv_heads * head_dim or heads % kv_heads:
+            raise CoralError(
+                f"{path} says {heads} heads, which does not fit {query} rows of q_proj and {key} of k_proj; "
+                "copy the drafter again."
+            )
+        return Drafter(
+            DrafterConfig(
+                hidden_size=rows["fc.weight"],
+                intermediate_size=rows["layers.0.mlp.up_proj.weight"],
+                num_attention_heads=heads,
+                num_key_value_heads=kv_heads,
+                head_dim=head_dim,
+                vocab_size=target.config.vocab_size,
+                num_layers=sum(name.endswith("q_proj.weight") for name in tensors),
+                rms_norm_eps=given.get("rms_norm_eps", 1e-6),
+                hidden_act=given.get("hidden_act", "silu"),
+                rope_parameters=rope,
+                max_position_embeddings=target.config.max_position_embeddings,
+            )
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        raise CoralError(f"{path} cannot be read ({error!r}); copy the drafter again.") from error
+
+
+def _check_embedding(file: Path, stored: Tensor, target: EagleTarget) -> None:
+    """Refuse an embedding that is not the target's, but for the rounding of float16 and bfloat16."""
+    if stored.shape != (target.vocab_size, target.hidden_size):
+        raise CoralError(
+            f"{file}: embed_tokens.weight has shape {tuple(stored.shape)}, but the target {target.name} has "
+            f"{(target.vocab_size, target.hidden_size)}; use the target that the drafter was trained for."
+        )
+    other = 0
+    for ids in torch.arange(target.vocab_size).split(4096):
+        own = target.embed(ids.to(target.device)).float().cpu()
+        other += int((~stored[ids].float().isclose(own, rtol=2**-7, atol=1e-6)).any(dim=1).sum())
+    if other:
+        raise CoralError(
+            f"{file}: {other} of {target.vocab_size} rows of embed_tokens.weight are not those of the target "
+            f"{target.name}, whose embedding the drafter is to read; use the target that it was trained for."
+        )

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from coral.api import EMBEDDED
 from coral.bench.environment import commit, environment
 from coral.drafter.groups import contiguous
-from coral.drafter.heads import FullHead, Head, RoutedHead, Router
+from coral.drafter.heads import FullHead, Head
+from coral.drafter.routed import RoutedHead, Router
 from coral.files import atomic_text
 from coral.packed import pack_linears
 from coral.target import Target

@@ -48,8 +48,8 @@ OPTIONS = {
         "--no-resume", "--dtype", "--device", "--revision", "--trust-remote-code",
     },
     "train-head": {
-        "--data", "--target", "--kind", "--groups", "--active", "--grouping", "--updates", "--dtype",
-        "--device", "--seed", "--revision", "--trust-remote-code",
+        "--data", "--target", "--kind", "--groups", "--active", "--grouping", "--updates", "--size", "--rank",
+        "--rescored", "--batches", "--dtype", "--device", "--seed", "--revision", "--trust-remote-code",
     },
     "bench": {
         "--output", "--target", "--drafter", "--suite", "--limit", "--deepen", "--dtype", "--temperature",
@@ -222,9 +222,23 @@ def test_train_head_then_use_it(
     kept = json.loads((tmp_path / "out" / "results.json").read_text())["routed_heads"]
     assert 0 < kept["float32"]["mine"]["recall"][0] < 1
     assert len(texts) == 1 and texts.pop().strip()
-    assert (
-        coral("train-head", drafter, "--data", data, "--target", models / "target", "--kind", "odd").code == 2
-    )
+
+
+def test_heads_without_training(coral, models: Path, data: Path, tmp_path: Path) -> None:
+    """Stops a head made from the wrong options, options silently left out, and a text that changes."""
+    drafter = tmp_path / "drafter"
+    shutil.copytree(models / "drafter", drafter)
+    command = ("train-head", drafter, "--data", data, "--target", models / "target")
+    assert "use routed, static, low_rank" in coral(*command, "--kind", "odd").err
+    assert "--rank belongs to --kind low_rank" in coral(*command, "--kind", "static", "--rank", 4).err
+    assert "above the hidden size" in coral(*command, "--kind", "low_rank", "--rank", 4000).err
+    assert "static head: 12 ids" in coral(*command, "--kind", "static", "--size", 12).out
+    made = coral(*command, "--kind", "low_rank", "--rank", 3, "--rescored", 5, "--batches", 2)
+    assert "low-rank head: rank 3 of" in made.out
+    assert (drafter / "coral" / "heads" / "own").read_text() == "low_rank\n"
+    asked = ("generate", "--target", models / "target", "--drafter", drafter, "--max-new-tokens", 12, "hi")
+    texts = {coral(*asked, "--head", head).out for head in ("auto", "static", "low_rank", "full")}
+    assert len(texts) == 1 and texts.pop().strip()
 
 
 def test_a_limit_of_the_command_line_replaces_epochs(coral, models: Path, tmp_path: Path) -> None:

@@ -17,12 +17,14 @@ from tiny import V, tiny_target
 from tiny_training import tiny_data, tiny_drafter
 from tiny_training import tiny_target as training_target
 
+from coral.data.features import frequencies
 from coral.drafter import heads
 from coral.drafter.groups import GROUPINGS, split
-from coral.drafter.heads import FullHead, RoutedHead, Router
+from coral.drafter.heads import FullHead
+from coral.drafter.routed import RoutedHead, Router
 from coral.errors import CoralError
 from coral.training import router_state
-from coral.training.router import RouterConfig, frequencies, group_recall, train_router
+from coral.training.router import RouterConfig, group_recall, train_router
 
 
 def routed(active: int, groups: int = 4, grouping: str = "kmeans") -> RoutedHead:
@@ -92,6 +94,11 @@ def test_likely_nodes_choose_the_groups():
         assert set(ids.flatten().tolist()) <= set(head.ids[group].tolist())
 
 
+def save(directory, router, ids):
+    tensors = {f"router.{name}": tensor for name, tensor in router.state_dict().items()}
+    heads.save(directory, "routed", {**tensors, "ids": ids.int()}, active=2)
+
+
 def test_a_head_comes_back_from_its_directory(tmp_path, saved_drafter):
     """Stops a head that is loaded for another vocabulary, or silently replaced by the full one."""
     directory, target = saved_drafter
@@ -100,19 +107,19 @@ def test_a_head_comes_back_from_its_directory(tmp_path, saved_drafter):
         heads.load(directory, target, "routed")
     ids = split("contiguous", 4, target.head_weight, torch.ones(V))
     router = Router(target.hidden_size, 4)
-    heads.save(directory, router, ids, 2)
+    save(directory, router, ids)
     loaded = heads.load(directory, target)
     assert isinstance(loaded, RoutedHead) and loaded.active == 2 and torch.equal(loaded.ids, ids)
     assert torch.equal(loaded.router.w2.weight, router.w2.weight)
     assert heads.load(directory, target, active=3).active == 3
     assert isinstance(heads.load(directory, target, "full"), FullHead)
-    heads.save(directory, router, ids.clamp(max=20), 2)
+    save(directory, router, ids.clamp(max=20))
     with pytest.raises(CoralError, match="each of the target's 31 ids once"):
         heads.load(directory, target)
-    (directory / "coral" / "head.safetensors").write_bytes(b"cut off")
+    (directory / "coral" / "heads" / "routed.safetensors").write_bytes(b"cut off")
     with pytest.raises(CoralError, match="cannot be read"):
         heads.load(directory, target)
-    with pytest.raises(CoralError, match="not known; use auto, full, routed"):
+    with pytest.raises(CoralError, match="not known; use auto, full, routed, static, low_rank"):
         heads.load(directory, target, "cheap")
 
 

@@ -30,9 +30,7 @@ def test_a_low_rank_head_of_full_rank_is_the_full_head(rescored):
     target = tiny_target()
     up, down = factorise(target.head_weight, features(40).T @ features(40) / 40, 17, torch.rand(V))
     head, full = LowRankHead(target, up, down, rescored), FullHead(target)
-    torch.testing.assert_close(
-        head.log_probs(features()), full.log_probs(features()), atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(head.log_probs(features()), full.log_probs(features()), atol=1e-4, rtol=1e-4)
     for k in (3, V + 5):
         ids, scores = head.topk(features(), k, [], torch.zeros(5))
         expected, values = full.topk(features(), k, [], torch.zeros(5))

@@ -27,7 +27,8 @@ from coral.decoding.state import Committed, Cycle, State
 from coral.decoding.tree import Budget, DraftTree
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.drafter.groups import contiguous
-from coral.drafter.heads import RoutedHead, Router
+from coral.drafter.reduced import LowRankHead, factorise
+from coral.drafter.routed import RoutedHead, Router
 from coral.target import Target
 
 V = 31
@@ -109,6 +110,11 @@ def soft_target(vocab_size: int = 5) -> Target:
 def prompt_of(length: int, vocab_size: int = V, seed: int = 0) -> list[int]:
     draw = random.Random(1000 * seed + length)
     return [draw.randrange(1, vocab_size) for _ in range(length)]
+
+
+def low_rank_head(target: Target) -> LowRankHead:
+    """So low a rank that likely ids are often missed."""
+    return LowRankHead(target, *factorise(target.head_weight, torch.eye(target.hidden_size), 3), 5)
 
 
 def routed_head(target: Target, active: int = 1, groups: int = 4) -> RoutedHead:

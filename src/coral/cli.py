@@ -12,6 +12,7 @@ import typer
 from coral import options
 from coral.cli_bench import bench
 from coral.cli_data import data
+from coral.cli_heads import train_head
 from coral.errors import CoralError
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
+app.command()(train_head)
 
 
 @app.callback()
@@ -176,87 +178,6 @@ def train(
     )
     if not outcome.finished:
         raise typer.Exit(2)  # the loop has said so, and what to do
-
-
-@app.command()
-def train_head(
-    drafter: Annotated[Path, typer.Argument(help="Drafter directory; the head is added to it.")],
-    data: options.Data,
-    target: options.Target = None,
-    kind: Annotated[
-        str, typer.Option(help="routed: groups of ids, of which a router picks a few.")
-    ] = "routed",
-    groups: Annotated[int, typer.Option(help="Groups of ids.", min=2)] = 32,
-    active: Annotated[int, typer.Option(help="Groups multiplied for each level of the tree.", min=1)] = 8,
-    grouping: Annotated[
-        str, typer.Option(help="kmeans (similar ids), frequency (bands) or contiguous.")
-    ] = "kmeans",
-    updates: Annotated[int, typer.Option(help="Updates of the router.", min=1)] = 300,
-    dtype: options.Dtype = "auto",
-    device: options.Device = None,
-    seed: options.Seed = 0,
-    revision: options.Revision = None,
-    trust_remote_code: options.Trust = False,
-) -> None:
-    """Give a trained drafter a cheaper LM head. The text stays the target's own; only the speed changes.
-
-    A stopped run goes on with the same command.
-    """
-    from dataclasses import asdict
-
-    from rich.console import Console
-
-    from coral.api import EMBEDDED
-    from coral.data import prepared, shards
-    from coral.drafter import checkpoint, heads
-    from coral.drafter.groups import split
-    from coral.target import Target
-    from coral.training import router_state
-    from coral.training.router import RouterConfig, frequencies, train_router
-
-    if kind != "routed":
-        raise CoralError(f"kind {kind!r} is not known; the one kind is routed.")
-    options.quiet_transformers()
-    rows = shards.load(data)
-    loaded = Target.load(
-        target or EMBEDDED / "target",
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
-    prepared.check(rows.info, loaded.vocab_size, loaded.tokenizer)
-    network = checkpoint.load(drafter, loaded, device=loaded.device).float()
-    config = RouterConfig(updates=updates, seed=seed)
-    settings = {
-        "groups": groups,
-        "active": active,
-        "grouping": grouping,
-        "router": asdict(config),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "rows": len(rows.dataset),
-    }
-    state = router_state.load(drafter, settings)
-    if state is None:
-        counts = frequencies(rows.dataset, loaded.vocab_size)
-        ids = split(grouping, groups, loaded.head_weight, counts, seed)
-    else:
-        ids = state.ids
-    router, recall = train_router(
-        loaded,
-        network,
-        rows.dataset,
-        ids,
-        active,
-        config,
-        Console(stderr=True),
-        state=state,
-        keep=lambda state: router_state.save(drafter, settings, state),
-    )
-    heads.save(drafter, router, ids, active)
-    router_state.remove(drafter)
-    shown = " ".join(f"{part:.1%}" for part in recall)
-    print(f"routed head: {active} of {groups} groups, recall by draft step {shown}: {drafter}")
 
 
 def main() -> None:

@@ -42,7 +42,9 @@ Compile = Annotated[
         help="Compile the target's forward: faster, after a minute or more of waiting at the start."
     ),
 ]
-Head = Annotated[str, typer.Option(help="The drafter's LM head: full, routed, or auto for its own.")]
+Head = Annotated[
+    str, typer.Option(help="The drafter's LM head: full, routed, static, low_rank, or auto for its own.")
+]
 Coupled = Annotated[
     bool, typer.Option(help="At temperature > 0, draft with the noise that the sampler will use.")
 ]

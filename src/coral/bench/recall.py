@@ -13,7 +13,7 @@ from coral.decoding.generate import generate
 from coral.decoding.proposers.feature import Feature
 from coral.decoding.state import Committed, State
 from coral.decoding.tree import Budget, DraftTree
-from coral.drafter.heads import RoutedHead
+from coral.drafter.routed import RoutedHead
 from coral.target import Target
 
 

@@ -102,3 +102,13 @@ def used_length(loss_mask: Sequence[int]) -> int:
     """Tokens of a row up to its last trained one, which is all that training reads; 0 if there is none."""
     trained = torch.as_tensor(loss_mask).bool().nonzero()
     return int(trained[-1]) + 1 if len(trained) else 0
+
+
+def frequencies(dataset: Rows, vocab_size: int) -> Tensor:
+    """How often the target writes each id in prepared data, [V]."""
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for index in range(len(dataset)):
+        example = dataset[index]
+        written = torch.as_tensor(example["input_ids"])[torch.as_tensor(example["loss_mask"]).bool()]
+        counts += torch.bincount(written, minlength=vocab_size)
+    return counts

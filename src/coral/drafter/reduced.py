@@ -85,9 +85,9 @@ def factorise(
 ) -> tuple[Tensor, Tensor]:
     """The factors up [V, r], down [r, h] float32 that change the scores of draft features least.
 
-    They minimise E || diag(sqrt(weights)) (W - up down) f ||^2 over draft features f, which is a singular value
-    decomposition of W whitened by the features' second moment. The mean row takes one of the ranks: it moves all
-    scores alike, so its size would hide what tells the ids apart.
+    They minimise E || diag(sqrt(weights)) (W - up down) f ||^2 over draft features f: a singular value
+    decomposition of W whitened by the features' second moment. The mean row takes one of the ranks, since it
+    moves all scores alike and its size would hide what tells the ids apart.
 
     Args:
         head_weight: W [V, h]. second_moment: E[f f^T], [h, h]. weights: importance of each id [V].

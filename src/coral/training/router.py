@@ -21,7 +21,7 @@ from coral.data.features import FeatureBatch, FeatureSource, Rows, feature_batch
 from coral.data.shards import refuse_other_target
 from coral.drafter.checkpoint import TargetLike
 from coral.drafter.drafter import Drafter
-from coral.drafter.heads import Router
+from coral.drafter.routed import Router
 from coral.errors import CoralError
 from coral.training.losses import trained_rows
 from coral.training.router_state import RouterState
@@ -179,13 +179,3 @@ def _examples(
         masses.append(mass.index_add_(1, group_of, logits.softmax(-1)))
     drafts = torch.stack([output[sequence, row] for output in outputs]).float()
     return drafts, valid[:, sequence, row], torch.cat(masses) if masses else features.new_zeros(0, 1)
-
-
-def frequencies(dataset: Rows, vocab_size: int) -> Tensor:
-    """How often the target writes each id in prepared data, [V]."""
-    counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for index in range(len(dataset)):
-        example = dataset[index]
-        written = torch.as_tensor(example["input_ids"])[torch.as_tensor(example["loss_mask"]).bool()]
-        counts += torch.bincount(written, minlength=vocab_size)
-    return counts

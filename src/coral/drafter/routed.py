@@ -1,0 +1,80 @@
+"""CORAL's head (arXiv 2502.16880, section 3.2): rows in groups, of which a router activates a few."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coral.packed import PackedGroups, pack_linears
+from coral.target import Target
+
+
+class Router(nn.Module):
+    """Predicts the target's probability mass in each of G groups of ids from a draft feature.
+
+    p = softmax(W2(act(W1 h) + h)), CORAL (arXiv 2502.16880, section 3.2). The activation is not in the paper:
+    SiLU is our reading.
+    """
+
+    def __init__(self, hidden_size: int, groups: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.w2 = nn.Linear(hidden_size, groups, bias=False)
+        nn.init.zeros_(self.w1.weight)  # starts as one linear layer
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[..., h] -> log-mass [..., G] float32."""
+        x = features.to(self.w1.weight.dtype)
+        return self.w2(nn.functional.silu(self.w1(x)) + x).float().log_softmax(-1)
+
+
+class RoutedHead:
+    """The LM head's rows in equal groups, of which a router activates a few for each level of the tree.
+
+    The score of an id is its group's log-mass plus its log-softmax inside the group, so nodes stay comparable
+    whichever groups are active.
+
+    Args:
+        ids: [G, R] int64, the ids of each group; -1 fills up where G does not divide V.
+        active: groups whose rows are multiplied.
+    """
+
+    def __init__(self, target: Target, router: Router, ids: Tensor, active: int) -> None:
+        weight, bias = target.head_weight, target.head_bias
+        self.router = router.to(weight.device, weight.dtype).eval().requires_grad_(False)
+        self.ids, self.active = ids.to(weight.device), min(active, len(ids))
+        absent, there = self.ids < 0, self.ids.clamp(min=0)
+        if bias is not None or absent.any():
+            bias = weight.new_zeros(there.shape) if bias is None else bias[there]
+            bias = bias.masked_fill(absent, float("-inf"))
+        self.rows = PackedGroups(weight[there], bias)
+        pack_linears(self.router)
+
+    def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
+        mass, chosen = self.choose(features, scores)
+        log_probs = self._log_probs(features, mass, chosen)  # [N, active * R]
+        values, best = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
+        size = self.ids.shape[1]
+        return self.ids[chosen[best // size], best % size].clamp(min=0), values
+
+    def choose(self, features: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-mass [N, G] of each group, and the groups [active] worth most to these nodes together."""
+        mass = self.router(features)
+        worth = (mass + scores.to(mass)[:, None]).exp().sum(0)
+        return mass, worth.topk(self.active).indices
+
+    def log_probs(self, features: Tensor) -> Tensor:
+        """[N, V] float32 with every group active, for tests."""
+        scores = self._log_probs(features, self.router(features), torch.arange(len(self.ids)))
+        dense = scores.new_empty(len(features), int(self.ids.max()) + 1)
+        there = self.ids.flatten() >= 0
+        dense[:, self.ids.flatten()[there]] = scores[:, there]
+        return dense
+
+    def _log_probs(self, features: Tensor, mass: Tensor, groups: Tensor) -> Tensor:
+        """[N, A * R] float32, of the ids in these A groups."""
+        inside = self.rows(features, groups.tolist()).float().log_softmax(-1)  # [A, N, R]
+        return inside.add_(mass[:, groups].T[:, :, None]).transpose(0, 1).flatten(1)

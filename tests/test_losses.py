@@ -1,5 +1,6 @@
 """The chunked losses against the lines that define them."""
 
+import dense as dense_formulation
 import pytest
 import torch
 from tiny_training import tiny_drafter
@@ -97,3 +98,9 @@ def test_a_bfloat16_head_is_used_in_its_own_dtype():
     exact = draft_losses(drafts, features, valid, weight, None, CONFIG)
     torch.testing.assert_close(rounded.total, exact.total, rtol=0.05, atol=0.05)
     assert drafts.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("options", [{}, {"detach": False, "steps": 4}, {"alignment.max_rows": 8}])
+def test_training_equals_the_dense_formulation(options):
+    """Stops: a loss of ours that drifts from the published one, which it is measured against."""
+    dense_formulation.check(**options)

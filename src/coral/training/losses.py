@@ -77,15 +77,16 @@ def draft_losses(
     head_weight: Tensor,
     head_bias: Tensor | None,
     config: LossConfig,
-    chunk: int = 512,
+    chunk: int | None = None,
 ) -> DraftLosses:
     """Compare draft features [S,R,h] with the target's features [R,h] of the same tokens.
 
     Args:
         valid: bool [S,R], False where a row carries no loss at that step.
         head_weight: the target's frozen LM head [V,h]; head_bias: [V] or None.
-        chunk: rows that meet the LM head at a time.
+        chunk: rows that meet the LM head at a time; None: as `TrainConfig.head_chunk` says.
     """
+    chunk = chunk or max(256, 2**24 // len(head_weight))
     decay = torch.tensor([config.step_decay**step for step in range(len(drafts))], device=drafts.device)
     features = features.to(drafts.dtype)
     distance = smooth_l1_loss(drafts, features.expand_as(drafts), reduction="none").mean(-1)  # [S,R]

@@ -334,6 +334,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             panel.set_title(f"one sequence, {'V' if fixed == 'vocab' else 'L'} = {shared:,}")
             panel.set_xticks(sorted({row[axis] for row in single if row[fixed] == shared}))
             panel.xaxis.set_major_formatter("{x:,.0f}")
+            panel.tick_params(axis="x", rotation=45)
             panel.minorticks_off()
             panel.grid(alpha=0.3)
     panels[0, 0].legend()

@@ -95,13 +95,15 @@ def test_a_signal_is_ours_only_while_training(tmp_path):
 
 
 def test_a_changed_run_is_not_resumed(tmp_path):
-    """Stops: two configurations mixed in one checkpoint; limits alone may change."""
+    """Stops: two configurations mixed in one checkpoint; only limits, reports and what
+    saves memory may change."""
     run(tmp_path / "o")
     with pytest.raises(CoralError, match=r"started with loss.top_k_weight=1.0, now it is 0.5"):
         run(tmp_path / "o", replace(CONFIG, loss=LossConfig(top_k_weight=0.5)))
     with pytest.raises(CoralError, match="started on 24 rows of data, now there are 5"):
         run(tmp_path / "o", data=tiny_data(rows=5))
-    outcome, _ = run(tmp_path / "o", replace(CONFIG, limits=Limits(updates=10)))
+    more = replace(CONFIG, limits=Limits(updates=10), checkpoint_steps=True, head_chunk=4)
+    outcome, _ = run(tmp_path / "o", more)
     assert outcome.update == 10
     outcome, _ = run(tmp_path / "o", replace(CONFIG, steps=2, limits=Limits(updates=2)), resume=False)
     assert outcome.update == 2
@@ -174,6 +176,20 @@ def test_other_peoples_files_are_safe(tmp_path):
     with pytest.raises(CoralError, match="not a drafter"):
         run(tmp_path / "o")
     assert (tmp_path / "o" / "thesis.txt").exists()
+
+
+def test_accumulated_batches_learn_what_one_large_batch_does(tmp_path):
+    """Stops: a mean of means over batches with unequal numbers of trained rows, and an option for memory that
+    changes the result.
+    """
+    plain = replace(CONFIG, noise=0.0, alignment=AlignmentConfig())
+    run(tmp_path / "one", replace(plain, batch_size=8, accumulate=1))
+    run(tmp_path / "two", replace(plain, batch_size=4, accumulate=2))
+    run(tmp_path / "less", replace(plain, batch_size=8, accumulate=1, checkpoint_steps=True, head_chunk=3))
+    whole = weights(tmp_path / "one")
+    for other in (weights(tmp_path / "two"), weights(tmp_path / "less")):
+        for name in whole:
+            torch.testing.assert_close(other[name], whole[name], rtol=1e-3, atol=1e-4)
 
 
 def two_processes(output):

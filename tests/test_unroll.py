@@ -1,9 +1,12 @@
 """The unroll must give the drafter what decoding gives it, at every step."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tiny_training import tiny_drafter
 
+from coral.training import causal
 from coral.training.losses import trained_rows
 from coral.training.unroll import offsets_in_document, unroll, unrolled_attention
 
@@ -118,6 +121,107 @@ def test_fast_attention_equals_its_definition(steps):
         offsets = offsets_in_document(starts, torch.Size([B, L]))
         fast = unrolled_attention(q, keys, values, None if starts is None else offsets)
         torch.testing.assert_close(fast, dense_attention(q, keys, values, offsets))
+
+
+def simple_attention(q, keys, values, offsets):
+    """The slow twin: all scores of all rows at once, one softmax, autograd."""
+    group, length, steps = q.shape[1] // keys[0].shape[1], q.shape[2], len(keys)
+    keys, values = ([x.repeat_interleave(group, 1) for x in given] for given in (keys, values))  # [B,H,L,d]
+    row = torch.arange(length)
+    parts = [(0, (row <= row[:, None] - (steps - 1)) & (row >= (row - offsets)[..., None]))]
+    parts += [(j, (row == row[:, None] - (steps - 1 - j)) & (offsets >= steps - 1 - j)[..., None])
+              for j in range(1, steps)]  # fmt: skip
+    seen = torch.cat([mask.expand(len(q), -1, -1) for _, mask in parts], -1).unsqueeze(1)  # [B,1,L,S*L]
+    scores = q @ torch.cat(keys, 2).transpose(-1, -2) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return (weights @ torch.cat(values, 2)).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("block", [1, 4, 128])
+def test_blocks_equal_all_rows_at_once(monkeypatch, steps, packed, block):
+    """Stops: a block edge one row off, an uneven last block, a document that starts inside one or in its last
+    rows, a hand-written gradient that is wrong (that of the log-normaliser is used from step 2 on).
+    """
+    monkeypatch.setattr(causal, "BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    length, starts = 13, torch.zeros(B, 13, dtype=torch.bool)
+    starts[0, [0, 3, 6, 12]] = starts[1, [0, 6, 8, 12]] = True
+    draw = [torch.randn(B, length, heads, 6, generator=generator) for heads in [4] + [2] * 2 * steps]
+    q, *rest = inputs = [x.double().transpose(1, 2).requires_grad_() for x in draw]
+    keys, values = rest[:steps], rest[steps:]
+    offsets = offsets_in_document(starts if packed else None, torch.Size([B, length]))
+    fast = unrolled_attention(q, keys, values, offsets if packed else None)
+    slow = simple_attention(q, keys, values, offsets)
+    torch.testing.assert_close(fast, slow)
+    upstream = torch.randn(fast.shape, generator=generator).double()
+    expected = torch.autograd.grad(slow, inputs, upstream)
+    for gradient, wanted in zip(torch.autograd.grad(fast, inputs, upstream), expected, strict=True):
+        torch.testing.assert_close(gradient, wanted)
+
+
+@contextmanager
+def kept_numbers():
+    """The sizes of the tensors that autograd keeps for the backward pass."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        yield saved
+
+
+def test_nothing_of_length_times_length_is_kept():
+    """Stops: memory that grows with the square of the length, through a tensor kept for the backward pass."""
+    sizes = {}
+    for length in (256, 512):
+        q, k, v = (torch.randn(1, 2, length, 4, requires_grad=True) for _ in range(3))
+        with kept_numbers() as saved:
+            unrolled_attention(q, [k, k, k], [v, v, v])
+        sizes[length] = sum(saved)
+    assert sizes[512] <= 2 * sizes[256]
+
+
+def test_attention_in_bfloat16_is_close_to_float32():
+    """Stops: scores, sums or gradients gathered over many blocks in half precision."""
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(1, heads, 300, 8, generator=generator) for heads in (4, 2, 2, 2, 2)]
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        q, *rest = inputs = [x.bfloat16().to(dtype).requires_grad_() for x in exact]
+        with torch.autocast("cpu", enabled=dtype == torch.bfloat16):
+            out = unrolled_attention(q, rest[:2], rest[2:])
+        assert out.dtype == dtype
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+    for wide, narrow in zip(*results, strict=True):
+        assert (wide - narrow).norm() < 0.02 * wide.norm()
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("packed", [False, True])
+def test_checkpointed_steps_have_the_same_gradients(detach, packed):
+    """Stops: keys of earlier steps cut off from their gradient, or computed again from later inputs."""
+    results = []
+    for checkpoint_steps in (False, True):
+        drafter = tiny_drafter(num_layers=2).double()
+        embeddings, features = random_inputs()
+        features.requires_grad_()
+        with kept_numbers() as saved:
+            outputs = unroll(
+                drafter,
+                embeddings,
+                features,
+                packed_starts() if packed else None,
+                STEPS,
+                detach,
+                checkpoint_steps,
+            )
+        sum((out * (s + 1)).square().sum() for s, out in enumerate(outputs)).backward()
+        gradients = [features.grad, *(parameter.grad for parameter in drafter.parameters())]
+        results.append((outputs, gradients, sum(saved)))
+    (outputs, gradients, kept), (again, same, kept_again) = results
+    assert all(map(torch.equal, outputs, again))
+    for gradient, wanted in zip(same, gradients, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
+    assert kept_again < kept / 10  # what the forward pass keeps
 
 
 @torch.no_grad()

@@ -46,7 +46,13 @@ class Learner(nn.Module):
             noise = torch.rand(features.shape, generator=generator).to(features.device)
             read = features + (2 * noise - 1) * config.noise
         outputs = unroll(
-            self.drafter, batch.embeddings, read, batch.document_starts, config.steps, config.detach
+            self.drafter,
+            batch.embeddings,
+            read,
+            batch.document_starts,
+            config.steps,
+            config.detach,
+            config.checkpoint_steps,
         )
         valid = trained_rows(batch.loss_mask, batch.document_starts, config.steps)  # [S,B,L]
         sequence, row = valid[0].nonzero(as_tuple=True)

@@ -90,7 +90,7 @@ def draft_losses(
     head_weight: Tensor,
     head_bias: Tensor | None,
     config: LossConfig,
-    chunk: int = 512,
+    chunk: int | None = None,
 ) -> DraftLosses:
     """Compare draft features [S,R,h] with the target's features [R,h] of the same tokens.
 
@@ -100,8 +100,9 @@ def draft_losses(
         before: where the row just before each stands among the R, int64 [R]; -1 if it is not trained. Rows
             come in their order in the sequence.
         head_weight: the target's frozen LM head [V,h]; head_bias: [V] or None.
-        chunk: rows that meet the LM head at a time.
+        chunk: rows that meet the LM head at a time; None: as `TrainConfig.head_chunk` says.
     """
+    chunk = chunk or max(256, 2**24 // len(head_weight))
     decay = torch.tensor([config.step_decay**step for step in range(len(drafts))], device=drafts.device)
     features, kept = features.to(drafts.dtype), valid
     zero = torch.zeros(len(drafts), device=drafts.device)

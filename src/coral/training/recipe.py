@@ -91,8 +91,12 @@ class TrainConfig:
     """Forward passes in one update."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the drafter's products under autocast; weights and losses stay float32."""
-    head_chunk: int = 512
-    """Trained rows that meet the LM head at a time: fewer need less memory, more run faster."""
+    checkpoint_steps: bool = False
+    """Compute each draft step's activations again in the backward pass instead of keeping them: less memory
+    for one more forward pass of the drafter."""
+    head_chunk: int | None = None
+    """Trained rows that meet the LM head at a time, each with V float32 scores; none: as many as fill 64 MB,
+    and no fewer than 256, below which the products get slow."""
     seed: int = 0
     """Of the initial weights, the order of the data and every other random draw."""
     drafter: DrafterOptions = field(default_factory=DrafterOptions)
@@ -126,7 +130,7 @@ def check(c: TrainConfig) -> None:
         ("steps", c.steps, 1),
         ("batch_size", c.batch_size, 1),
         ("accumulate", c.accumulate, 1),
-        ("head_chunk", c.head_chunk, 1),
+        ("head_chunk", 1 if c.head_chunk is None else c.head_chunk, 1),
         ("drafter.num_layers", c.drafter.num_layers, 1),
         ("loss.top_k", c.loss.top_k, 1),
         ("alignment.max_rows", c.alignment.max_rows, 2),

@@ -23,7 +23,8 @@ from coral.errors import CoralError
 from coral.files import atomic_directory
 from coral.training.recipe import TrainConfig
 
-MAY_CHANGE = {"limits", "reports"}
+MAY_CHANGE = {"limits", "reports", "checkpoint_steps", "head_chunk"}
+"""Keys that leave every update what it was (but for rounding, for the last two)."""
 
 
 @dataclass

@@ -17,8 +17,13 @@ Shapes: B sequences, L rows, S steps, h hidden size, H heads, K key/value heads,
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 
 from coral.drafter.drafter import Drafter, DraftLayer
+from coral.training.causal import causal_attention
+
+Kept = list[tuple[list[Tensor], list[Tensor]]]
+"""For each layer the keys and the values of the steps so far, each [B,K,L,d]."""
 
 
 def offsets_in_document(document_starts: Tensor | None, shape: torch.Size) -> Tensor:
@@ -38,6 +43,7 @@ def unroll(
     document_starts: Tensor | None,
     steps: int,
     detach: bool = True,
+    checkpoint_steps: bool = False,
 ) -> list[Tensor]:
     """Draft features [B,L,h] of every step: row r of step s predicts the feature of token r+1.
 
@@ -46,14 +52,15 @@ def unroll(
         features: the target's feature of token r at row r, [B,L,h].
         document_starts: bool [B,L], True where a packed document starts; None when nothing is packed.
         detach: stop gradients between a step's output and the next step's input (HASS does).
+        checkpoint_steps: keep only each step's input, output, keys and values for the backward pass, which
+            computes the rest again.
 
     Rows that lie less than s-1 rows into their document stand for no state of decoding at step s: their
     values are finite and without meaning, and no loss may read them.
     """
     offsets = offsets_in_document(document_starts, features.shape[:2]).to(features.device)  # [B,L]
-    visible = offsets if document_starts is not None else None
-    cos = sin = None
-    kept: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in drafter.layers]
+    packed = document_starts is not None
+    kept: Kept = [([], []) for _ in drafter.layers]
     outputs: list[Tensor] = []
     for _ in range(steps):
         if outputs:
@@ -62,17 +69,28 @@ def unroll(
             fed = torch.where((offsets == 0).unsqueeze(-1), features, moved)  # [B,L,h]
         else:
             fed = features
-        x = drafter.inputs(embeddings, fed)  # [B,L,h]
-        if cos is None or sin is None:
-            cos, sin = drafter.rotary(x, offsets)  # [B,L,d]
-        for layer, (keys, values) in zip(drafter.layers, kept, strict=True):
-            assert isinstance(layer, DraftLayer)
-            q, k, v = layer.qkv(x, cos, sin)
-            keys.append(k)
-            values.append(v)
-            x = layer.finish(x, unrolled_attention(q, keys, values, visible))
-        outputs.append(x)
+        arguments = (drafter, embeddings, fed, offsets, packed, kept)
+        if checkpoint_steps and torch.is_grad_enabled():
+            output, kept = checkpoint(_draft_step, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            output, kept = _draft_step(*arguments)
+        outputs.append(output)
     return outputs
+
+
+def _draft_step(
+    drafter: Drafter, embeddings: Tensor, fed: Tensor, offsets: Tensor, packed: bool, kept: Kept
+) -> tuple[Tensor, Kept]:
+    """One draft step on inputs [B,L,h]: its output [B,L,h], and `kept` with its keys and values."""
+    x = drafter.inputs(embeddings, fed)  # [B,L,h]
+    cos, sin = drafter.rotary(x, offsets)  # [B,L,d]
+    grown: Kept = []
+    for layer, (keys, values) in zip(drafter.layers, kept, strict=True):
+        assert isinstance(layer, DraftLayer)
+        q, k, v = layer.qkv(x, cos, sin)
+        grown.append(([*keys, k], [*values, v]))
+        x = layer.finish(x, unrolled_attention(q, *grown[-1], offsets if packed else None))
+    return x, grown
 
 
 def unrolled_attention(
@@ -88,24 +106,24 @@ def unrolled_attention(
     Returns:
         [B,L,H*d].
     """
-    batch, heads, length, width = q.shape
+    length, width = q.shape[2:]
     kv_heads, steps = keys[0].shape[1], len(keys)
-    q = (q * width**-0.5).view(batch, kv_heads, heads // kv_heads, length, width)  # [B,K,G,L,d]
+    q = (q * width**-0.5).unflatten(1, (kv_heads, -1))  # [B,K,G,L,d]
     row = torch.arange(length, device=q.device)
-    if offsets is None:
-        offsets = row.expand(1, -1)
-    starts = row - offsets  # [B,L]: the first column of each row's document
-    block = (row <= row[:, None] - (steps - 1)) & (row >= starts[..., None])  # [B,L,L]
-    scores = torch.matmul(q.flatten(2, 3), keys[0].transpose(-1, -2)).view(*q.shape[:4], length)
-    parts = [scores.masked_fill(~block[:, None, None], float("-inf"))]  # [B,K,G,L,L]
-    for step in range(2, steps + 1):
-        back = steps - step
-        score = (q * _moved(keys[step - 1], back)).sum(-1)  # [B,K,G,L]
-        parts.append(score.masked_fill((offsets < back)[:, None, None], float("-inf")).unsqueeze(-1))
-    weights = torch.softmax(torch.cat(parts, dim=-1) if steps > 1 else parts[0], dim=-1)
-    attended = torch.matmul(weights[..., :length].flatten(2, 3), values[0]).view_as(q)
-    for step in range(2, steps + 1):
-        attended = attended + weights[..., length + step - 2, None] * _moved(values[step - 1], steps - step)
+    starts = None if offsets is None else row - offsets  # [B,L]: the first column of each row's document
+    attended, log_sum = causal_attention(q, keys[0], values[0], steps - 1, starts)
+    if steps > 1:
+        scores = [log_sum]  # the block counts as one key whose score is its log-normaliser
+        offsets = row[None] if offsets is None else offsets
+        for step in range(2, steps + 1):
+            back = steps - step
+            score = (q * _moved(keys[step - 1], back)).sum(-1).to(log_sum.dtype)  # [B,K,G,L]
+            scores.append(score.masked_fill((offsets < back)[:, None, None], float("-inf")))
+        weights = torch.softmax(torch.stack(scores, dim=-1), dim=-1).to(q.dtype)  # [B,K,G,L,s]
+        attended = attended * weights[..., :1]
+        for step in range(2, steps + 1):
+            moved = _moved(values[step - 1], steps - step)
+            attended = torch.addcmul(attended, weights[..., step - 1, None], moved)
     return attended.permute(0, 3, 1, 2, 4).flatten(2)  # [B,L,K*G*d]
 
 

@@ -22,7 +22,7 @@ def alone(target, index, new=NEW):
     """The answer of one prompt by plain decoding."""
     options = {"sampling": SAMPLINGS[index], "sequence_id": SEQUENCES[index], "eos_ids": target.eos_ids}
     state = new_state(target, PROMPTS[index], new, **options)
-    for _ in generate(target, Plain(), [state], Budget()):
+    for _ in generate(target, Plain(), [state], Budget(4, 4, 15)):
         pass
     return state.written
 

@@ -158,7 +158,7 @@ def two_tokens(proposer, sampling):
     target = soft_target(SMALL)
     states = [new_state(target, PROMPT, 2, sampling, sequence_id=i) for i in range(TEXTS)]
     for first in range(0, TEXTS, 50):
-        for _ in generate(target, proposer, states[first : first + 50], Budget()):
+        for _ in generate(target, proposer, states[first : first + 50], Budget(4, 4, 15)):
             pass
     return [tuple(state.written) for state in states]
 
@@ -318,3 +318,22 @@ def test_while_the_text_repeats_itself_the_drafter_only_reads_along():
         state.extend([*tree.tokens[path[1:]].tolist(), bonus])
         committed = target.keep([state], [path], features)
     assert [count > 0 for count in forwards] == [True, False, False, True, True]
+
+
+def test_a_level_that_will_hardly_be_reached_is_not_drafted():
+    """Stops a rule that reads another level's scores, and a depth that is cut although likely."""
+    target = soft_target(V)
+    proposer, state = random_drafter(target), new_state(target, prompt_of(9), 20)
+    committed = target.prefill([state])
+
+    def grown(min_gain: float) -> DraftTree:
+        (tree,) = proposer.propose([state], committed, Budget(3, 4, 99, min_gain))
+        state.memory = None  # the prompt is read again
+        return tree
+
+    whole = grown(0.0)
+    reached = [float(whole.scores[whole.depth == depth].topk(3).values.exp().sum()) for depth in range(1, 4)]
+    assert reached == sorted(reached, reverse=True) and whole.num_forwards == 4
+    for depth, mass in enumerate(reached, 1):
+        assert grown(mass * 0.99).num_forwards > depth
+        assert grown(mass * 1.01).num_forwards == depth

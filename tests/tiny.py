@@ -240,7 +240,7 @@ def write(
     states = [
         new_state(target, prompt, new, sampling, sequence_id=i, **options) for i, prompt in enumerate(prompts)
     ]
-    batches = list(generate(target, proposer or Plain(), states, budget or Budget()))
+    batches = list(generate(target, proposer or Plain(), states, budget or Budget(4, 4, 15)))
     for state in states:
         assert state.done and state.cache.length == len(state.tokens) - 1
     return Written(

@@ -10,7 +10,7 @@ from coral.decoding.generate import Proposer, generate
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle, State
 from coral.decoding.text import Detokenizer, cut_at, stop_at
-from coral.decoding.tree import Budget
+from coral.decoding.tree import DEFAULT, Budget
 from coral.errors import CoralError
 from coral.target import Target
 
@@ -71,7 +71,7 @@ def load(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-    budget = budget or Budget()
+    budget = budget or DEFAULT
     if compile:
         target = target.compiled((1, budget.num_nodes + 1))
     return Pair(target, make_proposer(target, drafter, coupled, drafter_revision, head), budget)

@@ -33,7 +33,9 @@ Device = Annotated[str | None, typer.Option(help="Device, for example cuda. Defa
 Tree = Annotated[
     str | None,
     typer.Option(
-        "--tree", help="Draft tree as TOP_K,MAX_DEPTH,NUM_NODES. Larger trees accept more and cost more."
+        "--tree",
+        help="Draft tree as TOP_K,MAX_DEPTH,NUM_NODES, perhaps with ,MIN_GAIN: grow no level that will "
+        "hardly be reached. Larger trees accept more and cost more.",
     ),
 ]
 Compile = Annotated[
@@ -59,17 +61,24 @@ def read_budget(tree: str | None) -> Budget:
     Raises:
         CoralError: it cannot be read, or is out of range.
     """
-    from coral.decoding.tree import Budget
+    from coral.decoding.tree import DEFAULT, Budget
 
     if tree is None:
-        return Budget()
+        return DEFAULT
     try:
-        top_k, max_depth, num_nodes = (int(part) for part in tree.split(","))
+        *sizes, last = tree.split(",")
+        top_k, max_depth, num_nodes = (int(part) for part in (sizes if len(sizes) == 3 else [*sizes, last]))
+        min_gain = float(last) if len(sizes) == 3 else 0.0
     except ValueError:
-        raise CoralError(f"cannot read --tree {tree!r}; write it as TOP_K,MAX_DEPTH,NUM_NODES.") from None
-    if min(top_k, num_nodes) < 1 or max_depth < 0:
-        raise CoralError(f"--tree {tree!r} is out of range; TOP_K and NUM_NODES are at least 1, MAX_DEPTH 0.")
-    return Budget(top_k, max_depth, num_nodes)
+        raise CoralError(
+            f"cannot read --tree {tree!r}; write it as TOP_K,MAX_DEPTH,NUM_NODES or with ,MIN_GAIN."
+        ) from None
+    if min(top_k, num_nodes) < 1 or max_depth < 0 or not 0 <= min_gain <= 1:
+        raise CoralError(
+            f"--tree {tree!r} is out of range; TOP_K and NUM_NODES are at least 1, MAX_DEPTH is at least 0, "
+            "MIN_GAIN is from 0 to 1."
+        )
+    return Budget(top_k, max_depth, num_nodes, min_gain)
 
 
 def read_part(part: str) -> tuple[int, int]:

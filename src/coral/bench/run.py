@@ -34,7 +34,7 @@ from coral.decoding.generate import Proposer
 from coral.decoding.proposers.feature import Feature
 from coral.decoding.proposers.merged import Merged
 from coral.decoding.sampling import Sampling
-from coral.decoding.tree import Budget
+from coral.decoding.tree import DEFAULT, Budget
 from coral.errors import CoralError
 from coral.files import atomic_text
 from coral.target import Target
@@ -81,7 +81,7 @@ def bench(
     Raises:
         CoralError: a bad name or file, or an output that holds another bench.
     """
-    output, budget = Path(output), budget or Budget()
+    output, budget = Path(output), budget or DEFAULT
     prompts = suites_.load(suites, limit)
     if taken := sorted(set(drafters) & set(RESERVED)):
         raise CoralError(f"drafter name {taken[0]!r} is reserved; rename it in --drafter NAME=DIR.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -17,15 +17,22 @@ class Budget:
     top_k: children drafted per node and nodes expanded per level.
     max_depth: levels below the root; 0 turns drafting off.
     num_nodes: draft tokens sent to the target; the root is not counted.
+    min_gain: no further level is drafted where the nodes it would grow from are reached with less probability
+    than this together, by the drafter's own scores: it cannot add more tokens than that.
     """
 
-    top_k: int = 4
-    max_depth: int = 4
-    num_nodes: int = 15
+    top_k: int
+    max_depth: int
+    num_nodes: int
+    min_gain: float = 0.0
 
     def within(self, remaining: int) -> Budget:
         """The same budget when only `remaining` tokens may still be written, the bonus token included."""
-        return Budget(self.top_k, max(0, min(self.max_depth, remaining - 1)), self.num_nodes)
+        return replace(self, max_depth=max(0, min(self.max_depth, remaining - 1)))
+
+
+DEFAULT = Budget(top_k=5, max_depth=6, num_nodes=15, min_gain=0.25)
+"""The tree of the commands, if none is asked for; benchmarks/README.md has the sizes that were compared."""
 
 
 @dataclass(frozen=True)

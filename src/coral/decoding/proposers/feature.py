@@ -60,6 +60,8 @@ class Feature:
         features = feature.expand(len(ids), -1)
         ancestors = torch.zeros(len(ids), 0, dtype=torch.bool)  # of the frontier, among the tree's cache rows
         for depth in range(1, budget.max_depth):
+            if float(frontier_scores.exp().sum()) < budget.min_gain:
+                break
             n = len(frontier)
             mask = torch.cat(
                 [torch.ones(n, base, dtype=torch.bool), ancestors, torch.eye(n, dtype=torch.bool)], 1

@@ -7,7 +7,7 @@ does not.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
@@ -19,13 +19,12 @@ from coral.decoding.tree import Budget, DraftTree, merge
 class Merged:
     """What `lookup` drafts comes first, as a chain of up to `most` tokens; `drafter` has the nodes left.
 
-    While the text repeats itself the drafter only reads along: if the last cycle followed lookup's chain at
-    least as far as the drafter could have drafted, and lookup goes on as far again, its chain has the tree
-    alone.
+    While the text repeats itself the drafter only reads along: if the last cycle followed lookup's chain for
+    `sure` tokens or more, and lookup goes on as far again, its chain has the tree alone.
     """
 
-    def __init__(self, drafter: Proposer, lookup: Proposer, most: int = 7) -> None:
-        self.drafter, self.lookup, self.most = drafter, lookup, most
+    def __init__(self, drafter: Proposer, lookup: Proposer, most: int = 7, sure: int = 4) -> None:
+        self.drafter, self.lookup, self.most, self.sure = drafter, lookup, most, sure
 
     def propose(
         self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
@@ -41,8 +40,8 @@ class Merged:
         longest = Budget(top_k=1, max_depth=budget.num_nodes, num_nodes=budget.num_nodes)
         chain, memory.lookup = _ask(self.lookup, state, memory.lookup, committed, longest)
         memory.chain = chain.tokens[1:].tolist()
-        if min(followed, len(memory.chain)) >= budget.max_depth:
-            budget = Budget(budget.top_k, 0, budget.num_nodes)
+        if min(followed, len(memory.chain)) >= self.sure:
+            budget = replace(budget, max_depth=0)
         else:
             end = self.most + 1
             chain = DraftTree(chain.tokens[:end], chain.parents[:end], chain.scores[:end])

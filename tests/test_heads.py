@@ -69,17 +69,30 @@ def _spread(rows, ids):
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_with_all_groups_topk_is_that_of_the_dense_scores(grouping):
-    """Stops scores that are renormalised over the active groups, ids of the wrong group, and id -1."""
-    head = routed(4, grouping=grouping)
-    features = torch.randn(5, 16)
-    dense = head.log_probs(features)
-    assert torch.allclose(dense.exp().sum(-1), torch.ones(5), atol=1e-5)
-    values, ids = dense.topk(6)
-    found, scores = head.topk(features, 6, [], torch.zeros(5))
+    """Stops scores on another scale than the full head's, ids of the wrong group, and id -1."""
+    features, zeros = torch.randn(5, 16), torch.zeros(5)
+    full = FullHead(tiny_target())
+    ids, values = full.topk(features, 6, [], zeros)
+    found, scores = routed(4, grouping=grouping).topk(features, 6, [], zeros)
     assert torch.equal(found, ids) and torch.allclose(scores, values, atol=1e-5)
-    some, kept = routed(2, grouping=grouping).topk(features, 40, [], torch.zeros(5))
-    real = kept > float("-inf")
-    assert torch.allclose(kept[real], dense.gather(1, some)[real], atol=1e-5)
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_active_groups_share_the_mass_that_the_router_gives_them(grouping):
+    """Stops scores that are renormalised over the active groups: every node would look sure."""
+    head, features = routed(2, grouping=grouping), torch.randn(5, 16)
+    ids, scores = head.topk(features, 40, [], torch.zeros(5))
+    mass, chosen = head.choose(features, torch.zeros(5))
+    inside = head.ids[chosen].flatten()
+    inside = inside[inside >= 0]
+    real = scores > float("-inf")
+    assert real.sum(-1).tolist() == [len(inside)] * 5
+    assert {i for row in range(5) for i in ids[row][real[row]].tolist()} == set(inside.tolist())
+    torch.testing.assert_close(scores.exp().sum(-1), mass[:, chosen].exp().sum(-1))
+    exact = FullHead(tiny_target()).log_probs(features).gather(1, ids)
+    torch.testing.assert_close(
+        (scores - scores[:, :1])[real], (exact - exact[:, :1])[real], atol=1e-4, rtol=1e-4
+    )
 
 
 def test_likely_nodes_choose_the_groups():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from coral.packed import PackedGroups, pack_linears
@@ -34,8 +33,9 @@ class Router(nn.Module):
 class RoutedHead:
     """The LM head's rows in equal groups, of which a router activates a few for each level of the tree.
 
-    The score of an id is its group's log-mass plus its log-softmax inside the group, so nodes stay comparable
-    whichever groups are active.
+    The score of an id is its log-softmax among the ids of the active groups plus the log of the mass that the
+    router gives to these groups together: nodes stay comparable whichever groups are active, and ids keep the
+    order and the distances that the LM head gives them.
 
     Args:
         ids: [G, R] int64, the ids of each group; -1 fills up where G does not divide V.
@@ -55,26 +55,15 @@ class RoutedHead:
 
     def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
         mass, chosen = self.choose(features, scores)
-        log_probs = self._log_probs(features, mass, chosen)  # [N, active * R]
-        values, best = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
+        logits = self.rows(features, chosen.tolist()).float().transpose(0, 1).flatten(1)  # [N, active * R]
+        values, best = logits.topk(min(k, logits.shape[-1]), dim=-1)
+        log_mass = mass[:, chosen].logsumexp(-1, keepdim=True)
         size = self.ids.shape[1]
-        return self.ids[chosen[best // size], best % size].clamp(min=0), values
+        ids = self.ids[chosen[best // size], best % size].clamp(min=0)
+        return ids, values - logits.logsumexp(-1, keepdim=True) + log_mass
 
     def choose(self, features: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The log-mass [N, G] of each group, and the groups [active] worth most to these nodes together."""
         mass = self.router(features)
         worth = (mass + scores.to(mass)[:, None]).exp().sum(0)
         return mass, worth.topk(self.active).indices
-
-    def log_probs(self, features: Tensor) -> Tensor:
-        """[N, V] float32 with every group active, for tests."""
-        scores = self._log_probs(features, self.router(features), torch.arange(len(self.ids)))
-        dense = scores.new_empty(len(features), int(self.ids.max()) + 1)
-        there = self.ids.flatten() >= 0
-        dense[:, self.ids.flatten()[there]] = scores[:, there]
-        return dense
-
-    def _log_probs(self, features: Tensor, mass: Tensor, groups: Tensor) -> Tensor:
-        """[N, A * R] float32, of the ids in these A groups."""
-        inside = self.rows(features, groups.tolist()).float().log_softmax(-1)  # [A, N, R]
-        return inside.add_(mass[:, groups].T[:, :, None]).transpose(0, 1).flatten(1)

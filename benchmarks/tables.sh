@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The tables of benchmarks/README.md. DATA is what `coral data prepare` wrote, STAGE1 an EAGLE drafter trained on it
+# (benchmarks/README.md says how). Training takes two hours on four cores and may run beside other work; for the
+# benches at the end nothing else may run. `FULL=1` takes the whole suites and 128 tokens a turn: a day on a CPU.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+DATA=${1:?usage: tables.sh DATA STAGE1 OUTPUT} STAGE1=${2:?} OUT=${3:?}
+mkdir -p "$OUT"
+DATA=$(realpath "$DATA") STAGE1=$(realpath "$STAGE1") OUT=$(realpath "$OUT") BIN=$PWD/.venv/bin HERE=$PWD/benchmarks
+OWN=$PWD/src/coral/embedded/drafter
+cd "$OUT" && { [ -e stage1 ] || ln -s "$STAGE1" stage1; }
+
+# Recipes on equal data, and the options of the alignment.
+"$BIN/python" "$HERE/train_all.py" "$HERE/recipes.yaml" "$DATA" recipes
+"$BIN/python" "$HERE/train_all.py" "$HERE/sweep.yaml" "$DATA" sweep
+"$BIN/python" "$HERE/held_out.py" "$HERE/recipes.yaml" "$DATA" recipes coral --max-new-tokens 64 | tee recipes.md
+"$BIN/python" "$HERE/held_out.py" "$HERE/sweep.yaml" "$DATA" sweep csra --max-new-tokens 32 | tee sweep.md
+
+# The table: three recipes with the full head, CORAL with its router, and the shipped pair.
+if [ ! -e coral-routed ]; then
+  cp -r recipes/coral-0 coral-routed
+  "$BIN/coral" train-head coral-routed --data "$DATA" --groups 32 --active 8 --updates 150 --dtype float32
+fi
+LIMIT="--limit 40" GREEDY=24 SAMPLED=12
+[ -z "${FULL:-}" ] || { LIMIT="" GREEDY=128 SAMPLED=128; }
+DRAFTERS="--drafter eagle2=recipes/eagle2-0 --drafter hass=recipes/hass-0 --drafter coral=recipes/coral-0"
+DRAFTERS="$DRAFTERS --drafter coral+router=coral-routed --drafter shipped=$OWN"
+BENCH="$BIN/coral bench --deepen 32 $LIMIT --dtype float32"
+$BENCH $DRAFTERS --drafter "shipped+lookup=$OWN+ngram" --temperature 0 --max-new-tokens $GREEDY --output float32-greedy
+$BENCH $DRAFTERS --temperature 1 --uncoupled --no-peers --max-new-tokens $SAMPLED --output float32-sampled
+
+# What the parts cost.
+"$BIN/python" "$HERE/heads.py" heads
+"$BIN/python" "$HERE/dense.py" --output memory

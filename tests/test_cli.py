@@ -238,7 +238,9 @@ def test_heads_without_training(coral, models: Path, data: Path, tmp_path: Path)
     assert (drafter / "coral" / "heads" / "own").read_text() == "low_rank\n"
     asked = ("generate", "--target", models / "target", "--drafter", drafter, "--max-new-tokens", 12, "hi")
     texts = {coral(*asked, "--head", head).out for head in ("auto", "static", "low_rank", "full")}
+    texts.add(coral(*asked, "--drafter", f"{drafter}+static+ngram").out)
     assert len(texts) == 1 and texts.pop().strip()
+    assert "no routed head" in coral(*asked, "--drafter", f"{drafter}+routed+ngram").err
 
 
 def test_a_limit_of_the_command_line_replaces_epochs(coral, models: Path, tmp_path: Path) -> None:

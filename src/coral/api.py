@@ -84,8 +84,8 @@ def make_proposer(
     revision: str | None = None,
     head: str = "auto",
 ) -> Proposer:
-    """The proposer that `drafter` names: None or "plain", "ngram", a drafter directory or hub id, or both
-    together: "DIRECTORY+ngram".
+    """The proposer that `drafter` names: None or "plain", "ngram", or a drafter directory or hub id, with
+    "+ngram" behind it for both in one tree and "+full", "+routed" and so on for one of its heads.
     """
     from coral.decoding.proposers.feature import Feature
     from coral.decoding.proposers.merged import Merged
@@ -101,6 +101,8 @@ def make_proposer(
         case str() if drafter.endswith(_AND_NGRAM):
             source = drafter.removesuffix(_AND_NGRAM)
             return Merged(make_proposer(target, source, coupled, revision, head), NGram())
+        case str() if (parts := drafter.rpartition("+"))[0] and parts[2] in heads.HEADS:
+            return make_proposer(target, parts[0], coupled, revision, parts[2])
         case _:
             device = target.head_weight.device
             loaded = checkpoint.load(drafter, target, revision=revision, dtype=target.dtype, device=device)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import V, tiny_target
+from tiny import V, routed_head, tiny_target
 
 from coral.drafter.heads import FullHead
 from coral.drafter.reduced import LowRankHead, StaticHead, factorise
@@ -36,6 +36,16 @@ def test_a_low_rank_head_of_full_rank_is_the_full_head(rescored):
         expected, values = full.topk(features(), k, [], torch.zeros(5))
         assert torch.equal(ids[:, :3], expected[:, :3])
         torch.testing.assert_close(scores, values, atol=1e-4, rtol=1e-4)
+
+
+def test_heads_read_the_bytes_they_say():
+    """Stops a ceiling of the bench that counts the full head for a cheaper one."""
+    target = tiny_target()  # float32, 31 x 16
+    up, down = factorise(target.head_weight, torch.eye(16), 4)
+    assert FullHead(target).num_bytes == 31 * 16 * 4
+    assert StaticHead(target, torch.arange(5)).num_bytes == 5 * 16 * 4
+    assert LowRankHead(target, up, down).num_bytes == 4 * (31 + 16) * 4
+    assert routed_head(target, 2, 4).num_bytes == (2 * 8 * 16 + 16 * 16 + 4 * 16) * 4
 
 
 def test_rescored_ids_have_their_real_scores():

@@ -9,9 +9,8 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
 
-from coral.bench.deepen import draft_bytes, plain_bytes
+from coral.bench.deepen import plain_bytes
 from coral.bench.methods import Write, ours
 from coral.decoding.proposers.plain import Plain
 from coral.decoding.sampling import Sampling
@@ -27,7 +26,7 @@ class Costs:
     plain: the variant chosen as plain decoding; plain_seconds: seconds per token of all that competed.
     step_seconds: one plain step of the chosen variant; verify_seconds: one target forward of the drafters'
     target (the compiled one if any), by number of rows.
-    c: bytes of a draft step with the full LM head over bytes of a plain step, by drafter.
+    c: bytes of weights that a draft step reads, its LM head included, over those of a plain step, by drafter.
     """
 
     dtype: str
@@ -56,7 +55,7 @@ class Costs:
 
 def measure(
     targets: Mapping[str, Target],
-    drafters: Mapping[str, nn.Module],
+    drafts: Mapping[str, int],
     prompts: Sequence[list[int]],
     most_rows: int,
 ) -> Costs:
@@ -64,6 +63,7 @@ def measure(
 
     Args:
         targets: the target by how it runs, "eager" and perhaps "compiled"; drafters verify with the last one.
+        drafts: bytes of weights that a draft step reads, by drafter.
         most_rows: size of the largest tree, root included.
     """
     variants = plain_variants(targets)
@@ -79,7 +79,7 @@ def measure(
         plain_seconds=per_token,
         step_seconds=timed[rows] if chosen is target else verify_seconds(chosen, [rows], longest)[rows],
         verify_seconds=timed,
-        c={drafter: draft_bytes(network, target.model) / plain for drafter, network in drafters.items()},
+        c={drafter: draft / plain for drafter, draft in drafts.items()},
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from coral.drafter.drafter import num_bytes
 from coral.errors import CoralError
 
 _ZEROED = ("self_attn.o_proj", "mlp.down_proj")  # what each half of a layer adds to the residual stream
@@ -29,7 +30,8 @@ def deepen(
 
     Args:
         layers: total number of decoder layers afterwards.
-        cost_ratio: c = draft_bytes / plain_bytes to reach, by the FFN width of the appended layers.
+        cost_ratio: c, the bytes of a draft step over those of a plain step, to reach by the FFN width of the
+            appended layers.
         drafter_bytes: what one draft step reads, LM head included; None: an EAGLE-style drafter of one layer.
 
     Returns:
@@ -47,8 +49,8 @@ def deepen(
     added = layers - have
     draft = drafter_bytes if drafter_bytes is not None else _eagle_bytes(model)
     each = (draft / cost_ratio - plain_bytes(model)) / added  # bytes an appended layer should have
-    by_column = (_bytes(decoder.layers[0].mlp) // config.intermediate_size) or 1
-    outside_mlp = _bytes(decoder.layers[0]) - _bytes(decoder.layers[0].mlp)
+    by_column = (num_bytes(decoder.layers[0].mlp) // config.intermediate_size) or 1
+    outside_mlp = num_bytes(decoder.layers[0]) - num_bytes(decoder.layers[0].mlp)
     width = round((each - outside_mlp) / by_column / _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
     if width < _WIDTH_MULTIPLE:
         raise CoralError(
@@ -70,23 +72,14 @@ def deepen(
 def plain_bytes(model: PreTrainedModel) -> int:
     """Bytes of weights that one plain step reads: decoder layers, final norm, LM head; no embeddings."""
     decoder = model.get_decoder()
-    return _bytes(decoder.layers) + _bytes(decoder.norm) + _bytes(model.get_output_embeddings())
-
-
-def draft_bytes(drafter: nn.Module, model: PreTrainedModel) -> int:
-    """Bytes of weights that one draft step reads with the full LM head of `model`."""
-    return _bytes(drafter) + _bytes(model.get_output_embeddings())
+    return num_bytes(decoder.layers) + num_bytes(decoder.norm) + num_bytes(model.get_output_embeddings())
 
 
 def _eagle_bytes(model: PreTrainedModel) -> int:
     """One layer of the target's shape, fc [h, 2h] and the LM head."""
     head = model.get_output_embeddings().weight
     fc = 2 * head.shape[1] ** 2 * head.element_size()
-    return _bytes(model.get_decoder().layers[0]) + fc + _bytes(model.get_output_embeddings())
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    return num_bytes(model.get_decoder().layers[0]) + fc + num_bytes(model.get_output_embeddings())
 
 
 @torch.no_grad()

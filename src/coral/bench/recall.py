@@ -51,7 +51,7 @@ class _WatchedHead:
     """A routed head that remembers which groups it chose, level by level."""
 
     def __init__(self, head: RoutedHead) -> None:
-        self.head, self.levels = head, list[Tensor]()
+        self.head, self.num_bytes, self.levels = head, head.num_bytes, list[Tensor]()
 
     def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
         self.levels.append(self.head.choose(features, scores)[1])

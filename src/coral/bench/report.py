@@ -23,7 +23,7 @@ NAMES = {
 
 LEGEND = (
     "speedup: wall time of plain decoding over this one's, prefill included, same prompts, same number of "
-    "tokens, sum over sum. tau: tokens a cycle. c: bytes of a draft step with the full LM head over those of "
+    "tokens, sum over sum. tau: tokens a cycle. c: bytes of weights that a draft step reads over those of "
     "a plain step. v(n): time of verifying n nodes over that of a plain step. S: draft steps a cycle. "
     "ceiling: tau / (v + S c)."
 )

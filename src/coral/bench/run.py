@@ -35,6 +35,7 @@ from coral.decoding.proposers.feature import Feature
 from coral.decoding.proposers.merged import Merged
 from coral.decoding.sampling import Sampling
 from coral.decoding.tree import DEFAULT, Budget
+from coral.drafter.drafter import num_bytes
 from coral.errors import CoralError
 from coral.files import atomic_text
 from coral.target import Target
@@ -185,8 +186,8 @@ def _measure_apart(
     target = [*targets.values()][-1]
     trained = {name: p for name, make in made.items() if (p := _trained(make(target, False)))}
     if dtype_name(target) not in log.costs:
-        networks = {name: proposer.drafter for name, proposer in trained.items()}
-        log.add(measure(targets, networks, [suite[0] for suite in prompts][:3], _most_rows(budget)))
+        drafts = {name: num_bytes(p.drafter) + p.head.num_bytes for name, p in trained.items()}
+        log.add(measure(targets, drafts, [suite[0] for suite in prompts][:3], _most_rows(budget)))
     texts = [prompt for suite in prompts for prompt in suite]
     recalls = {name: recall_by_depth(target, p, texts, length, budget) for name, p in trained.items()}
     return {name: recall for name, recall in recalls.items() if recall}

@@ -274,6 +274,11 @@ class Drafter(nn.Module):
                 tensor[tuple(slice(size) for size in given[name].shape)] = given[name]
 
 
+def num_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Grouped-query attention of q [B,H,N,d] over k, v [B,K,M,d] -> [B,N,H*d]; see `Drafter.forward` for the
     mask.

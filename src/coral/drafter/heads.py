@@ -31,6 +31,11 @@ _OWN = "own"  # a file that names the head that is used if none is asked for
 
 
 class Head(Protocol):
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weights that one level of a tree reads."""
+        ...
+
     def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
         """The k likeliest ids of each row and their log-probabilities."""
         ...
@@ -41,6 +46,7 @@ class FullHead:
 
     def __init__(self, target: Target) -> None:
         self.target = target
+        self.num_bytes = target.head_weight.numel() * target.head_weight.element_size()
 
     def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
         log_probs = self.log_probs(features)

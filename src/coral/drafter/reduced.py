@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coral.drafter.drafter import num_bytes
 from coral.packed import pack_linears
 from coral.target import Target
 
@@ -28,6 +29,7 @@ class StaticHead:
         bias = None if target.head_bias is None else target.head_bias[self.ids]
         self.rows = _linear(target.head_weight[self.ids], bias)
         self.vocab_size = target.vocab_size
+        self.num_bytes = num_bytes(self.rows)
         pack_linears(self.rows)
 
     def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,6 +58,7 @@ class LowRankHead:
         self.target, self.rescored = target, rescored
         up, down = (part.to(weight.device, weight.dtype) for part in (up, down))
         self.factors = nn.Sequential(_linear(down, None), _linear(up, target.head_bias))
+        self.num_bytes = num_bytes(self.factors)
         pack_linears(self.factors)
 
     def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from coral.drafter.drafter import num_bytes
 from coral.packed import PackedGroups, pack_linears
 from coral.target import Target
 
@@ -51,6 +52,8 @@ class RoutedHead:
             bias = weight.new_zeros(there.shape) if bias is None else bias[there]
             bias = bias.masked_fill(absent, float("-inf"))
         self.rows = PackedGroups(weight[there], bias)
+        row_bytes = weight.shape[1] * weight.element_size()
+        self.num_bytes = num_bytes(self.router) + self.active * self.ids.shape[1] * row_bytes
         pack_linears(self.router)
 
     def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:

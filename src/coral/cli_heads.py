@@ -37,10 +37,10 @@ def train_head(
             "writes most. low_rank: two thin matrices, made without training."
         ),
     ] = "routed",
-    groups: Annotated[int, typer.Option(help="routed: groups of ids.", min=2)] = 32,
+    groups: Annotated[int, typer.Option(help="routed: groups of ids.", min=2)] = 16,
     active: Annotated[
         int, typer.Option(help="routed: groups multiplied for each level of the tree.", min=1)
-    ] = 8,
+    ] = 4,
     grouping: Annotated[
         str, typer.Option(help="routed: kmeans (similar ids), frequency (bands) or contiguous.")
     ] = "kmeans",

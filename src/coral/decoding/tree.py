@@ -31,8 +31,8 @@ class Budget:
         return replace(self, max_depth=max(0, min(self.max_depth, remaining - 1)))
 
 
-DEFAULT = Budget(top_k=5, max_depth=6, num_nodes=15, min_gain=0.25)
-"""The tree of the commands, if none is asked for; benchmarks/README.md has the sizes that were compared."""
+DEFAULT = Budget(top_k=8, max_depth=6, num_nodes=15, min_gain=0.2)
+"""The tree of the commands, if none is asked for; docs/log.md has the sizes that were compared."""
 
 
 @dataclass(frozen=True)

@@ -13,21 +13,23 @@ cd "$OUT" && { [ -e stage1 ] || ln -s "$STAGE1" stage1; }
 # Recipes on equal data, and the options of the alignment.
 "$BIN/python" "$HERE/train_all.py" "$HERE/recipes.yaml" "$DATA" recipes
 "$BIN/python" "$HERE/train_all.py" "$HERE/sweep.yaml" "$DATA" sweep
-"$BIN/python" "$HERE/held_out.py" "$HERE/recipes.yaml" "$DATA" recipes coral --max-new-tokens 64 | tee recipes.md
-"$BIN/python" "$HERE/held_out.py" "$HERE/sweep.yaml" "$DATA" sweep csra --max-new-tokens 32 | tee sweep.md
+HELD="--max-new-tokens 32 --tree 4,4,15"
+"$BIN/python" "$HERE/held_out.py" "$HERE/recipes.yaml" "$DATA" recipes coral $HELD | tee recipes.md
+"$BIN/python" "$HERE/held_out.py" "$HERE/sweep.yaml" "$DATA" sweep csra $HELD | tee sweep.md
 
 # The table: three recipes with the full head, CORAL with its router, and the shipped pair.
 if [ ! -e coral-routed ]; then
   cp -r recipes/coral-0 coral-routed
   "$BIN/coral" train-head coral-routed --data "$DATA" --groups 32 --active 8 --updates 150 --dtype float32
 fi
-LIMIT="--limit 40" GREEDY=24 SAMPLED=12
-[ -z "${FULL:-}" ] || { LIMIT="" GREEDY=128 SAMPLED=128; }
+FIRST="--limit 40" SECOND="--limit 20" GREEDY=16 SAMPLED=12
+[ -z "${FULL:-}" ] || { FIRST="" SECOND="" GREEDY=128 SAMPLED=128; }
 DRAFTERS="--drafter eagle2=recipes/eagle2-0 --drafter hass=recipes/hass-0 --drafter coral=recipes/coral-0"
-DRAFTERS="$DRAFTERS --drafter coral+router=coral-routed --drafter shipped=$OWN"
-BENCH="$BIN/coral bench --deepen 32 $LIMIT --dtype float32"
-$BENCH $DRAFTERS --drafter "shipped+lookup=$OWN+ngram" --temperature 0 --max-new-tokens $GREEDY --output float32-greedy
-$BENCH $DRAFTERS --temperature 1 --uncoupled --no-peers --max-new-tokens $SAMPLED --output float32-sampled
+DRAFTERS="$DRAFTERS --drafter coral+router=coral-routed --drafter shipped=$OWN+static"
+MORE="--drafter shipped+router=$OWN+routed --drafter shipped+lookup=$OWN+static+ngram"
+BENCH="$BIN/coral bench --deepen 32 --dtype float32"
+$BENCH $FIRST $DRAFTERS $MORE --temperature 0 --max-new-tokens $GREEDY --output float32-greedy
+$BENCH $SECOND $DRAFTERS --temperature 1 --uncoupled --no-peers --max-new-tokens $SAMPLED --output float32-sampled
 
 # What the parts cost.
 "$BIN/python" "$HERE/heads.py" heads

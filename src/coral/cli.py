@@ -146,10 +146,8 @@ def train(
     trust_remote_code: options.Trust = False,
 ) -> None:
     """Train a drafter for a target. Features are computed on the way, unless --data holds them."""
-    from coral.api import EMBEDDED
-    from coral.data import prepared, shards
+    from coral.data import shards
     from coral.decoding.measure import acceptance
-    from coral.target import Target
     from coral.training.loop import train as run
     from coral.training.recipe import load_recipe
 
@@ -157,16 +155,8 @@ def train(
     given = [f"limits.{name}={value}" for name, value in limits.items() if value is not None]
     instead = ["limits.epochs=null"] if given else []  # first, so that --set limits.epochs=3 still counts
     config = load_recipe(recipe, [*instead, *(set_ or ()), *given])
-    options.quiet_transformers()
     rows = shards.load(data)
-    loaded = Target.load(
-        target or EMBEDDED / "target",
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
-    prepared.check(rows.info, loaded.vocab_size, loaded.tokenizer)
+    loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows)
     prompts = [p for p in rows.held_out_prompts if len(p) < loaded.context_length - 64][:16]
     outcome = run(
         loaded,

@@ -92,20 +92,11 @@ def regenerate(
     """Let the target write the answers itself: a drafter learns best from its own target's text."""
     from rich.console import Console
 
-    from coral.api import EMBEDDED
     from coral.data.regenerate import regenerate as run
     from coral.decoding.batch import write
     from coral.decoding.sampling import Sampling
-    from coral.target import Target
 
-    options.quiet_transformers()
-    loaded = Target.load(
-        target or EMBEDDED / "target",
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    loaded = options.load_target(target, dtype, device, revision, trust_remote_code)
 
     def answer(prompts: list[list[int]], temperatures: list[float], ids: list[int]) -> list[list[int]]:
         return write(loaded, prompts, [Sampling(t, seed=seed) for t in temperatures], ids, max_new_tokens)
@@ -148,20 +139,10 @@ def features(
     """Store the target's features of prepared data: many runs then train without running the target."""
     from rich.console import Console
 
-    from coral.api import EMBEDDED
     from coral.data import prepared, shards
-    from coral.target import Target
 
-    options.quiet_transformers()
     rows = prepared.load(data)
-    loaded = Target.load(
-        target or EMBEDDED / "target",
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
-    prepared.check(rows.info, loaded.vocab_size, loaded.tokenizer)
+    loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows)
     stored = shards.store(
         loaded,
         rows,

@@ -67,10 +67,8 @@ def train_head(
 
     A stopped run goes on with the same command.
     """
-    from coral.api import EMBEDDED
-    from coral.data import prepared, shards
+    from coral.data import shards
     from coral.drafter import checkpoint
-    from coral.target import Target
 
     if kind not in _OPTIONS:
         raise CoralError(f"kind {kind!r} is not known; use {', '.join(_OPTIONS)}.")
@@ -79,16 +77,8 @@ def train_head(
             source = context.get_parameter_source(name)
             if source is not None and source.name != "DEFAULT":
                 raise CoralError(f"--{name} belongs to --kind {other}; leave it out with --kind {kind}.")
-    options.quiet_transformers()
     rows = shards.load(data)
-    loaded = Target.load(
-        target or EMBEDDED / "target",
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
-    prepared.check(rows.info, loaded.vocab_size, loaded.tokenizer)
+    loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows)
     network = checkpoint.load(drafter, loaded, device=loaded.device).float()
     match kind:
         case "routed":

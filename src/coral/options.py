@@ -13,7 +13,9 @@ from coral.files import refuse_missing
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from coral.data.prepared import PreparedData
     from coral.decoding.tree import Budget
+    from coral.target import Target as Target_
 
 Target = Annotated[
     str | None, typer.Option(help="Target: a directory or hub id. Default: the pair that the package ships.")
@@ -106,6 +108,36 @@ def read_drafters(items: list[str]) -> dict[str, str | Path]:
             raise CoralError(f"cannot read --drafter {item!r}; write it as NAME=DIR.")
         drafters[name] = source
     return drafters
+
+
+def load_target(
+    target: str | None,
+    dtype: str,
+    device: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    rows: PreparedData | None = None,
+) -> Target_:
+    """The target that a command works on, by default the shipped one; `rows` must have been prepared for it.
+
+    Raises:
+        CoralError: it cannot be loaded, or the data is for another tokenizer.
+    """
+    from coral.api import EMBEDDED
+    from coral.data.prepared import check
+    from coral.target import Target as Target_
+
+    quiet_transformers()
+    loaded = Target_.load(
+        target or EMBEDDED / "target",
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if rows is not None:
+        check(rows.info, loaded.vocab_size, loaded.tokenizer)
+    return loaded
 
 
 def read_tokenizer(source: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:

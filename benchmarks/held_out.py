@@ -39,7 +39,7 @@ def main(plan: str, data: str, runs: str, base: str, *options: str) -> None:
     with ThreadPoolExecutor() as pool:
         if any(pool.map(bench, filter(parts.__getitem__, range(len(parts))))):
             sys.exit(f"a bench failed; see {runs}/bench-*.log")
-    records = [log.read(path) for path in sorted(Path(runs).glob("bench-?"))]
+    records = [log.read(path) for path in sorted(Path(runs).glob("bench-*")) if path.is_dir()]
     seeds: dict[str, list[str]] = {}
     for name in names:
         seeds.setdefault(re.sub(r"-[0-2]$", "", name) if base not in names else name, []).append(name)

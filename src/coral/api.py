@@ -50,7 +50,7 @@ def load(
             "DIRECTORY+ngram", or None for plain decoding.
         budget: how large draft trees grow.
         compile: see `Target.compiled`.
-        head: the drafter's LM head, "full", "routed", or "auto" for the one that it came with.
+        head: the drafter's LM head, see `heads.load`.
         coupled: at temperature > 0 draft with the noise that the sampler will use.
 
     Raises:

@@ -68,9 +68,9 @@ def read_budget(tree: str | None) -> Budget:
     if tree is None:
         return DEFAULT
     try:
-        *sizes, last = tree.split(",")
-        top_k, max_depth, num_nodes = (int(part) for part in (sizes if len(sizes) == 3 else [*sizes, last]))
-        min_gain = float(last) if len(sizes) == 3 else 0.0
+        parts = tree.split(",")
+        top_k, max_depth, num_nodes = (int(part) for part in parts[:3])
+        (min_gain,) = (float(part) for part in parts[3:] or ["0"])
     except ValueError:
         raise CoralError(
             f"cannot read --tree {tree!r}; write it as TOP_K,MAX_DEPTH,NUM_NODES or with ,MIN_GAIN."

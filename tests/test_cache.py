@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import (
     Bushes,
+    Recorder,
     V,
     new_state,
     prompt_of,
@@ -95,28 +96,16 @@ def test_grows_beyond_its_capacity(capacity):
         pass
     assert [state.tokens] == expected
     assert_cache_is_fresh(target, state)
-    assert state.cache.layers[0].capacity <= max(64, capacity)
+    assert state.cache.capacity <= max(64, capacity)
 
 
 def test_update_is_a_view():
     """Stops a copy of the whole cache in every forward, which would cost more than drafting saves."""
     cache = KVCache(1, 8)
     keys, values = cache.layers[0].update(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 6))
-    assert keys.data_ptr() == cache.layers[0].keys.data_ptr()
-    assert values.data_ptr() == cache.layers[0].values.data_ptr()
+    assert keys.data_ptr() == cache.blocks[0].keys.data_ptr()
+    assert values.data_ptr() == cache.blocks[0].values.data_ptr()
     assert keys.shape == (1, 2, 3, 4) and values.shape == (1, 2, 3, 6)
-
-
-class Recorder:
-    """Keeps the trees that a proposer proposed."""
-
-    def __init__(self, proposer):
-        self.proposer, self.trees = proposer, []
-
-    def propose(self, states, committed, budget):
-        trees = self.proposer.propose(states, committed, budget)
-        self.trees += [(tree.tokens.tolist(), tree.parents.tolist()) for tree in trees]
-        return trees
 
 
 def finish(target, proposer, state):
@@ -124,7 +113,7 @@ def finish(target, proposer, state):
     recorder = Recorder(proposer)
     for _ in generate(target, recorder, [state], BUDGET):
         pass
-    return recorder.trees
+    return recorder.trees[state.sequence_id]
 
 
 PROPOSERS = {

@@ -5,21 +5,22 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import Bushes, prompt_of, random_drafter, tiny_target, write
+from tiny import Bushes, Recorder, prompt_of, random_drafter, tiny_target, write
 
 from coral.decoding.proposers.feature import Feature
 from coral.decoding.proposers.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.tree import Budget
 from coral.errors import CoralError
+from coral.target import Target
 
 BUDGET = Budget(top_k=3, max_depth=3, num_nodes=6)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2-sliding", "mistral-sliding"])
 def test_padded_forwards_write_the_same(kind, monkeypatch):
-    """Stops: padding rows that are attended to, a window lost in the padded mask, a cache that is left with
-    other rows than an eager forward leaves, and a new compilation for every length.
+    """Stops: padding rows that are attended to, by the target or the drafter, a window lost in the padded
+    mask, a cache that is left with other rows than an eager forward leaves, and compiling for every length.
     """
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, in seconds
     target = tiny_target(kind)
@@ -31,8 +32,22 @@ def test_padded_forwards_write_the_same(kind, monkeypatch):
         bushes.texts = expected = write(target, Plain(), [prompt_of(length)], 24, sampling).texts
         for drafting in (Plain(), proposer, bushes):
             assert write(fast, drafting, [prompt_of(length)], 24, sampling, BUDGET).texts == expected
-    # Two sizes of the target, whatever the length.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 2
+        eager, padded = Recorder(random_drafter(target)), Recorder(proposer)
+        for one, drafting in ((target, eager), (fast, padded)):
+            write(one, drafting, [prompt_of(length)], 24, sampling, BUDGET)
+        assert padded.trees == eager.trees
+    # Two sizes of the target and one of the drafter, whatever the length.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 3
+
+
+def test_each_target_has_its_own_graphs(monkeypatch):
+    """Stops a compiled forward that runs another model's graph, since guards on modules are dropped."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        target = Target(type(tiny_target().model)(tiny_target().model.config))
+        expected = write(target, Plain(), [prompt_of(6)], 8).texts
+        assert write(target.compiled((1,)), Plain(), [prompt_of(6)], 8).texts == expected
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")

@@ -1,12 +1,14 @@
 """With one seed accelerated output is plain output, whatever is drafted, and it has the target's law."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny import (
     Bushes,
     Oracle,
+    Recorder,
     V,
     Wrong,
     low_rank_head,
@@ -267,7 +269,7 @@ class Knowing(torch.nn.Module):
 @pytest.fixture(scope="module")
 def forgetful():
     """Without attention a feature depends on its own token alone."""
-    target = Target(soft_target.__wrapped__(V).model)
+    target = Target(soft_target(V).model)
     with torch.no_grad():
         for layer in target.decoder.layers:
             layer.self_attn.o_proj.weight.zero_()
@@ -337,3 +339,22 @@ def test_a_level_that_will_hardly_be_reached_is_not_drafted():
     for depth, mass in enumerate(reached, 1):
         assert grown(mass * 0.99).num_forwards > depth
         assert grown(mass * 1.01).num_forwards == depth
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_sequences_together_grow_the_trees_that_they_grow_alone(name, coupled):
+    """Stops a draft step in which sequences see each other, or one's ending that stops or shifts another."""
+    target = soft_target(V)
+    prompts, lengths = [prompt_of(n, seed=n) for n in (1, 3, 9)], (12, 20, 7)
+
+    def trees(*members):
+        recorder = Recorder(random_drafter(target, coupled=coupled))
+        states = [new_state(target, prompts[i], lengths[i], SAMPLINGS[name], sequence_id=i) for i in members]
+        for _ in generate(target, recorder, states, replace(BUDGET, min_gain=0.3)):
+            pass
+        return recorder.trees
+
+    together = trees(0, 1, 2)
+    assert together == {**trees(0), **trees(1), **trees(2)}
+    assert any(len(tokens) > 1 for tokens, _ in together[2])

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -133,6 +134,22 @@ def random_drafter(target: Target, coupled: bool = True) -> Feature:
         for parameter in drafter.parameters():
             parameter.mul_(5.0)  # far from linear, so that a wrong mask cannot hide
     return Feature(drafter, target, coupled=coupled)
+
+
+class Recorder:
+    """Keeps the trees that a proposer proposes, as (tokens, parents), by sequence id."""
+
+    def __init__(self, proposer: Proposer) -> None:
+        self.proposer = proposer
+        self.trees: defaultdict[int, list[tuple[list[int], list[int]]]] = defaultdict(list)
+
+    def propose(
+        self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
+    ) -> list[DraftTree]:
+        trees = self.proposer.propose(states, committed, budget)
+        for state, tree in zip(states, trees, strict=True):
+            self.trees[state.sequence_id].append((tree.tokens.tolist(), tree.parents.tolist()))
+        return trees
 
 
 class Oracle:

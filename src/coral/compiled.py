@@ -9,25 +9,29 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
 
-from coral.cache import KVCache, KVLayer
+from coral.cache import KVCache
 from coral.errors import CoralError
 
 
-def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """`function` compiled for fixed shapes; on the CPU its weights are frozen in and packed.
+def compiled(method: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """A bound method compiled for fixed shapes; on the CPU its weights are frozen in and packed.
 
     Raises:
         CoralError: compiling for the CPU needs a C++ compiler, and there is none.
     """
-    run = torch.compile(function, dynamic=False)
+    # Of the guards only those on tensors stay: those on the hundreds of modules took a tenth of a plain step.
+    # Another model must then not find this one's graphs, which hang on the code object: hence one of its own.
+    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
+    run = torch.compile(_own_code(method), dynamic=False, options=options)
     if device.type != "cpu":
         return run
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))):
@@ -43,14 +47,19 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
     return frozen
 
 
+def _own_code(method: Any) -> Any:
+    """The same bound method with a code object that no other has."""
+    f = method.__func__
+    copy = FunctionType(f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__)
+    return MethodType(copy, method.__self__)
+
+
 class FixedLayer(DynamicLayer):
     """One layer as a compiled forward wants it: rows go to given slots, and the whole buffer is returned."""
 
-    def __init__(self, layer: KVLayer, slots: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         super().__init__()
-        self.keys, self.values, self.slots, self.is_initialized = layer.keys, layer.values, slots, True
-        torch._dynamo.mark_dynamic(self.keys, 2)
-        torch._dynamo.mark_dynamic(self.values, 2)
+        self.keys, self.values, self.slots, self.is_initialized = keys, values, slots, True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -64,44 +73,36 @@ class FixedLayer(DynamicLayer):
         return 0
 
 
-class Fixed(NamedTuple):
-    """The inputs of a forward over n rows, padded to a given number of rows and over the whole cache.
-
-    ids [1, rows] and positions [1, rows] int64, allowed [1, rows, capacity] bool, key_positions [1, capacity]
-    int64. Rows past the n given ones are written behind them in the cache and never attended to.
+def fixed_cache(slots: Tensor, storage: Sequence[Tensor]) -> Cache:
+    """A cache over the keys and values that `fix` returns; made inside the compiled function, whose inputs
+    then are a few tensors instead of two a layer.
     """
+    layers: list[Any] = [
+        FixedLayer(keys[i], values[i], slots)
+        for keys, values in zip(storage[::2], storage[1::2], strict=True)
+        for i in range(len(keys))
+    ]
+    return Cache(layers=layers)
 
-    ids: Tensor
-    positions: Tensor
-    allowed: Tensor
-    key_positions: Tensor
-    cache: Cache
 
+def fix(cache: KVCache, rows: int, allowed: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """What a forward over `rows` rows, of which the first n are real, needs of the cache (not empty).
 
-def fix(
-    cache: KVCache, rows: int, ids: Tensor, positions: Tensor, allowed: Tensor, key_positions: Tensor
-) -> Fixed:
-    """Pad the inputs of a forward over n <= rows rows; the cache, not empty, counts these n as read.
+    The cache counts these n as read. Rows behind them are written behind them and never attended to.
 
     Args:
-        ids, positions: [1, n]. allowed: [1, n, length + n] bool. key_positions: [1, length + n].
+        allowed: [1, n, length + n] bool.
+
+    Returns:
+        `allowed` padded to [1, rows, capacity]; the slots [rows] in the cache; its keys and values, by block.
     """
-    n, length, device = ids.shape[1], cache.length, ids.device
+    length, n = cache.length, allowed.shape[1]
     for layer in cache.layers:
         layer.reserve(rows)
-        layer.length += n
-    slots = torch.arange(length, length + rows, device=device)
-    more = rows - n, cache.layers[0].capacity - length - n
-    allowed = pad(allowed, (0, more[1], 0, more[0]))
+    cache.set_length(length + n)
+    allowed = pad(allowed, (0, cache.capacity - length - n, 0, rows - n))
     allowed[:, n:, 0] = True  # a row that attends to nothing would be NaN
-    layers: list[Any] = [FixedLayer(layer, slots) for layer in cache.layers]
-    key_positions = pad(key_positions, (0, more[1]))
-    torch._dynamo.mark_dynamic(allowed, 2)
-    torch._dynamo.mark_dynamic(key_positions, 1)
-    return Fixed(
-        pad(ids, (0, more[0])),
-        pad(positions, (0, more[0])),
-        allowed,
-        key_positions,
-        Cache(layers=layers),
-    )
+    storage = [tensor for block in cache.blocks for tensor in (block.keys, block.values)]
+    for tensor, axis in ((allowed, 2), *((tensor, 3) for tensor in storage)):
+        torch._dynamo.mark_dynamic(tensor, axis)
+    return allowed, torch.arange(length, length + rows, device=allowed.device), storage

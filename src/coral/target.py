@@ -25,7 +25,7 @@ from transformers import (
 
 from coral.attention import GROUPED_SDPA
 from coral.cache import KVCache, pack
-from coral.compiled import compiled, fix
+from coral.compiled import compiled, fix, fixed_cache
 from coral.errors import CoralError
 from coral.files import refuse_missing
 from coral.packed import pack_linears
@@ -214,7 +214,8 @@ class Target:
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty KV cache with room for `capacity` rows (it grows when that is not enough)."""
-        return KVCache(self.config.num_hidden_layers, capacity)
+        devices = [next(layer.parameters()).device for layer in self.decoder.layers]
+        return KVCache(len(devices), capacity, devices)
 
     @torch.inference_mode()
     def prefill(self, states: Sequence[State]) -> list[Committed]:
@@ -268,8 +269,11 @@ class Target:
             cache = pack([state.cache for state in states], counts)
             features = self._forward(ids, positions, allowed, key_positions, cache)[0]
             return list(self.head(features).split(counts)), list(features.split(counts))
-        fixed = fix(states[0].cache, size, ids, positions, mask, key_positions)
-        features, logits = self._decode(*fixed)
+        allowed, slots, storage = fix(states[0].cache, size, mask)
+        ids, positions = (F.pad(rows, (0, size - counts[0])) for rows in (ids, positions))
+        key_positions = F.pad(key_positions, (0, allowed.shape[2] - key_positions.shape[1]))
+        torch._dynamo.mark_dynamic(key_positions, 1)
+        features, logits = self._decode(ids, positions, allowed, key_positions, slots, *storage)
         return [logits[: counts[0]]], [features[: counts[0]]]
 
     @torch.inference_mode()
@@ -324,8 +328,16 @@ class Target:
         )
         return output.last_hidden_state
 
-    def _forward_and_score(self, *inputs: Any) -> tuple[Tensor, Tensor]:
-        features = self._forward(*inputs)[0]
+    def _forward_and_score(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        allowed: Tensor,
+        key_positions: Tensor,
+        slots: Tensor,
+        *storage: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        features = self._forward(ids, positions, allowed, key_positions, fixed_cache(slots, storage))[0]
         return features, self.head(features)
 
     def _mask(self, allowed: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A drafter grows the tree: EAGLE-2 growth (Li et al. 2024, arXiv 2406.16858) with coupled drafting.
+"""A drafter grows the tree, with coupled drafting.
 
 Row t of the drafter pairs the feature of position t with token t + 1 and predicts the feature of position
 t + 1, whose head output proposes token t + 2. Its KV cache keeps only rows made from true target features.
@@ -10,22 +10,28 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache
 
-from coral.cache import KVCache
+from coral.cache import KVCache, pack
+from coral.compiled import compiled, fix, fixed_cache
+from coral.decoding.growth import Growth, Rows
 from coral.decoding.state import Committed, State
-from coral.decoding.tree import Budget, DraftTree, best_nodes
+from coral.decoding.tree import Budget, DraftTree
 from coral.drafter.drafter import Drafter
 from coral.drafter.heads import FullHead, Head
 from coral.packed import pack_linears
 from coral.target import Target
 
 _POOL = 256  # ids per node that compete after the noise is added: the sampled id is rarely outside
+_STEP, _MOST = 8, 32  # a compiled draft step has 8, 16, 24 or 32 rows
 
 
 class Feature:
-    """Proposes with a trained drafter.
+    """Proposes with a trained drafter; sequences that decode together share a forward a level.
 
     Args:
+        target: if its forward is compiled, draft steps of one sequence are too.
         coupled: at temperature > 0 rank children by log q plus the noise that the target's sampler will add
             at that position, so that the drafted child tends to be the token the target samples.
     """
@@ -36,114 +42,118 @@ class Feature:
         self.drafter, self.target, self.coupled = drafter.eval(), target, coupled
         self.head = head or FullHead(target)
         pack_linears(drafter)
+        self._compiled = compiled(self._fixed_step, target.device) if target.sizes else None
 
     @torch.inference_mode()
     def propose(
         self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
     ) -> list[DraftTree]:
-        return [
-            self._grow(state, rows, budget.within(state.remaining))
-            for state, rows in zip(states, committed, strict=True)
+        caches = [self._cache(state, budget) for state in states]
+        roots = self._read(caches, committed)
+        growths = [
+            Growth(state.tokens[-1], cache.length, budget.within(state.remaining), self.target.device)
+            for state, cache in zip(states, caches, strict=True)
         ]
+        live = [i for i in roots if growths[i].wants_more]
+        features = torch.cat([roots[i] for i in live]) if live else torch.empty(0)
+        while live:
+            levels = self._children([states[i] for i in live], [growths[i] for i in live], features, budget)
+            for i, (ids, scores), drafted in zip(live, levels, features.chunk(len(live)), strict=True):
+                growths[i].add(ids, scores, drafted)
+            live = [i for i in live if growths[i].wants_more]
+            if live:
+                features = self._forward([caches[i] for i in live], [growths[i].rows() for i in live])
+        for cache, growth in zip(caches, growths, strict=True):
+            cache.keep(growth.length)
+        return [growth.finish() for growth in growths]
 
-    def _grow(self, state: State, committed: Committed, budget: Budget) -> DraftTree:
-        cache = self._cache(state)
-        feature = self._read(cache, committed)
-        if feature is None or budget.max_depth == 0 or budget.num_nodes == 0:
-            return DraftTree.root(state.tokens[-1])
-        base = cache.length  # committed rows; the tree's rows follow and are dropped at the end
-        ids, scores = self._children(feature, torch.zeros(1), 1, state, budget)
-        tokens, parents, all_scores = [ids], [torch.zeros(len(ids), dtype=torch.int64)], [scores]
-        # Frontier: nodes expanded next, as indices into the pool (root = 0).
-        frontier = torch.arange(1, len(ids) + 1)
-        frontier_ids, frontier_scores = ids, scores
-        features = feature.expand(len(ids), -1)
-        ancestors = torch.zeros(len(ids), 0, dtype=torch.bool)  # of the frontier, among the tree's cache rows
-        for depth in range(1, budget.max_depth):
-            if float(frontier_scores.exp().sum()) < budget.min_gain:
-                break
-            n = len(frontier)
-            mask = torch.cat(
-                [torch.ones(n, base, dtype=torch.bool), ancestors, torch.eye(n, dtype=torch.bool)], 1
-            )
-            positions = torch.full((1, n), base + depth - 1)
-            features = self._forward(frontier_ids, features, positions, cache, mask)
-            ids, scores = self._children(features, frontier_scores, depth + 1, state, budget)
-            first = 1 + sum(len(level) for level in tokens)
-            tokens.append(ids)
-            parents.append(frontier.repeat_interleave(len(ids) // n))
-            all_scores.append(scores)
-            if depth + 1 == budget.max_depth:
-                break
-            best = scores.topk(min(budget.top_k, len(scores))).indices.sort().values
-            row = best // (len(ids) // n)  # which frontier node is the parent
-            ancestors = mask[row, base:]
-            frontier, frontier_ids, frontier_scores = best + first, ids[best], scores[best]
-            features = features[row.to(features.device)]
-        cache.keep(base)
-        return _prune(state.tokens[-1], tokens, parents, all_scores, budget.num_nodes)
-
-    def _cache(self, state: State) -> KVCache:
+    def _cache(self, state: State, budget: Budget) -> KVCache:
         if not isinstance(state.memory, KVCache):
-            state.memory = KVCache(len(self.drafter.layers), state.max_length)
+            room = budget.top_k * budget.max_depth + _MOST
+            state.memory = KVCache(len(self.drafter.layers), state.max_length + room)
         return state.memory
 
-    def _read(self, cache: KVCache, committed: Committed) -> Tensor | None:
-        """Feed the accepted pairs; the last row's output is the root's draft feature, [1, h]."""
-        cache.keep(min(cache.length, committed.start))
-        count = len(committed.tokens)
-        if count == 0:
-            return None
-        start = cache.length
-        positions = torch.arange(start, start + count)
-        mask = torch.arange(start + count)[None, :] <= positions[:, None]
-        tokens = torch.tensor(committed.tokens)
-        return self._forward(tokens, committed.features, positions[None], cache, mask)[-1:]
+    def _read(self, caches: Sequence[KVCache], committed: Sequence[Committed]) -> dict[int, Tensor]:
+        """Feed the accepted pairs; the last row's output is the root's draft feature, [1, h] by sequence."""
+        rows: dict[int, Rows] = {}
+        for i, (cache, pairs) in enumerate(zip(caches, committed, strict=True)):
+            cache.keep(min(cache.length, pairs.start))
+            if pairs.tokens:
+                device = pairs.features.device
+                keys = torch.arange(cache.length + len(pairs.tokens), device=device)
+                positions = keys[cache.length :]
+                ids = torch.tensor(pairs.tokens, device=device)
+                rows[i] = Rows(ids, pairs.features, positions, keys[None, :] <= positions[:, None])
+        if not rows:
+            return {}
+        features = self._forward([caches[i] for i in rows], [*rows.values()])
+        pieces = features.split([len(row.ids) for row in rows.values()])
+        return {i: piece[-1:] for i, piece in zip(rows, pieces, strict=True)}
 
-    def _forward(
-        self, ids: Tensor, features: Tensor, positions: Tensor, cache: KVCache, mask: Tensor
+    def _forward(self, caches: Sequence[KVCache], rows: Sequence[Rows]) -> Tensor:
+        """Draft features [N, h] of all rows, sequence after sequence; the caches take their keys, values."""
+        if len(rows) == 1:
+            ids, features, positions, allowed = rows[0]
+        else:
+            ids, features, positions = (torch.cat([row[part] for row in rows]) for part in range(3))
+            allowed = torch.block_diag(*(row.allowed for row in rows)).bool()
+        count = len(ids)
+        size = -(-count // _STEP) * _STEP
+        if self._compiled is None or len(rows) > 1 or size > _MOST or caches[0].length == 0:
+            cache = pack(list(caches), [len(row.ids) for row in rows])
+            return self._step(ids, features, positions, allowed[None], cache)
+        padded, slots, storage = fix(caches[0], size, allowed[None])
+        ids, positions = (pad(part, (0, size - count)) for part in (ids, positions))
+        features = pad(features, (0, 0, 0, size - count))
+        return self._compiled(ids, features, positions, padded, slots, *storage)[:count]
+
+    def _fixed_step(
+        self,
+        ids: Tensor,
+        features: Tensor,
+        positions: Tensor,
+        allowed: Tensor,
+        slots: Tensor,
+        *storage: Tensor,
     ) -> Tensor:
-        """Draft features [n, h] of rows ids [n], features [n, h], positions [1, n], mask [n, length + n]."""
-        device = features.device
-        embeddings = self.target.embed(ids.to(self.target.device)).to(device)[None]
-        output = self.drafter(embeddings, features[None], positions.to(device), cache, mask.to(device))
+        return self._step(ids, features, positions, allowed, fixed_cache(slots, storage))
+
+    def _step(
+        self, ids: Tensor, features: Tensor, positions: Tensor, allowed: Tensor, cache: Cache
+    ) -> Tensor:
+        embeddings = self.target.embed(ids)[None]
+        output = self.drafter(embeddings, features[None], positions[None], cache, allowed)
         return self.drafter.feedback(output)[0]
 
     def _children(
-        self, features: Tensor, parent_scores: Tensor, depth: int, state: State, budget: Budget
-    ) -> tuple[Tensor, Tensor]:
-        """The top_k children of each node: ids and path scores, each [nodes * top_k] on the CPU.
+        self, states: Sequence[State], growths: Sequence[Growth], features: Tensor, budget: Budget
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The top_k children of each frontier node: ids and path scores, both [n, k], by sequence.
 
         Coupled: the score of a child is log softmax(log q + T * noise), the posterior that it is the target's
         sample if target and drafter logits differ by a unit Gumbel; at T = 0 it is log q.
         """
-        sampling = state.sampling
-        if not self.coupled or sampling.temperature == 0:
-            ids, log_probs = self.head.topk(features, budget.top_k, [state], parent_scores)
-        else:
-            ids, log_probs = self.head.topk(features, _POOL, [state], parent_scores)
-            position = torch.tensor([len(state.tokens) + depth - 1], device=ids.device)
-            noise = sampling.noise(position, state.sequence_id, ids)
-            perturbed = (sampling.process(log_probs) + noise) * sampling.temperature
-            log_probs, best = perturbed.log_softmax(-1).topk(budget.top_k, dim=-1)
-            ids = ids.gather(-1, best)
-        # Rounding may lift a certain child above 0, hence above its parent: the total order forbids that.
-        scores = parent_scores[:, None] + log_probs.cpu().clamp(max=0)
-        return ids.cpu().flatten(), scores.flatten()
+        above = [growth.frontier_scores for growth in growths]
+        coupled = self.coupled and any(state.sampling.temperature > 0 for state in states)
+        count = _POOL if coupled else budget.top_k
+        ids, log_probs = self.head.topk(features, count, states, torch.cat(above))
+        children = []
+        for i, (found, values) in enumerate(
+            zip(ids.chunk(len(states)), log_probs.chunk(len(states)), strict=True)
+        ):
+            if coupled:
+                found, values = _best(states[i], growths[i].depth, found, values, budget.top_k)
+            # Rounding may lift a certain child above 0, hence above its parent: the total order forbids that.
+            children.append((found, above[i][:, None] + values.clamp(max=0)))
+        return children
 
 
-def _prune(
-    root: int, tokens: list[Tensor], parents: list[Tensor], scores: list[Tensor], num_nodes: int
-) -> DraftTree:
-    """Rerank the whole pool and keep the best nodes; indices are renumbered, parents first."""
-    depth = torch.cat([torch.full((len(level),), d) for d, level in enumerate(tokens, 1)])
-    pool_scores = torch.cat(scores)
-    kept = best_nodes(pool_scores, depth, num_nodes)
-    new_index = torch.zeros(len(pool_scores) + 1, dtype=torch.int64)
-    new_index[kept + 1] = torch.arange(1, len(kept) + 1)
-    return DraftTree(
-        tokens=torch.cat([torch.tensor([root]), torch.cat(tokens)[kept]]),
-        parents=torch.cat([torch.tensor([-1]), new_index[torch.cat(parents)[kept]]]),
-        scores=torch.cat([torch.zeros(1), pool_scores[kept]]),
-        num_forwards=len(tokens),
-    )
+def _best(state: State, depth: int, ids: Tensor, log_probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Of ids and log-probabilities [n, pool], likeliest first, the best top_k under the sampler's noise."""
+    sampling = state.sampling
+    if sampling.temperature > 0:
+        position = torch.tensor([len(state.tokens) + depth], device=ids.device)
+        noise = sampling.noise(position, state.sequence_id, ids)
+        log_probs = ((sampling.process(log_probs) + noise) * sampling.temperature).log_softmax(-1)
+    values, best = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)
+    return ids.gather(-1, best), values

@@ -25,8 +25,8 @@ OPTIONS = {
     "generate": {
         "--target", "--drafter", "--temperature", "--top-p", "--top-k", "--seed", "--max-new-tokens",
         "--stop", "--chat", "--raw", "--stats", "--mark", "--dtype", "--device", "--tree", "--coupled",
-        "--no-coupled", "--compile", "--no-compile", "--head", "--revision", "--drafter-revision",
-        "--trust-remote-code",
+        "--no-coupled", "--compile", "--no-compile", "--head", "--fallback", "--no-fallback", "--revision",
+        "--drafter-revision", "--trust-remote-code",
     },
     "demo": {"--deepen", "--max-new-tokens", "--dtype", "--tree"},
     "data": set(),

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coral.decoding.generate import Proposer, generate
+from coral.decoding.proposers.fallback import Fallback
+from coral.decoding.proposers.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle, State
 from coral.decoding.text import Detokenizer, cut_at, stop_at
@@ -38,6 +40,7 @@ def load(
     compile: bool = False,
     head: str = "auto",
     coupled: bool = True,
+    fallback: bool = True,
     revision: str | None = None,
     drafter_revision: str | None = None,
     trust_remote_code: bool = False,
@@ -52,6 +55,7 @@ def load(
         compile: see `Target.compiled`.
         head: the drafter's LM head, see `heads.load`.
         coupled: at temperature > 0 draft with the noise that the sampler will use.
+        fallback: take plain steps while drafting is slower than they are.
 
     Raises:
         CoralError: not found, not supported, or a drafter of another target.
@@ -74,7 +78,10 @@ def load(
     budget = budget or DEFAULT
     if compile:
         target = target.compiled((1, budget.num_nodes + 1))
-    return Pair(target, make_proposer(target, drafter, coupled, drafter_revision, head), budget)
+    proposer = make_proposer(target, drafter, coupled, drafter_revision, head)
+    if fallback and not isinstance(proposer, Plain):
+        proposer = Fallback(proposer)
+    return Pair(target, proposer, budget)
 
 
 def make_proposer(
@@ -90,7 +97,6 @@ def make_proposer(
     from coral.decoding.proposers.feature import Feature
     from coral.decoding.proposers.merged import Merged
     from coral.decoding.proposers.ngram import NGram
-    from coral.decoding.proposers.plain import Plain
     from coral.drafter import checkpoint, heads
 
     match drafter:

@@ -109,9 +109,11 @@ def print_stats(cycles: Iterable[Cycle], seconds: float) -> None:
     cycles = list(cycles)
     tokens = sum(len(cycle.tokens) for cycle in cycles)
     drafted, accepted = sum(c.num_drafted for c in cycles), sum(c.num_accepted for c in cycles)
+    plain = sum(cycle.num_drafted == 0 for cycle in cycles)
     shares = [sum(getattr(c, name) for c in cycles) / seconds for name in ("draft_seconds", "verify_seconds")]
     Console(stderr=True, highlight=False, soft_wrap=True).print(
-        f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s), {len(cycles)} cycles, "
+        f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s), {len(cycles)} cycles "
+        f"({plain} of them plain steps), "
         f"tau {acceptance_length(cycles):.2f}, {accepted} of {drafted} draft tokens accepted, "
         f"drafting {shares[0]:.0%}, verification {shares[1]:.0%} of the time",
         style="dim",

@@ -52,6 +52,7 @@ Head = Annotated[
 Coupled = Annotated[
     bool, typer.Option(help="At temperature > 0, draft with the noise that the sampler will use.")
 ]
+Fallback = Annotated[bool, typer.Option(help="Take plain steps while drafting is slower than they are.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of the target on the hub.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the target.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]

@@ -57,10 +57,10 @@ def generate(
             outcomes.append((tree, emitted[:taken], len(path) - 1, taken < len(emitted)))
         committed = target.keep(live, paths, features)
         times = (drafted - begin, verified - drafted, perf_counter() - begin)
-        yield [
-            Cycle(tokens, len(tree) - 1, accepted, int(tree.depth.max()), tree.num_forwards, cut, *times)
-            for tree, tokens, accepted, cut in outcomes
-        ]
+        for state, (tree, tokens, accepted, cut) in zip(live, outcomes, strict=True):
+            depth = int(tree.depth.max())
+            state.cycle = Cycle(tokens, len(tree) - 1, accepted, depth, tree.num_forwards, cut, *times)
+        yield [state.cycle for state in live if state.cycle]
         kept = [(state, rows) for state, rows in zip(live, committed, strict=True) if not state.done]
         live, committed = [state for state, _ in kept], [rows for _, rows in kept]
 

@@ -56,13 +56,14 @@ class PackedGroups:
         self.biases = [None] * len(weight) if bias is None else list(bias)
         self.packed = [_pack(group) for group in self.weights] if _can_pack([weight]) else None
 
-    def __call__(self, rows: Tensor, groups: Sequence[int]) -> Tensor:
-        """rows [N, h] with each of the A groups: [A, N, R]."""
+    def __call__(self, rows: Tensor, chosen: Tensor) -> Tensor:
+        """rows [N, h] with each of the chosen groups, [A] int64: [N, A * R], one group after the other."""
+        groups: list[int] = chosen.tolist()
         if self.packed is None or not 0 < len(rows) <= MOST_ROWS or torch.is_grad_enabled():
-            return torch.stack([linear(rows, self.weights[g], self.biases[g]) for g in groups])
+            return torch.cat([linear(rows, self.weights[g], self.biases[g]) for g in groups], -1)
         multiply = torch.ops.mkl._mkl_linear
-        return torch.stack(
-            [multiply(rows, self.packed[g], self.weights[g], self.biases[g], len(rows)) for g in groups]
+        return torch.cat(
+            [multiply(rows, self.packed[g], self.weights[g], self.biases[g], len(rows)) for g in groups], -1
         )
 
 

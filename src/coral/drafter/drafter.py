@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from coral.attention import attend
 from coral.errors import CoralError
 
 # Rotary types whose frequencies are the same at every length, so a cached key never goes out of date.
@@ -85,7 +85,7 @@ class Rotary(LlamaRotaryEmbedding):
 
 
 class Attention(nn.Module):
-    """The four projections of a layer; the product itself is `attend` or
+    """The four projections of a layer; the product itself is `coral.attention.attend` or
     `training.unroll.unrolled_attention`.
     """
 
@@ -209,7 +209,7 @@ class Drafter(nn.Module):
             q, k, v = layer.qkv(x, cos, sin)
             if cache is not None:
                 k, v = cache.layers[index].update(k, v)
-            x = layer.finish(x, attend(q, k, v, mask))
+            x = layer.finish(x, attend(q, k, v, mask).flatten(2))
         return x
 
     def feedback(self, draft_features: Tensor) -> Tensor:
@@ -277,23 +277,3 @@ class Drafter(nn.Module):
 def num_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters."""
     return sum(p.numel() * p.element_size() for p in module.parameters())
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention of q [B,H,N,d] over k, v [B,K,M,d] -> [B,N,H*d]; see `Drafter.forward` for the
-    mask.
-    """
-    rows, width = q.shape[2], k.shape[2]
-    if mask is None and 1 < rows < width:
-        mask = torch.ones(rows, width, dtype=torch.bool, device=q.device).tril(width - rows)
-    if mask is not None and mask.dim() == 3:
-        mask = mask.unsqueeze(1)
-    attended = scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=mask is None and rows > 1,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return attended.transpose(1, 2).flatten(2)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,14 +52,14 @@ class RoutedHead:
         if bias is not None or absent.any():
             bias = weight.new_zeros(there.shape) if bias is None else bias[there]
             bias = bias.masked_fill(absent, float("-inf"))
-        self.rows = PackedGroups(weight[there], bias)
+        self.product = _product(weight[there], bias)
         row_bytes = weight.shape[1] * weight.element_size()
         self.num_bytes = num_bytes(self.router) + self.active * self.ids.shape[1] * row_bytes
         pack_linears(self.router)
 
     def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
         mass, chosen = self.choose(features, scores)
-        logits = self.rows(features, chosen.tolist()).float().transpose(0, 1).flatten(1)  # [N, active * R]
+        logits = self.product(features, chosen).float()  # [N, active * R]
         values, best = logits.topk(min(k, logits.shape[-1]), dim=-1)
         log_mass = mass[:, chosen].logsumexp(-1, keepdim=True)
         size = self.ids.shape[1]
@@ -70,3 +71,12 @@ class RoutedHead:
         mass = self.router(features)
         worth = (mass + scores.to(mass)[:, None]).exp().sum(0)
         return mass, worth.topk(self.active).indices
+
+
+def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """(features [N, h], chosen groups [A]) -> logits [N, A * R], of weight [G, R, h] and bias [G, R]."""
+    if weight.device.type == "cpu":
+        return PackedGroups(weight, bias)
+    from coral.drafter.kernels import group_logits
+
+    return partial(group_logits, weight, bias)

@@ -7,12 +7,13 @@ import pytest
 import tiny
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from coral.bench import methods, suites
+from coral.bench.assistant import load_assistant
 from coral.bench.costs import Costs
 from coral.bench.recall import recall_by_depth
-from coral.bench.report import markdown, report
+from coral.bench.report import _beside_peers, markdown, report
 from coral.bench.rows import acceptance_by_depth, repeated, tau, unrepeated_cycles
 from coral.bench.run import bench
 from coral.data import prepared
@@ -74,6 +75,27 @@ def test_suite_from_a_path(tmp_path: Path) -> None:
         suites.load(str(path))
     with pytest.raises(CoralError, match="mt_bench, humaneval, gsm8k"):
         suites.load("mtbench")
+
+
+def test_spec_bench_becomes_the_six_suites_that_it_reports(tmp_path: Path) -> None:
+    """Stops one speedup over texts as different as translation and retrieval, and files that are split by
+    chance: MT-bench's categories are common words."""
+    path = tmp_path / "questions.jsonl"
+
+    def write(*categories: str) -> str:
+        records = [{"question_id": i, "category": c, "turns": ["a"]} for i, c in enumerate(categories)]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return str(path)
+
+    tasks = ("translation", "summarization", "qa", "math_reasoning", "rag")
+    loaded = suites.load(write("writing", "math", "stem", *tasks, *tasks, "coding"), limit=2)
+    assert list(loaded) == ["mt_bench", *tasks]
+    assert all(len(prompts) == 2 for prompts in loaded.values())
+    assert [p.category for p in suites.load(str(path))["mt_bench"]] == ["writing", "math", "stem", "coding"]
+    with pytest.raises(CoralError, match=r"'mt_bench' of .* named twice"):
+        suites.load(["mt_bench", str(path)])
+    assert list(suites.load(write("writing", "math"))) == ["questions"]
+    assert list(suites.load(write("qa", "rag", "jokes"))) == ["questions"]
 
 
 def test_held_out_prompts_of_prepared_data(tmp_path: Path) -> None:
@@ -201,6 +223,89 @@ def test_hugging_face_writes_past_its_end_token() -> None:
     written = methods.hugging_face(target)([1, 2, 3], Sampling(), 0, 9)
     assert len(written.tokens) == written.num_cycles == 9
     assert target.model.generation_config is defaults
+
+
+def confident(directory: Path, **config: object) -> Target:
+    """The tiny target with one likely token everywhere, and itself in `directory`, to assist it."""
+    target = tiny_target()
+    with torch.no_grad():
+        target.model.lm_head.weight *= 100
+    target.model.save_pretrained(directory)
+    GenerationConfig(**config).save_pretrained(directory)
+    target.tokenizer.save_pretrained(directory)
+    return target
+
+
+def test_hf_assisted_counts_forwards_of_the_target(tmp_path: Path) -> None:
+    """Stops draft forwards that are counted as cycles, and an assistant held back by its own settings or by
+    prompt tokens taken for padding: one that agrees drafts the whole text, past end tokens, and the target
+    reads it once."""
+    target = confident(tmp_path, eos_token_id=list(range(28)), num_assistant_tokens=1)
+    write = methods.hugging_face(target, load_assistant(tmp_path, target))
+    plain = methods.hugging_face(target)([0, 1, 0], Sampling(), 0, 9)
+    assert plain.num_cycles == 9
+    for _ in range(2):  # the second text begins as the first did
+        written = write([0, 1, 0], Sampling(), 0, 9)
+        assert written.tokens == plain.tokens and written.num_cycles == 1
+    assert len(write([0, 1, 0], Sampling(temperature=1.0), 0, 9).tokens) == 9
+
+
+def test_hf_assisted_in_a_bench(tmp_path: Path) -> None:
+    """Stops rows of two assistants under one name, a text that nobody compared, and a wrong cost ratio."""
+    target = confident(tmp_path / "assistant")
+    suite, output = tmp_path / "mine.jsonl", tmp_path / "out"
+    suite.write_text('{"id": 1, "turns": ["abcd"]}')
+
+    def run(assistant: Path, name: str = "look", **options: object) -> Path:
+        options = {"max_new_tokens": 5, "assistant": assistant, **options}
+        return bench(target, {name: DRAFTERS["look"]}, str(suite), output, **options)
+
+    written = report(run(tmp_path / "assistant"))[0].read_text()
+    rows = json.loads((output / "results.json").read_text())["rows"]
+    (row,) = (row for row in rows if row["drafter"] == "hf_assisted" and row["suite"] == "mine")
+    assert (row["kind"], row["cycles"], row["c"], row["equal"], row["wrong"]) == ("peer", 1, 1.0, 1, 0)
+    assert "| HF assisted |" in written and f"drafts with {tmp_path / 'assistant'}" in written
+    assert "Over all prompts look is" in written
+    other = tmp_path / "other"
+    confident(other)
+    with pytest.raises(CoralError, match="other settings"):
+        run(other)
+    with pytest.raises(CoralError, match="reserved"):
+        run(other, "hf_assisted")
+    with pytest.raises(CoralError, match="one of the two options"):
+        run(other, peers=False)
+    with pytest.raises(CoralError, match="cannot be used: there is no"):
+        load_assistant(tmp_path / "none", target)
+    words = target.tokenizer
+    words.add_tokens(["new"])
+    words.save_pretrained(other)
+    with pytest.raises(CoralError, match="another vocabulary"):
+        load_assistant(other, confident(tmp_path / "again"))
+
+
+def test_the_aim_is_stated_for_what_hardly_repeats() -> None:
+    """Stops a win over lookup on loops that is told as a win on text, and a peer that is left out overall."""
+
+    def row(kind: str, name: str, suite: str, seconds: float, repeats: float = 0.1) -> dict[str, object]:
+        return {"kind": kind, "drafter": name, "suite": suite, "seconds": seconds, "tokens": 60,
+                "repeat_share": repeats, "temperature": 0.0, "coupled": False}  # fmt: skip
+
+    seconds = {  # of two calm suites, one that repeats, and all
+        ("plain", "plain"): (9, 9, 9, 27), ("peer", "hf_generate"): (9, 9, 9, 27),
+        ("peer", "hf_assisted"): (6, 4, 6, 16), ("peer", "hf_prompt_lookup"): (9, 8, 1, 18),
+        ("peer", "ngram"): (4, 4, 2, 10), ("drafter", "a"): (3, 5, 4, 12), ("drafter", "b"): (5, 4, 1, 10),
+    }  # fmt: skip
+    rows = [
+        row(*method, suite, s, 0.3 if suite == "loops" else 0.1)
+        for method, times in seconds.items()
+        for suite, s in zip(("qa", "rag", "loops", "all"), times, strict=True)
+    ]
+    assert _beside_peers(rows) == [
+        "Where less than 20% repeats (qa, rag) a is 1.25x as fast as HF assisted, the fastest HF peer.",
+        "Over all prompts b is 1.00x as fast as n-gram, the fastest peer.",
+        "",
+    ]
+    assert _beside_peers([r for r in rows if r["kind"] != "peer"]) == []
 
 
 def test_group_recall_is_the_targets_mass_along_the_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ OPTIONS = {
     },
     "bench": {
         "--output", "--target", "--drafter", "--suite", "--limit", "--deepen", "--dtype", "--temperature",
-        "--uncoupled", "--peers", "--no-peers", "--compile", "--no-compile", "--head",
+        "--uncoupled", "--peers", "--no-peers", "--assistant", "--compile", "--no-compile", "--head",
         "--max-new-tokens", "--tree", "--note", "--seed", "--device",
     },
     "bench compare": set(),

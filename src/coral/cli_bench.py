@@ -27,8 +27,8 @@ def _bench(
     suite: Annotated[
         str,
         typer.Option(
-            help="mt_bench, humaneval, gsm8k, JSONL files or prepared data (its held-out prompts), "
-            "with commas between."
+            help="mt_bench, humaneval, gsm8k, JSONL files (Spec-Bench's becomes its six suites) or prepared "
+            "data (its held-out prompts), with commas between."
         ),
     ] = "mt_bench,humaneval,gsm8k",
     limit: Annotated[int | None, typer.Option(help="Only the first N prompts of each suite.", min=1)] = None,
@@ -44,6 +44,12 @@ def _bench(
     peers: Annotated[
         bool, typer.Option(help="Also run HF generate, HF prompt lookup and our n-gram.")
     ] = True,
+    assistant: Annotated[
+        str | None,
+        typer.Option(
+            help="A small causal LM of the target's vocabulary: also run HF assisted generation with it."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens written for each turn.", min=1)] = 128,
     compile: options.Compile = True,
     head: options.Head = "auto",
@@ -79,6 +85,7 @@ def _bench(
         max_new_tokens=max_new_tokens,
         budget=options.read_budget(tree),
         peers=peers,
+        assistant=assistant,
         compile=compile,
         head=head,
         seed=seed,

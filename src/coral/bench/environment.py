@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.utils.import_utils import is_sklearn_available
 
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
@@ -29,6 +30,8 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        # With it transformers adapts how confident an assistant has to be to go on.
+        "scikit_learn": is_sklearn_available(),
         "platform": platform.platform(),
         "cpu_features": {name: name in flags for name in _CPU_FEATURES},
     }

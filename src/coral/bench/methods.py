@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from coral.decoding.generate import Proposer, generate
 from coral.decoding.proposers.ngram import NGram
@@ -25,7 +25,7 @@ class Written:
 
     seconds: wall time from the prompt's ids to the last token, prefill included.
     prefill_seconds: its part before the first cycle (Hugging Face: up to the end of the first forward).
-    cycles: one a target forward. Hugging Face reports none, so there `num_cycles` is counted by a hook.
+    cycles: one a target forward. Hugging Face reports none, there a hook on the target counts.
     """
 
     tokens: list[int]
@@ -39,7 +39,8 @@ Write = Callable[[list[int], Sampling, int, int], Written]
 MakeProposer = Callable[[Target, bool], Proposer]
 """(target, coupled) -> proposer; a bench makes one for each dtype."""
 
-RESERVED = ("plain", "hf_generate", "hf_prompt_lookup", "ngram")  # names that no drafter may take
+# Names that no drafter may take.
+RESERVED = ("plain", "hf_generate", "hf_prompt_lookup", "hf_assisted", "ngram")
 
 
 def ours(target: Target, proposer: Proposer, budget: Budget) -> Write:
@@ -57,18 +58,19 @@ def ours(target: Target, proposer: Proposer, budget: Budget) -> Write:
     return write
 
 
-def hugging_face(target: Target, **options: Any) -> Write:
-    """`model.generate`, by default plain; `prompt_lookup_num_tokens=10` makes it prompt lookup.
+def hugging_face(target: Target, assistant: PreTrainedModel | None = None, **options: Any) -> Write:
+    """`model.generate`, by default plain; `prompt_lookup_num_tokens=10` makes it prompt lookup, a draft model
+    (see `load_assistant`) assisted generation.
 
     At temperature > 0 it draws from its own random numbers, so only its speed can be compared.
     """
 
     def write(prompt: list[int], sampling: Sampling, sequence_id: int, length: int) -> Written:
         drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        # No padding token: an assistant would leave tokens equal to it out of the prompt.
         config = GenerationConfig(
             max_new_tokens=length,
             do_sample=sampling.temperature > 0,
-            pad_token_id=0,
             **(drawn if sampling.temperature > 0 else {}),
             **options,
         )
@@ -80,7 +82,12 @@ def hugging_face(target: Target, **options: Any) -> Write:
         try:
             begin = perf_counter()
             ids = torch.tensor([prompt], device=target.device)
-            output = target.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            output = target.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=config,
+                assistant_model=assistant,
+            )
             tokens = output[0, len(prompt) :].tolist()
             seconds = perf_counter() - begin
         finally:
@@ -108,6 +115,7 @@ def all_methods(
     coupled: Sequence[bool],
     budget: Budget,
     peers: bool,
+    assistant: PreTrainedModel | None = None,
 ) -> list[Method]:
     """Plain decoding first: the others are compared with what it wrote."""
     methods = [Method("plain", "plain", False, plain)]
@@ -116,8 +124,10 @@ def all_methods(
         methods += [
             Method("peer", "hf_generate", False, hugging_face(target)),
             Method("peer", "hf_prompt_lookup", False, hugging_face(target, prompt_lookup_num_tokens=10)),
-            Method("peer", "ngram", False, ours(target, NGram(), lookup)),
         ]
+        if assistant is not None:
+            methods.append(Method("peer", "hf_assisted", False, hugging_face(target, assistant)))
+        methods.append(Method("peer", "ngram", False, ours(target, NGram(), lookup)))
     for name, make in made.items():
         methods += [
             Method("drafter", name, flag, ours(target, make(target, flag), budget)) for flag in coupled

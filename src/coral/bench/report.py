@@ -17,9 +17,11 @@ NAMES = {
     "plain": "plain",
     "hf_generate": "HF generate",
     "hf_prompt_lookup": "HF prompt lookup",
+    "hf_assisted": "HF assisted",
     "ngram": "n-gram",
 }
 
+CALM = 0.2  # share of repetition below which a suite is no gift to lookup
 
 LEGEND = (
     "speedup: wall time of plain decoding over this one's, prefill included, same prompts, same number of "
@@ -73,7 +75,7 @@ def markdown(results: dict[str, Any]) -> str:
             row = found[name, "all"]
             cells = [column(row) for column in _COLUMNS.values()]
             lines.append(_line([name, *(_number(x, "{:.2f}x") for x in speedups), *cells]))
-        lines += ["", *_routed_heads(results.get("routed_heads", {}).get(dtype, {}))]
+        lines += ["", *_beside_peers(rows), *_routed_heads(results.get("routed_heads", {}).get(dtype, {}))]
     command, commit = results["command"], results["commit"]
     return "\n".join([*lines, LEGEND, "", f"Reproduce with `{command}` at commit `{commit}`.", ""])
 
@@ -92,6 +94,11 @@ def caption(results: dict[str, Any]) -> str:
         sentences.append(f"**{settings['note']}**")
     if results["skipped"]:
         sentences.append(f"{len(results['skipped'])} prompts did not fit the context and were left out.")
+    if settings.get("assistant"):
+        fixed = (
+            "" if where.get("scikit_learn") else ", its threshold fixed since scikit-learn is not installed"
+        )
+        sentences.append(f"HF assisted generation drafts with {settings['assistant']}{fixed}.")
     features = [name for name, there in where["cpu_features"].items() if there]
     sentences.append(
         f"{where['hardware']}, {where['cores']} cores, {where['threads']} threads ({', '.join(features)}), "
@@ -127,6 +134,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 curves.plot(range(1, len(rates) + 1), rates, marker="o", label=name, color=f"C{index}")
         bars.axhline(1.0, color="grey", linewidth=0.8)
         bars.set_xticks(range(len(suites)), suites)
+        if len(suites) > 5:
+            bars.tick_params(axis="x", rotation=20)
         bars.set(title=f"{dtype}, T = {temperature:g}", ylabel="speedup over the fastest plain decoding")
         bars.legend(fontsize="small")
         curves.set(title="acceptance by depth", xlabel="depth", ylim=(0, 1))
@@ -140,6 +149,32 @@ def plot(results: dict[str, Any], path: Path) -> None:
         raise CoralError(f"cannot write {path}: {error.strerror}; free some space.") from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _beside_peers(rows: list[dict[str, Any]]) -> list[str]:
+    """Our fastest drafter over the fastest HF peer where little repeats, and over every peer on all."""
+    plain, drafters, peers = ([r for r in rows if r["kind"] == kind] for kind in ("plain", "drafter", "peer"))
+    calm = [r["suite"] for r in plain if r["suite"] != "all" and r["repeat_share"] < CALM]
+    hf = [r for r in peers if r["drafter"].startswith("hf_")]
+    lines = []
+    for where, suites, others, called in (
+        (f"Where less than {CALM:.0%} repeats ({', '.join(calm)})", calm, hf, "HF peer"),
+        ("Over all prompts", ["all"], peers, "peer"),
+    ):
+        ours, theirs = (_fastest(r for r in group if r["suite"] in suites) for group in (drafters, others))
+        if ours and theirs:
+            ratio = ours[0] / theirs[0]
+            lines.append(f"{where} {ours[1]} is {ratio:.2f}x as fast as {theirs[1]}, the fastest {called}.")
+    return [*lines, ""] if lines else []
+
+
+def _fastest(rows: Iterable[dict[str, Any]]) -> tuple[float, str] | None:
+    """Tokens a second, sum over sum, and name of the fastest method of these rows."""
+    sums: dict[str, tuple[int, float]] = {}
+    for row in rows:
+        tokens, seconds = sums.get(_name(row), (0, 0.0))
+        sums[_name(row)] = tokens + row["tokens"], seconds + row["seconds"]
+    return max(((tokens / seconds, name) for name, (tokens, seconds) in sums.items()), default=None)
 
 
 def _routed_heads(found: dict[str, Any]) -> Iterable[str]:

@@ -20,10 +20,13 @@ from zlib import crc32
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from transformers import PreTrainedModel
 
 from coral.bench import suites as suites_
+from coral.bench.assistant import load_assistant
 from coral.bench.costs import dtype_name, measure, plain_variants
 from coral.bench.deepen import deepen as deepen_
+from coral.bench.deepen import plain_bytes
 from coral.bench.environment import commit, environment
 from coral.bench.equality import Logits, compare, references
 from coral.bench.log import Log
@@ -56,6 +59,7 @@ def bench(
     max_new_tokens: int = 128,
     budget: Budget | None = None,
     peers: bool = True,
+    assistant: str | Path | None = None,
     compile: bool = False,
     head: str = "auto",
     seed: int = 0,
@@ -73,6 +77,8 @@ def bench(
         suites, limit: see `suites.load`.
         deepen: append layers that change no output up to this many (see `deepen.deepen`).
         dtypes: "auto", "float32", "bfloat16", "float16"; each is measured against its own plain decoding.
+        assistant: a small causal LM of the target's vocabulary, with which Hugging Face's assisted generation
+            becomes a peer.
         compile: plain decoding may also be compiled, and our own methods are (see `Target.compiled`).
         head: the drafters' LM head, see `heads.load`.
         coupled: whether drafting shares the sampler's noise; each value gives a row at temperature > 0.
@@ -86,6 +92,10 @@ def bench(
     prompts = suites_.load(suites, limit)
     if taken := sorted(set(drafters) & set(RESERVED)):
         raise CoralError(f"drafter name {taken[0]!r} is reserved; rename it in --drafter NAME=DIR.")
+    if assistant is not None and not peers:
+        raise CoralError(
+            "an assistant makes a peer, but peers are left out; leave out one of the two options."
+        )
     if max_new_tokens < 1:
         raise CoralError(f"max_new_tokens is {max_new_tokens}, but it must be at least 1.")
     settings = {
@@ -100,6 +110,7 @@ def bench(
         "max_new_tokens": max_new_tokens,
         "budget": asdict(budget),
         "peers": peers,
+        "assistant": None if assistant is None else str(assistant),
         "compile": compile,
         "head": head,
         "seed": seed,
@@ -119,6 +130,7 @@ def bench(
         for dtype in dtypes:
             loaded = _load(target, dtype, device)
             suites_.check(suites, loaded.vocab_size, loaded.tokenizer)
+            helper = None if assistant is None else load_assistant(assistant, loaded)
             width = deepen_(loaded.model, deepen, cost_ratio) if deepen else None
             results["environment"] = environment(loaded.device)
             results["target"] = {
@@ -134,7 +146,7 @@ def bench(
             fastest = [*targets.values()][-1]
             made = {name: maker(source, head) for name, source in drafters.items()}
             dtype_, few = dtype_name(loaded), _first_prompts(loaded, prompts)
-            heads = _measure_apart(targets, made, few, log, max_new_tokens, budget)
+            heads = _measure_apart(targets, made, few, log, max_new_tokens, budget, helper)
             results["routed_heads"][dtype_] = heads
             costs, tie_references = log.costs[dtype_], references(loaded)
             shown = ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in costs.plain_seconds.items())
@@ -143,7 +155,7 @@ def bench(
             for temperature in temperatures:
                 sampling = Sampling(temperature=temperature, seed=seed)
                 flags = list(coupled) if temperature else [False]  # at T = 0 there is no noise to share
-                methods = all_methods(fastest, plain, made, flags, budget, peers)
+                methods = all_methods(fastest, plain, made, flags, budget, peers, helper)
                 for method in methods:
                     method.write(few[0][0], sampling, 0, 4)  # warm up
                 turns = sum(prompt.num_turns for items in prompts.values() for prompt in items)
@@ -179,6 +191,7 @@ def _measure_apart(
     log: Log,
     length: int,
     budget: Budget,
+    assistant: PreTrainedModel | None,
 ) -> dict[str, Any]:
     """What is measured on a few prompts of each suite before the texts: costs, unless the log holds them, and
     the recall of routed heads, by drafter.
@@ -187,6 +200,7 @@ def _measure_apart(
     trained = {name: p for name, make in made.items() if (p := _trained(make(target, False)))}
     if dtype_name(target) not in log.costs:
         drafts = {name: num_bytes(p.drafter) + p.head.num_bytes for name, p in trained.items()}
+        drafts |= {} if assistant is None else {"hf_assisted": plain_bytes(assistant)}
         log.add(measure(targets, drafts, [suite[0] for suite in prompts][:3], _most_rows(budget)))
     texts = [prompt for suite in prompts for prompt in suite]
     recalls = {name: recall_by_depth(target, p, texts, length, budget) for name, p in trained.items()}

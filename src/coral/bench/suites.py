@@ -20,6 +20,11 @@ from coral.errors import CoralError
 
 SUITES = {"mt_bench": 80, "humaneval": 164, "gsm8k": 1319}  # name: number of prompts
 
+# What Spec-Bench calls a category, by the suite that it reports: MT-bench's eight are one.
+SPEC_BENCH = dict.fromkeys(
+    ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"), "mt_bench"
+) | {name: name for name in ("translation", "summarization", "qa", "math_reasoning", "rag")}
+
 HELD_OUT = "held_out"  # what the prompts of a prepared data directory are called
 
 # HumanEval prompts are the beginning of a function; a chat model is asked to go on, as in EAGLE's evaluation.
@@ -49,7 +54,9 @@ def load(names: str | Iterable[str], limit: int | None = None) -> dict[str, list
     Args:
         names: suites, as a list or separated by commas: mt_bench, humaneval, gsm8k, the path of a JSONL
             file with {"id" or "question_id", "turns"} in each line (the format of Spec-Bench and EAGLE), or a
-            prepared data directory, whose held-out prompts become the suite held_out.
+            prepared data directory, whose held-out prompts become the suite held_out. A file in which every
+            line has a "category" of Spec-Bench becomes the suites that it reports (arXiv 2401.07851):
+            mt_bench, translation, summarization, qa, math_reasoning, rag.
         limit: the first so many prompts of each suite; None takes all.
 
     Raises:
@@ -62,10 +69,12 @@ def load(names: str | Iterable[str], limit: int | None = None) -> dict[str, list
         raise CoralError(f"no suite was named; use some of {', '.join(SUITES)} or the path of a JSONL file.")
     suites: dict[str, list[Prompt]] = {}
     for name in wanted:
-        key = name if name in SUITES else HELD_OUT if Path(name).is_dir() else Path(name).stem
-        if key in suites or key == "all":
-            raise CoralError(f"suite {key!r} is named twice or reserved; rename or leave out {name}.")
-        suites[key] = _read(name)[:limit]
+        for key, prompts in _by_suite(name, _read(name)).items():
+            if key in suites or key == "all":
+                raise CoralError(
+                    f"suite {key!r} of {name} is named twice or reserved; rename it or leave one out."
+                )
+            suites[key] = prompts[:limit]
     return suites
 
 
@@ -112,6 +121,18 @@ def answer(tokenizer: PreTrainedTokenizerBase | None, tokens: Sequence[int], eos
 def _split(names: str | Iterable[str]) -> list[str]:
     parts = names.split(",") if isinstance(names, str) else names
     return [name.strip() for name in parts if name.strip()]
+
+
+def _by_suite(name: str, prompts: list[Prompt]) -> dict[str, list[Prompt]]:
+    """One suite, unless these are several of Spec-Bench's: then those, in the order of the file."""
+    if name in SUITES or Path(name).is_dir():
+        return {name if name in SUITES else HELD_OUT: prompts}
+    suites: dict[str | None, list[Prompt]] = {}
+    for prompt in prompts:
+        suites.setdefault(SPEC_BENCH.get(prompt.category), []).append(prompt)
+    several = {suite: found for suite, found in suites.items() if suite is not None}
+    # MT-bench alone keeps the name of its file: its categories are words that others use too.
+    return several if len(several) == len(suites) > 1 else {Path(name).stem: prompts}
 
 
 def _read(name: str) -> list[Prompt]:

@@ -7,7 +7,7 @@ import torch
 from tiny import V
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from coral.decoding.sampling import Sampling
+from coral.decoding.sampling import _ROUGH, Sampling, _crossing, _gumbel, _rough_gumbel
 from coral.errors import CoralError
 
 EULER = 0.5772156649
@@ -90,6 +90,35 @@ def test_law_is_that_of_hugging_face(temperature, top_k, top_p):
     positions = torch.arange(len(logits))
     tokens = Sampling(temperature, top_k, top_p).sample(logits, positions, 0)
     assert (expected[positions, tokens] > 0).all()
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 3.0, 30.0])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 3}, {"top_k": 90, "top_p": 0.99}], ids=str)
+@pytest.mark.parametrize("rivals", [2, 8])
+def test_sample_is_the_argmax_of_all_scores(spread, options, rivals, monkeypatch):
+    """Stops a rough noise that decides, and a row whose rivals are too many from being left to it."""
+    monkeypatch.setattr("coral.decoding.sampling._RIVALS", rivals)
+    logits = spread * torch.randn(300, 400, generator=torch.Generator().manual_seed(2))
+    sampling, positions = Sampling(0.9, seed=4, **options), torch.arange(300)
+    expected = sampling.scores(logits, positions, 6).argmax(-1)
+    assert torch.equal(sampling.sample(logits, positions, 6), expected)
+
+
+def test_rough_noise_is_near_the_noise_everywhere():
+    """Stops an id from losing because the rough noise is far off at an end of the range."""
+    ends = torch.arange(1 << 16, dtype=torch.int32)
+    bits = torch.cat([ends, ends << 8, 0xFFFFFF - ends])
+    assert (_rough_gumbel(bits) - _gumbel(bits)).abs().max() < _ROUGH / 2
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+def test_nucleus_is_the_same_however_many_ids_are_sorted(top_p):
+    """Stops a row from being cut elsewhere when its nucleus is wider than what is sorted first."""
+    logits = torch.tensor([[0.1], [1.0], [8.0]]) * torch.randn(
+        3, 400, generator=torch.Generator().manual_seed(3)
+    )
+    whole = _crossing(logits, top_p, 400)
+    assert all(torch.equal(_crossing(logits, top_p, count), whole) for count in (1, 5, 64, 399))
 
 
 def test_temperature_zero_is_argmax():

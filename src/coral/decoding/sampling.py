@@ -55,10 +55,8 @@ class Sampling:
             kth = log_probs.topk(self.top_k, dim=-1).values[..., -1:]
             log_probs = log_probs.masked_fill(log_probs < kth, -math.inf)
         if self.top_p < 1:
-            ordered, ids = log_probs.sort(dim=-1, descending=True, stable=True)
-            probs = ordered.softmax(-1)
-            removed = probs.cumsum(-1) - probs >= self.top_p  # the id that crosses top_p stays
-            log_probs = log_probs.masked_fill(removed.scatter(-1, ids, removed), -math.inf)
+            least = _crossing(log_probs, self.top_p, min(_LIKELY, log_probs.shape[-1]))
+            log_probs = log_probs.masked_fill(log_probs < least[:, None], -math.inf)
         return log_probs
 
     def scores(self, logits: Tensor, positions: Tensor, sequence_id: int | Sequence[int]) -> Tensor:
@@ -70,8 +68,24 @@ class Sampling:
         return processed + self.noise(positions.to(logits.device), sequence_id, ids)
 
     def sample(self, logits: Tensor, positions: Tensor, sequence_id: int | Sequence[int]) -> Tensor:
-        """[N, V] target logits, [N] positions -> [N] int64 tokens the target writes at these positions."""
-        return self.scores(logits, positions, sequence_id).argmax(-1)
+        """[N, V] target logits, [N] positions -> [N] int64 tokens the target writes at these positions.
+
+        The argmax of `scores`, of which only the few that can be the largest are computed in full.
+        """
+        if self.temperature == 0 or logits.shape[-1] <= _RIVALS:
+            return self.scores(logits, positions, sequence_id).argmax(-1)
+        processed = self.process(logits)
+        ids = torch.arange(logits.shape[-1], device=logits.device)
+        bits = self._bits(positions.to(logits.device), sequence_id, ids)
+        values, rivals = (processed + _rough_gumbel(bits)).topk(_RIVALS, dim=-1)
+        rivals = rivals.sort(dim=-1).values  # of equal scores the first wins, as in the argmax of all
+        exact = processed.gather(-1, rivals) + _gumbel(bits.gather(-1, rivals))
+        tokens = rivals.gather(-1, exact.argmax(-1, keepdim=True)).squeeze(-1)
+        unsure = values[:, -1] >= values[:, 0] - 2 * _ROUGH
+        if unsure.any():
+            rest = (processed[unsure] + _gumbel(bits[unsure])).argmax(-1)
+            tokens[unsure] = rest
+        return tokens
 
     def noise(self, positions: Tensor, sequence_id: int | Sequence[int], ids: Tensor) -> Tensor:
         """Gumbel noise [N, K] float32 for positions [N] and ids [K] or [N, K]; one sequence id, or one a row.
@@ -79,15 +93,45 @@ class Sampling:
         Computed in float64 and rounded to a grid of 2^-16, so that a device whose logarithm differs in the
         last bit still returns the same number.
         """
+        return _gumbel(self._bits(positions, sequence_id, ids))
+
+    def _bits(self, positions: Tensor, sequence_id: int | Sequence[int], ids: Tensor) -> Tensor:
+        """24 random bits [N, K] int32."""
         sequences = [sequence_id] if isinstance(sequence_id, int) else sequence_id
         streams = [_splitmix(_splitmix(self.seed & _MASK64) ^ (i & _MASK64)) for i in sequences]
         halves = [[_signed32(x & 0xFFFFFFFF), _signed32(x >> 32)] for x in streams]
         low, high = torch.tensor(halves, dtype=torch.int32, device=positions.device).unbind(-1)
         rows = _mix(_mix(positions.to(torch.int32) ^ low) ^ high)[:, None]
-        bits = _mix(_mix(ids.to(torch.int32) + 0x3C6EF372) ^ rows)
-        uniform = (((bits >> 8) & 0xFFFFFF).double() + 0.5) * 2.0**-24
-        gumbel = uniform.log_().neg_().log_().neg_()
-        return (gumbel.mul_(65536).round_().mul_(2.0**-16)).float()
+        return (_mix(_mix(ids.to(torch.int32) + 0x3C6EF372) ^ rows) >> 8) & 0xFFFFFF
+
+
+_LIKELY = 64  # ids among which top-p usually ends, so that not all have to be sorted
+_RIVALS = 8  # ids of each row whose noise is computed in full
+_ROUGH = 0.1  # above the error of _rough_gumbel
+
+
+def _crossing(log_probs: Tensor, top_p: float, count: int) -> Tensor:
+    """The log-probability [N] of the id that crosses `top_p`, looked for among the `count` likeliest first."""
+    values = log_probs.topk(count, dim=-1).values
+    probs = (values - log_probs.logsumexp(-1, keepdim=True)).exp()
+    before = probs.cumsum(-1) - probs
+    least = values.gather(-1, (before < top_p).sum(-1, keepdim=True) - 1).squeeze(-1)
+    further = before[:, -1] + probs[:, -1] < top_p
+    if count < log_probs.shape[-1] and further.any():
+        least[further] = _crossing(log_probs[further], top_p, log_probs.shape[-1])
+    return least
+
+
+def _gumbel(bits: Tensor) -> Tensor:
+    uniform = (bits.double() + 0.5) * 2.0**-24
+    gumbel = uniform.log_().neg_().log_().neg_()
+    return (gumbel.mul_(65536).round_().mul_(2.0**-16)).float()
+
+
+def _rough_gumbel(bits: Tensor) -> Tensor:
+    """The same in float32: from the distance to 1, which is small where the noise is large and then exact."""
+    less = (bits - 0xFFFFFF).float().sub_(0.5).mul_(2.0**-24).clamp_(min=2.0**-24 - 1)
+    return less.log1p_().neg_().log_().neg_()
 
 
 def _splitmix(x: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -57,6 +58,17 @@ def ours(target: Target, proposer: Proposer, budget: Budget) -> Write:
     return write
 
 
+def sized(target: Target, rows: int) -> Target:
+    """A compiled target whose trees are all padded to `rows`, whatever other sizes it is compiled for.
+
+    A target that is not compiled comes back as it is.
+    """
+    if target.sizes:
+        target = copy(target)
+        target.sizes = tuple({1, rows})
+    return target
+
+
 def hugging_face(target: Target, **options: Any) -> Write:
     """`model.generate`, by default plain; `prompt_lookup_num_tokens=10` makes it prompt lookup.
 
@@ -106,22 +118,26 @@ def all_methods(
     plain: Write,
     made: Mapping[str, MakeProposer],
     coupled: Sequence[bool],
-    budget: Budget,
+    budgets: Mapping[str, Budget],
     peers: bool,
+    lookup: Budget,
 ) -> list[Method]:
-    """Plain decoding first: the others are compared with what it wrote."""
+    """Plain decoding first: the others are compared with what it wrote.
+
+    Args:
+        budgets: of the drafters, by name. lookup: of the n-gram peer.
+    """
     methods = [Method("plain", "plain", False, plain)]
     if peers:
-        lookup = Budget(top_k=2, max_depth=10, num_nodes=max(10, budget.num_nodes))
         methods += [
             Method("peer", "hf_generate", False, hugging_face(target)),
             Method("peer", "hf_prompt_lookup", False, hugging_face(target, prompt_lookup_num_tokens=10)),
-            Method("peer", "ngram", False, ours(target, NGram(), lookup)),
+            Method("peer", "ngram", False, ours(sized(target, lookup.num_nodes + 1), NGram(), lookup)),
         ]
     for name, make in made.items():
-        methods += [
-            Method("drafter", name, flag, ours(target, make(target, flag), budget)) for flag in coupled
-        ]
+        budget = budgets[name]
+        own = sized(target, budget.num_nodes + 1)
+        methods += [Method("drafter", name, flag, ours(own, make(own, flag), budget)) for flag in coupled]
     return methods
 
 

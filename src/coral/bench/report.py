@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
+from coral.decoding.tree import Budget
 from coral.errors import CoralError
 from coral.files import atomic_text
 
@@ -73,7 +74,11 @@ def markdown(results: dict[str, Any]) -> str:
             row = found[name, "all"]
             cells = [column(row) for column in _COLUMNS.values()]
             lines.append(_line([name, *(_number(x, "{:.2f}x") for x in speedups), *cells]))
-        lines += ["", *_routed_heads(results.get("routed_heads", {}).get(dtype, {}))]
+        lines += [
+            "",
+            *_trees(results.get("trees", {}).get(dtype, {})),
+            *_routed_heads(results.get("routed_heads", {}).get(dtype, {})),
+        ]
     command, commit = results["command"], results["commit"]
     return "\n".join([*lines, LEGEND, "", f"Reproduce with `{command}` at commit `{commit}`.", ""])
 
@@ -140,6 +145,13 @@ def plot(results: dict[str, Any], path: Path) -> None:
         raise CoralError(f"cannot write {path}: {error.strerror}; free some space.") from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _trees(found: dict[str, Any]) -> Iterable[str]:
+    if found:
+        shown = (f"{name} {Budget(**tree['budget'])} ({tree['origin']})" for name, tree in found.items())
+        yield f"trees (`--tree`): {', '.join(shown)}"
+        yield ""
 
 
 def _routed_heads(found: dict[str, Any]) -> Iterable[str]:

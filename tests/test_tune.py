@@ -13,6 +13,7 @@ from test_cli import conversations
 
 import coral as library
 from coral import tuned
+from coral.bench.deepen import deepen
 from coral.bench.methods import sized
 from coral.bench.run import bench
 from coral.data import prepared
@@ -28,9 +29,9 @@ from coral.tuning.run import MIN_GAIN, Prediction, fastest, grid
 from coral.tuning.simulate import Run, simulate
 
 POOL = everything(4, 6, 0.0)
-NEW = 40
+NEW = 30
 IDS = 8  # so few that a random drafter's four children often hold what the target writes
-PROMPTS = [tiny.prompt_of(length, IDS) for length in (5, 9, 2, 12)]
+PROMPTS = [tiny.prompt_of(length, IDS) for length in (5, 9, 2)]
 
 
 def decoded(target, proposer, budget, sampling):
@@ -133,7 +134,7 @@ def test_the_grid_and_its_best() -> None:
 
 
 PLACE = tuned.Place("a CPU", 4, "float32", False, 8, "full")
-TREE = Budget(2, 3, 5, 0.1)
+TREE = Budget(2, 3, 5)
 
 
 def test_lookup_by_place(tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_generate_uses_the_tuned_tree(coral, models: Path, pair: tuple[Path, Tar
         6,
         "--stats",
     )
-    assert coral(*command, "hi").err.endswith("tree 2,3,5,0.1 (tuned)\n")
+    assert coral(*command, "hi").err.endswith("tree 2,3,5,0 (tuned)\n")
     assert coral(*command, "--tree", "1,2,2", "hi").err.endswith("tree 1,2,2,0 (asked for)\n")
     (drafter / "coral" / "trees.json").write_text("{")
     broken = coral(*command, "hi")
@@ -227,12 +228,13 @@ def test_bench_gives_each_drafter_its_tree(models: Path, pair: tuple[Path, Targe
     for record_ in (line["record"] for line in lines if "record" in line):
         drafted = max(cycle["num_drafted"] for cycle in record_["cycles"])
         most[record_["method"]] = max(drafted, most.get(record_["method"], 0))
-    assert most == {"plain": 0, "mine": TREE.num_nodes, "untuned": DEFAULT.num_nodes}
+    first_level = DEFAULT.top_k  # an untrained drafter is so unsure that no other level is grown
+    assert (most["mine"], most["untuned"]) == (TREE.num_nodes, first_level)
     from coral.bench.compare import compare, line
     from coral.bench.log import read as read_log
     from coral.bench.report import markdown
 
-    assert "mine 2,3,5,0.1 (tuned), untuned 8,6,15,0.2 (default)" in markdown(read())
+    assert "mine 2,3,5,0 (tuned), untuned 8,6,15,0.2 (default)" in markdown(read())
     found = compare(["mine"], ["untuned"], [read_log(tmp_path / "out")])
     assert "their trees differ" in line(found[0], "mine", "untuned")
     same = compare(["mine"], ["mine"], [read_log(tmp_path / "out")])
@@ -298,30 +300,17 @@ def test_tune_then_generate(coral, models: Path, tmp_path: Path) -> None:
     assert shown.code == 0 and not (drafter / "coral" / "trees.json").exists()
     assert "8,6,15,0.2 (built in)" in shown.out
     assert re.search(r"predicted [\d.]+x, achieved [\d.]+x, deviation [+-]\d+%", shown.out)
-    result = coral(*command, "--temperature", 1)
+    result = coral(*command, "--temperature", 1, "--deepen", 3)
     assert result.code == 0, result.err
-    (entry,) = json.loads((drafter / "coral" / "trees.json").read_text())["trees"]
-    assert entry["place"]["head"] == "full" and entry["predicted_speedup"] > 0 < entry["achieved_speedup"]
+    path = drafter / "coral" / "trees.json"
+    (entry,) = json.loads(path.read_text())["trees"]
+    assert (entry["place"]["head"], entry["place"]["layers"]) == ("full", 3)
+    assert entry["predicted_speedup"] > 0 < entry["achieved_speedup"]
     tree = str(Budget(**entry["budget"]))
-    assert f"tree {tree}: {drafter}" in result.out
-    asked = (
-        "generate",
-        "--target",
-        models / "target",
-        "--drafter",
-        drafter,
-        "--max-new-tokens",
-        6,
-        "--stats",
-        "hi",
-    )
-    assert coral(*asked).err.endswith(f"tree {tree} (tuned)\n")
-    deeper = coral(*command, "--deepen", 3)
-    assert deeper.code == 0, deeper.err
-    layers = [
-        e["place"]["layers"] for e in json.loads((drafter / "coral" / "trees.json").read_text())["trees"]
-    ]
-    assert layers == [2, 3]
+    assert f"tree {tree}: {path}" in result.out
+    deepened = Target.load(models / "target")
+    deepen(deepened.model, 3)
+    assert str(library.load(deepened, drafter).budget) == tree
 
 
 def test_tune_on_held_out_prompts_and_what_it_refuses(coral, models: Path, tmp_path: Path) -> None:

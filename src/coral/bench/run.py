@@ -130,23 +130,26 @@ def bench(
                 "appended_ffn_width": width,
             }
             dtype_, few = dtype_name(loaded), _first_prompts(loaded, prompts)
-            if dtype_ not in log.trees:  # a bench that goes on keeps its trees
-                log.add_trees(dtype_, _choose_trees(loaded, drafters, budget, head, compile))
-            results["trees"][dtype_] = log.trees[dtype_]
-            budgets = {name: Budget(**tree["budget"]) for name, tree in log.trees[dtype_].items()}
+            trees = log.trees.get(dtype_)  # a bench that goes on keeps its trees
+            if trees is None:
+                trees = _choose_trees(loaded, drafters, budget, head, compile)
+            results["trees"][dtype_] = trees
+            budgets = {name: Budget(**tree["budget"]) for name, tree in trees.items()}
             lookup = Budget(top_k=2, max_depth=10, num_nodes=max(10, (budget or DEFAULT).num_nodes))
-            rows_ = {lookup.num_nodes + 1, *(each.num_nodes + 1 for each in budgets.values())}
+            tree_rows = {lookup.num_nodes + 1, *(each.num_nodes + 1 for each in budgets.values())}
             targets = {"eager": loaded}
             if compile:
-                sizes = {1, 2, *rows_}
+                sizes = {1, 2, *tree_rows}
                 console.print(
                     f"{dtype}: compiling, about two seconds a layer for each of {len(sizes)} forwards"
                 )
                 targets["compiled"] = loaded.compiled(tuple(sizes))
             fastest = [*targets.values()][-1]
             made = {name: maker(source, head) for name, source in drafters.items()}
-            heads = _measure_apart(targets, made, few, log, max_new_tokens, budgets, max(rows_))
+            heads = _measure_apart(targets, made, few, log, max_new_tokens, budgets, max(tree_rows))
             results["routed_heads"][dtype_] = heads
+            if dtype_ not in log.trees:
+                log.add_trees(dtype_, trees)
             costs, tie_references = log.costs[dtype_], references(loaded)
             shown = ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in costs.plain_seconds.items())
             console.print(f"{dtype_}: plain decoding is {costs.plain!r}, the fastest, per token: {shown}")

@@ -10,9 +10,9 @@ Shapes: N positions of all texts, D levels, W nodes of the widest level.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from coral.decoding.tree import Budget, DraftTree
 from coral.tuning.record import Text
 
+_Key = TypeVar("_Key")
 _FAR = 2**30  # the rank of a node that is not there
 
 
@@ -46,20 +47,19 @@ def simulate(texts: Sequence[Text], budgets: Sequence[Budget]) -> list[Run]:
     accepted = torch.zeros(count, positions, dtype=torch.int64)
     nodes, steps = torch.zeros_like(accepted), torch.zeros_like(accepted)
     everywhere = torch.arange(positions)
-    for top_k in dict.fromkeys(budget.top_k for budget in budgets):
+    for top_k, of_width in _group(range(count), lambda i: budgets[i].top_k).items():
         growth = _grow(pools, top_k)
-        for index, budget in enumerate(budgets):
-            if budget.top_k != top_k:
-                continue
-            levels = torch.minimum(
-                _levels(growth.mass, budget.min_gain), pools.limit.clamp(max=budget.max_depth)
-            )
-            last = (levels - 1).clamp(min=0)
-            grown = levels > 0
-            ranks = growth.ranks[everywhere, last]  # [N, D] of the path's nodes
-            accepted[index] = (ranks < budget.num_nodes).sum(1) * grown
-            nodes[index] = growth.sizes[everywhere, last].clamp(max=budget.num_nodes) * grown
-            steps[index] = levels
+        shapes = _group(of_width, lambda i: (budgets[i].max_depth, budgets[i].min_gain))
+        for (max_depth, min_gain), members in shapes.items():
+            most = pools.limit.clamp(max=max_depth)
+            levels = torch.minimum(_levels(growth.mass, min_gain), most)  # [N]
+            grown, last = levels > 0, (levels - 1).clamp(min=0)
+            sizes = growth.sizes[everywhere, last] * grown  # [N]
+            ranks = growth.ranks[everywhere, last].masked_fill(~grown[:, None], _FAR)  # [N, D]
+            num_nodes = torch.tensor([budgets[i].num_nodes for i in members])
+            accepted[members] = (ranks < num_nodes[:, None, None]).sum(2)
+            nodes[members] = torch.minimum(sizes, num_nodes[:, None])
+            steps[members] = levels
     visited = _walk(accepted, ends)
     cut = accepted == ends - everywhere  # the whole rest was on the path, so the text ended inside it
     whole = visited & ~cut
@@ -75,6 +75,13 @@ def simulate(texts: Sequence[Text], budgets: Sequence[Budget]) -> list[Run]:
         )
         for i, budget in enumerate(budgets)
     ]
+
+
+def _group(indices: Iterable[int], key: Callable[[int], _Key]) -> dict[_Key, list[int]]:
+    groups: dict[_Key, list[int]] = {}
+    for index in indices:
+        groups.setdefault(key(index), []).append(index)
+    return groups
 
 
 class _Pools(NamedTuple):

@@ -111,9 +111,12 @@ def _show(found: Tuned) -> None:
     table = Table(title="Predicted, without prefill; tree is TOP_K,MAX_DEPTH,NUM_NODES,MIN_GAIN")
     for column in ("tree", "tau", "draft steps", "nodes", "tokens/s", "speedup"):
         table.add_column(column, justify="left" if column == "tree" else "right")
-    for one in (*found.candidates[:5], found.default):
+    rows = {f"{one.budget}": one for one in found.candidates[:5]}
+    rows[f"{found.default.budget} (built in)"] = found.default
+    rows[f"plain ({'padded to 2 rows' if found.plain_rows == 2 else '1 row'})"] = found.plain
+    for name, one in rows.items():
         table.add_row(
-            f"{one.budget}" + (" (built in)" if one is found.default else ""),
+            name,
             f"{one.tau:.2f}",
             f"{one.steps:.2f}",
             f"{one.nodes:.1f}",
@@ -121,11 +124,10 @@ def _show(found: Tuned) -> None:
             f"{one.speedup:.2f}x",
         )
     Console(width=100).print(table)
-    way = "padded to 2 rows" if found.plain_rows == 2 else "1 row"
+    fast, slow = found.decoded
     print(
-        f"plain decoding ({way}): {found.plain:.1f} tokens/s; "
-        f"best tree: predicted {found.best.speedup:.2f}x, achieved {found.achieved:.2f}x, "
-        f"deviation {found.deviation:+.0%}"
+        f"decoded with the best: {fast:.1f} tokens/s, plain {slow:.1f}; predicted {found.best.speedup:.2f}x, "
+        f"achieved {found.achieved:.2f}x, deviation {found.deviation:+.0%}"
     )
     if abs(found.deviation) > 0.1:
         print("That is more than 10%: the machine was busy, perhaps. Tune again when it is not.")

@@ -47,19 +47,24 @@ class Tuned:
     """What tuning found.
 
     candidates: the fastest budget of every number of nodes, the fastest first. default: `tree.DEFAULT`.
-    plain: tokens a second of plain decoding, as measured. plain_rows: see `Costs.plain_rows`.
-    achieved: the best budget's speedup over plain decoding when both decode the same prompts.
+    plain: plain decoding, from the same costs; plain_rows: see `Costs.plain_rows`.
+    decoded: tokens a second of the best budget and of plain decoding, when both decode the same prompts.
     """
 
     candidates: list[Prediction]
     default: Prediction
-    plain: float
+    plain: Prediction
     plain_rows: int
-    achieved: float
+    decoded: tuple[float, float]
 
     @property
     def best(self) -> Prediction:
         return self.candidates[0]
+
+    @property
+    def achieved(self) -> float:
+        """The best budget's speedup over plain decoding, as measured."""
+        return self.decoded[0] / self.decoded[1]
 
     @property
     def deviation(self) -> float:
@@ -126,8 +131,9 @@ def tune(
                     way.tokens += len(state.written)
             progress.advance(task)
     (default,) = (prediction for prediction in predictions if prediction.budget == DEFAULT)
-    speeds = [way.tokens / way.seconds for way in chosen]
-    return Tuned(best, default, speeds[1], costs.plain_rows, speeds[0] / speeds[1])
+    by_cost = Prediction(chosen[1].budget, 1.0, 0.0, 0.0, 1 / costs.plain, 1.0)
+    fast, slow = (way.tokens / way.seconds for way in chosen)
+    return Tuned(best, default, by_cost, costs.plain_rows, (fast, slow))
 
 
 def grid(most_nodes: int) -> list[Budget]:

@@ -28,14 +28,20 @@ OUTLETS = (
     "coral.cli",
     "coral.cli_bench",
     "coral.cli_data",
+    "coral.cli_tune",
     "coral.chat",
     "coral.demo",
     "coral.export",
     "coral.serve",
+    "coral.tuning",
 )
 MAY_USE_OUTLETS = {
     "coral.cli": OUTLETS,
     "coral.cli_bench": ("coral.bench",),
+    "coral.cli_tune": ("coral.bench.deepen", "coral.bench.suites", "coral.tuning"),
+    # Tuning and bench measure plain decoding and compiled sizes in the same way.
+    "coral.tuning.costs": ("coral.bench.costs",),
+    "coral.tuning.run": ("coral.bench.costs", "coral.bench.methods"),
     "coral.__main__": ("coral.cli",),
     "coral.demo": (
         "coral.bench.deepen",

@@ -51,9 +51,15 @@ OPTIONS = {
         "--data", "--target", "--kind", "--groups", "--active", "--grouping", "--updates", "--size", "--rank",
         "--rescored", "--batches", "--dtype", "--device", "--seed", "--revision", "--trust-remote-code",
     },
+    "tune": {
+        "--target", "--data", "--prompts", "--max-new-tokens", "--temperature", "--head", "--compile",
+        "--no-compile", "--deepen", "--write", "--no-write", "--dtype", "--device", "--seed", "--revision",
+        "--trust-remote-code",
+    },
     "bench": {
         "--output", "--target", "--drafter", "--suite", "--limit", "--deepen", "--dtype", "--temperature",
-        "--uncoupled", "--peers", "--no-peers", "--assistant", "--compile", "--no-compile", "--head",
+        "--uncoupled", "--peers", "--no-peers", "--assistant", "--compile", "--no-compile", "--head", "--fallback",
+        "--no-fallback",
         "--max-new-tokens", "--tree", "--note", "--seed", "--device",
     },
     "bench compare": set(),
@@ -313,7 +319,8 @@ def test_stats_and_marks(coral, models: Path) -> None:
     result = coral(*command, "--stats", "--drafter", "ngram", "--mark")
     found = re.fullmatch(
         r"60 tokens in [\d.]+ s \([\d.]+ tokens/s\), (\d+) cycles, tau ([\d.]+), (\d+) of \d+ draft tokens "
-        r"accepted, drafting \d+%, verification \d+% of the time\n", result.err)  # fmt: skip
+        r"accepted, drafting \d+%, verification \d+% of the time, "
+        r"tree 8,6,15,0.2 \(default\)\n", result.err)  # fmt: skip
     assert found is not None
     cycles, accepted = int(found[1]), int(found[3])
     assert accepted > 0 and cycles + accepted >= 60 and float(found[2]) > 1

@@ -123,7 +123,7 @@ def test_a_bench_that_runs_or_was_killed_can_be_read(tmp_path: Path) -> None:
     log.add(one)
     with log.path.open("a") as file:
         file.write('{"record": {"dtype"')
-    assert read(tmp_path) == (header, [one])
+    assert read(tmp_path) == ({**header, "trees": {}}, [one])
     log.path.write_text("[]\n")
     with pytest.raises(CoralError, match=r"records\.jsonl"):
         read(tmp_path)

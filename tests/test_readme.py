@@ -22,6 +22,7 @@ SMALL = {
     "data regenerate": ["--max-new-tokens", "8"],
     "data prepare": ["--held-out", "1"],
     "train": ["--updates", "2"],
+    "tune": ["--prompts", "1", "--max-new-tokens", "6"],
     "bench": ["--no-compile", "--limit", "1", "--max-new-tokens", "4", "--suite", "questions.jsonl"],
     "bench compare": [],
 }

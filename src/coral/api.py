@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coral import tuned
 from coral.decoding.generate import Proposer, generate
 from coral.decoding.proposers.fallback import Fallback
 from coral.decoding.proposers.plain import Plain
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 EMBEDDED = Path(__file__).parent / "embedded"
 """The pair that the package ships: `target` and `drafter`."""
-
-_AND_NGRAM = "+ngram"
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
@@ -51,7 +50,8 @@ def load(
         target: directory, hub id, loaded model, or None for the pair that the package ships.
         drafter: drafter directory or hub id, "ngram" (prompt lookup, no training), both in one tree as
             "DIRECTORY+ngram", or None for plain decoding.
-        budget: how large draft trees grow.
+        budget: how large draft trees grow; None: what `coral tune` found for this drafter here, else
+            `tree.DEFAULT`.
         compile: see `Target.compiled`.
         head: the drafter's LM head, see `heads.load`.
         coupled: at temperature > 0 draft with the noise that the sampler will use.
@@ -75,13 +75,62 @@ def load(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-    budget = budget or DEFAULT
+    budget, origin = choose_budget(target, drafter, budget, head, compile, drafter_revision)
     if compile:
         target = target.compiled((1, budget.num_nodes + 1))
     proposer = make_proposer(target, drafter, coupled, drafter_revision, head)
     if fallback and not isinstance(proposer, Plain):
         proposer = Fallback(proposer)
-    return Pair(target, proposer, budget)
+    return Pair(target, proposer, budget, origin)
+
+
+def choose_budget(
+    target: Target,
+    drafter: str | Path | None,
+    asked: Budget | None = None,
+    head: str = "auto",
+    compile: bool = False,
+    revision: str | None = None,
+) -> tuple[Budget, str]:
+    """The budget that a drafter gets, and where it comes from: "asked for", "tuned" or "default".
+
+    Tuned is what `coral tune` found for this drafter and head on such a device, with a target of this dtype
+    and number of layers, compiled or not.
+
+    Raises:
+        CoralError: no such drafter or head, or a file of tuned trees that cannot be read.
+    """
+    from coral.drafter import checkpoint, heads
+
+    if asked is not None:
+        return asked, "asked for"
+    source, head, _ = read_name(drafter, head)
+    if source is not None:
+        directory = checkpoint.locate(source, revision)
+        place = tuned.Place.of(target, heads.resolve(directory, head), compile)
+        if (found := tuned.find(directory, place)) is not None:
+            return found, "tuned"
+    return DEFAULT, "default"
+
+
+def read_name(drafter: str | Path | None, head: str = "auto") -> tuple[str | Path | None, str, bool]:
+    """What `drafter` names: its directory or hub id, if any, its head, and whether lookup shares the tree.
+
+    None or "plain" is plain decoding, "ngram" lookup alone. Behind a directory or hub id stand "+ngram" for
+    both in one tree, and "+full", "+routed" and so on for one of its heads instead of `head`.
+    """
+    from coral.drafter.heads import HEADS
+
+    if drafter in (None, "plain", "ngram"):
+        return None, head, drafter == "ngram"
+    lookup = False
+    while isinstance(drafter, str):
+        source, _, last = drafter.rpartition("+")
+        if not source or last not in ("ngram", *HEADS):
+            break
+        drafter, lookup = source, lookup or last == "ngram"
+        head = head if last == "ngram" else last
+    return drafter, head, lookup
 
 
 def make_proposer(
@@ -91,35 +140,32 @@ def make_proposer(
     revision: str | None = None,
     head: str = "auto",
 ) -> Proposer:
-    """The proposer that `drafter` names: None or "plain", "ngram", or a drafter directory or hub id, with
-    "+ngram" behind it for both in one tree and "+full", "+routed" and so on for one of its heads.
-    """
+    """The proposer that `drafter` names, see `read_name`."""
     from coral.decoding.proposers.feature import Feature
     from coral.decoding.proposers.merged import Merged
     from coral.decoding.proposers.ngram import NGram
     from coral.drafter import checkpoint, heads
 
-    match drafter:
-        case None | "plain":
-            return Plain()
-        case "ngram":
-            return NGram()
-        case str() if drafter.endswith(_AND_NGRAM):
-            source = drafter.removesuffix(_AND_NGRAM)
-            return Merged(make_proposer(target, source, coupled, revision, head), NGram())
-        case str() if (parts := drafter.rpartition("+"))[0] and parts[2] in heads.HEADS:
-            return make_proposer(target, parts[0], coupled, revision, parts[2])
-        case _:
-            device = target.head_weight.device
-            loaded = checkpoint.load(drafter, target, revision=revision, dtype=target.dtype, device=device)
-            return Feature(loaded, target, heads.load(drafter, target, head, revision=revision), coupled)
+    source, head, lookup = read_name(drafter, head)
+    if source is None:
+        return NGram() if lookup else Plain()
+    device = target.head_weight.device
+    loaded = checkpoint.load(source, target, revision=revision, dtype=target.dtype, device=device)
+    trained = Feature(loaded, target, heads.load(source, target, head, revision=revision), coupled)
+    return Merged(trained, NGram()) if lookup else trained
 
 
 class Pair:
-    """A target and its proposer. The text never depends on the proposer, only the speed does."""
+    """A target and its proposer. The text never depends on the proposer, only the speed does.
 
-    def __init__(self, target: Target, proposer: Proposer, budget: Budget) -> None:
+    budget: how large draft trees grow; budget_origin: where it comes from, see `choose_budget`.
+    """
+
+    def __init__(
+        self, target: Target, proposer: Proposer, budget: Budget, budget_origin: str = "asked for"
+    ) -> None:
         self.target, self.proposer, self.budget = target, proposer, budget
+        self.budget_origin = budget_origin
 
     def generate(self, prompt: Prompt, **options: Any) -> Iterator[Cycle]:
         """Write after `prompt`; yields a cycle for each target forward. Options: see `start`."""

@@ -25,7 +25,7 @@ def answer(pair: Pair, prompt: str, options: dict[str, Any], *, stats: bool, mar
     state = pair.start(prompt, **options)
     _, cycles = stream(pair, pair.cycles(state), options["stop"], mark)
     if stats:
-        print_stats(cycles, perf_counter() - begin)
+        print_stats(pair, cycles, perf_counter() - begin)
 
 
 def converse(pair: Pair, options: dict[str, Any], *, stats: bool, mark: bool) -> None:
@@ -61,7 +61,7 @@ def converse(pair: Pair, options: dict[str, Any], *, stats: bool, mark: bool) ->
         text, cycles = stream(pair, pair.cycles(state), options["stop"], mark)
         messages = [*asked, {"role": "assistant", "content": text}]
         if stats:
-            print_stats(cycles, perf_counter() - begin)
+            print_stats(pair, cycles, perf_counter() - begin)
 
 
 def stream(
@@ -104,8 +104,8 @@ def _show(console: Console, piece: str, *, marked: bool) -> None:
     console.print(Segments([Segment(piece, _DRAFTED if marked else None)]), end="")
 
 
-def print_stats(cycles: Iterable[Cycle], seconds: float) -> None:
-    """One line on standard error: tokens, speed, acceptance length, and where the time went."""
+def print_stats(pair: Pair, cycles: Iterable[Cycle], seconds: float) -> None:
+    """One line on standard error: tokens, speed, acceptance length, where the time went, and the tree."""
     cycles = list(cycles)
     tokens = sum(len(cycle.tokens) for cycle in cycles)
     drafted, accepted = sum(c.num_drafted for c in cycles), sum(c.num_accepted for c in cycles)
@@ -115,6 +115,7 @@ def print_stats(cycles: Iterable[Cycle], seconds: float) -> None:
         f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s), {len(cycles)} cycles "
         f"({plain} of them plain steps), "
         f"tau {acceptance_length(cycles):.2f}, {accepted} of {drafted} draft tokens accepted, "
-        f"drafting {shares[0]:.0%}, verification {shares[1]:.0%} of the time",
+        f"drafting {shares[0]:.0%}, verification {shares[1]:.0%} of the time, "
+        f"tree {pair.budget} ({pair.budget_origin})",
         style="dim",
     )

@@ -13,6 +13,7 @@ from coral import options
 from coral.cli_bench import bench
 from coral.cli_data import data
 from coral.cli_heads import train_head
+from coral.cli_tune import tune
 from coral.errors import CoralError
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
 app.command()(train_head)
+app.command()(tune)
 
 
 @app.callback()

@@ -67,6 +67,7 @@ def train_head(
 
     A stopped run goes on with the same command.
     """
+    from coral import tuned
     from coral.data import shards
     from coral.drafter import checkpoint
 
@@ -88,6 +89,7 @@ def train_head(
         case "low_rank":
             rank = rank or max(2, loaded.hidden_size // 8)
             _low_rank(drafter, network, loaded, rows, rank, rescored, batches, seed)
+    tuned.forget(drafter, kind)
 
 
 def _routed(

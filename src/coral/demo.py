@@ -27,7 +27,7 @@ PROMPTS = (
 )
 
 
-def run(deepen: int, max_new_tokens: int, dtype: str, budget: Budget) -> None:
+def run(deepen: int, max_new_tokens: int, dtype: str, budget: Budget | None) -> None:
     """Print six marked answers, then one table; the same prompts and tokens on both sides of every ratio."""
     console = Console(highlight=False, soft_wrap=True)
     console.print("Measuring the shipped pair as it is ...", style="dim")

@@ -8,7 +8,7 @@ tau differs far more between prompts than between drafters, so the drafters are 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ class Difference:
 
     tau: tau of FIRST minus that of SECOND. speed: seconds of SECOND over those of FIRST; None where no run
     measured both, for times of different runs are not comparable. left_out: prompts that not all have.
+    same_trees: whether all drafters had the same budget; otherwise the trees are part of what is compared.
     """
 
     dtype: str
@@ -51,6 +52,7 @@ class Difference:
     tau: Interval
     speed: Interval | None
     left_out: int
+    same_trees: bool = True
 
     @property
     def verdict(self) -> str:
@@ -86,7 +88,12 @@ def compare(
     found = []
     for setting, chosen in settings.items():
         if {record.method for records in chosen for record in records} == names:
-            found += _differences(setting, first, second, chosen, draws, seed)
+            trees = [header.get("trees", {}).get(setting[0], {}) for header, _ in runs]
+            budgets = {repr(tree["budget"]) for of in trees for name, tree in of.items() if name in names}
+            found += [
+                replace(difference, same_trees=len(budgets) < 2)
+                for difference in _differences(setting, first, second, chosen, draws, seed)
+            ]
     if not found:
         raise CoralError(
             f"{', '.join(first)} and {', '.join(second)} have no prompt, dtype and temperature in common; "
@@ -105,7 +112,8 @@ def line(difference: Difference, first: str, second: str) -> str:
     )
     if d.speed:
         text += f"; {d.speed.value:.2f}x as fast [{d.speed.low:.2f}, {d.speed.high:.2f}]"
-    return text + (f"; {d.left_out} prompts left out, not all have them" if d.left_out else "")
+    text += f"; {d.left_out} prompts left out, not all have them" if d.left_out else ""
+    return text + ("" if d.same_trees else "; their trees differ (give --tree to compare drafters alone)")
 
 
 def interval(sums: NDArray[np.float64], how: str, draws: int = DRAWS, seed: int = 0) -> Interval:

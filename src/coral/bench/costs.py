@@ -87,8 +87,8 @@ def dtype_name(target: Target) -> str:
     return str(target.dtype).removeprefix("torch.")
 
 
-class _PaddedTree(DraftTree):
-    """The root and one node that is never accepted."""
+class RefusedTree(DraftTree):
+    """A tree of which nothing is accepted."""
 
     def walk(self, samples: list[int]) -> tuple[list[int], int]:
         return [0], samples[0]
@@ -101,7 +101,7 @@ class PlainPadded:
         self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
     ) -> list[DraftTree]:
         parents, scores = torch.tensor([-1, 0]), torch.zeros(2)
-        return [_PaddedTree(torch.tensor([state.tokens[-1]] * 2), parents, scores) for state in states]
+        return [RefusedTree(torch.tensor([state.tokens[-1]] * 2), parents, scores) for state in states]
 
 
 def plain_variants(targets: Mapping[str, Target]) -> dict[str, tuple[Write, Target, int]]:

@@ -13,18 +13,16 @@ import torch
 import transformers
 from transformers.utils.import_utils import is_sklearn_available
 
+from coral.machine import cpu_info, device_name
+
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Hardware, software and threads of this process."""
-    info = _cpu_info()
-    flags = set(info.get("flags", "").split())
-    cuda = device is not None and device.type == "cuda"
+    flags = set(cpu_info().get("flags", "").split())
     return {
-        "hardware": torch.cuda.get_device_name(device)
-        if cuda
-        else info.get("model name", platform.machine()),
+        "hardware": device_name(device or torch.device("cpu")),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -54,13 +52,3 @@ def commit() -> str:
         return f"coral-drafter {version('coral-drafter')}"
     except PackageNotFoundError:
         return "unknown"
-
-
-def _cpu_info() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo; empty where there is none."""
-    try:
-        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in first.split("\n") if ":" in line)
-    return {key.strip(): value.strip() for key, _, value in pairs}

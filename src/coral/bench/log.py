@@ -12,7 +12,7 @@ from coral.errors import CoralError
 
 
 def read(directory: Path) -> tuple[dict[str, Any], list[Record]]:
-    """Header and records of a bench, finished or not.
+    """Header and records of a bench, finished or not; the header has the drafters' trees too, as `Log.trees`.
 
     Raises:
         CoralError: there is no bench in this directory, or it cannot be read.
@@ -23,6 +23,7 @@ def read(directory: Path) -> tuple[dict[str, Any], list[Record]]:
     try:
         header, *items = [json.loads(line) for line in _finished(path)]
         header["settings"]  # what a comparison asks for
+        header["trees"] = dict(pair for item in items if "trees" in item for pair in item["trees"].items())
         return header, [Record.from_json(item["record"]) for item in items if "record" in item]
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -35,7 +36,9 @@ def _finished(path: Path) -> list[bytes]:
 
 
 class Log:
-    """Records and costs on disk. The first line, the header, says which bench they belong to.
+    """Records, costs and trees on disk. The first line, the header, says which bench they belong to.
+
+    trees: by dtype and drafter, its budget and where that came from (see `api.choose_budget`).
 
     Raises:
         CoralError: the file holds another bench, or cannot be read or written.
@@ -45,6 +48,7 @@ class Log:
         self.path = path
         self.records: list[Record] = []
         self.costs: dict[str, Costs] = {}
+        self.trees: dict[str, dict[str, Any]] = {}
         self._index: dict[tuple[object, ...], Record] = {}
         self._header: dict[str, Any] | None = None  # until it is written, with the first record
         try:
@@ -74,7 +78,13 @@ class Log:
 
     def add(self, item: Record | Costs) -> None:
         """Append to the file, then remember."""
-        data = {"costs": item.to_json()} if isinstance(item, Costs) else {"record": item.to_json()}
+        self._add({"costs": item.to_json()} if isinstance(item, Costs) else {"record": item.to_json()})
+
+    def add_trees(self, dtype: str, trees: dict[str, Any]) -> None:
+        """Append the trees of the drafters in this dtype, then remember."""
+        self._add({"trees": {dtype: trees}})
+
+    def _add(self, data: dict[str, Any]) -> None:
         try:
             self._append(data)
         except OSError as error:
@@ -85,6 +95,8 @@ class Log:
         if "costs" in data:
             costs = Costs.from_json(data["costs"])
             self.costs[costs.dtype] = costs
+        elif "trees" in data:
+            self.trees |= data["trees"]
         else:
             record = Record.from_json(data["record"])
             self.records.append(record)

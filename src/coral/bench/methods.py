@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -12,6 +13,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from coral.decoding.generate import Proposer, generate
+from coral.decoding.proposers.fallback import Fallback
 from coral.decoding.proposers.ngram import NGram
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle, State
@@ -56,6 +58,17 @@ def ours(target: Target, proposer: Proposer, budget: Budget) -> Write:
         return Written(state.written, seconds, prefill, len(cycles), cycles)
 
     return write
+
+
+def sized(target: Target, rows: int) -> Target:
+    """A compiled target whose trees are all padded to `rows`, whatever other sizes it is compiled for.
+
+    A target that is not compiled comes back as it is.
+    """
+    if target.sizes:
+        target = copy(target)
+        target.sizes = tuple({1, rows})
+    return target
 
 
 def hugging_face(target: Target, assistant: PreTrainedModel | None = None, **options: Any) -> Write:
@@ -113,25 +126,34 @@ def all_methods(
     plain: Write,
     made: Mapping[str, MakeProposer],
     coupled: Sequence[bool],
-    budget: Budget,
+    budgets: Mapping[str, Budget],
     peers: bool,
+    lookup: Budget,
     assistant: PreTrainedModel | None = None,
+    fallback: bool = False,
 ) -> list[Method]:
-    """Plain decoding first: the others are compared with what it wrote."""
+    """Plain decoding first: the others are compared with what it wrote.
+
+    Args:
+        budgets: of the drafters, by name. lookup: of the n-gram peer.
+    """
     methods = [Method("plain", "plain", False, plain)]
     if peers:
-        lookup = Budget(top_k=2, max_depth=10, num_nodes=max(10, budget.num_nodes))
         methods += [
             Method("peer", "hf_generate", False, hugging_face(target)),
             Method("peer", "hf_prompt_lookup", False, hugging_face(target, prompt_lookup_num_tokens=10)),
         ]
         if assistant is not None:
             methods.append(Method("peer", "hf_assisted", False, hugging_face(target, assistant)))
-        methods.append(Method("peer", "ngram", False, ours(target, NGram(), lookup)))
+        found = ours(sized(target, lookup.num_nodes + 1), NGram(), lookup)
+        methods.append(Method("peer", "ngram", False, found))
     for name, make in made.items():
-        methods += [
-            Method("drafter", name, flag, ours(target, make(target, flag), budget)) for flag in coupled
-        ]
+        budget = budgets[name]
+        own = sized(target, budget.num_nodes + 1)
+        for flag in coupled:
+            proposer = make(own, flag)
+            proposer = Fallback(proposer) if fallback else proposer
+            methods.append(Method("drafter", name, flag, ours(own, proposer, budget)))
     return methods
 
 

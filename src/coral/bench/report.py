@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
+from coral.decoding.tree import Budget
 from coral.errors import CoralError
 from coral.files import atomic_text
 
@@ -75,7 +76,12 @@ def markdown(results: dict[str, Any]) -> str:
             row = found[name, "all"]
             cells = [column(row) for column in _COLUMNS.values()]
             lines.append(_line([name, *(_number(x, "{:.2f}x") for x in speedups), *cells]))
-        lines += ["", *_beside_peers(rows), *_routed_heads(results.get("routed_heads", {}).get(dtype, {}))]
+        lines += [
+            "",
+            *_beside_peers(rows),
+            *_trees(results.get("trees", {}).get(dtype, {})),
+            *_routed_heads(results.get("routed_heads", {}).get(dtype, {})),
+        ]
     command, commit = results["command"], results["commit"]
     return "\n".join([*lines, LEGEND, "", f"Reproduce with `{command}` at commit `{commit}`.", ""])
 
@@ -175,6 +181,13 @@ def _fastest(rows: Iterable[dict[str, Any]]) -> tuple[float, str] | None:
         tokens, seconds = sums.get(_name(row), (0, 0.0))
         sums[_name(row)] = tokens + row["tokens"], seconds + row["seconds"]
     return max(((tokens / seconds, name) for name, (tokens, seconds) in sums.items()), default=None)
+
+
+def _trees(found: dict[str, Any]) -> Iterable[str]:
+    if found:
+        shown = (f"{name} {Budget(**tree['budget'])} ({tree['origin']})" for name, tree in found.items())
+        yield f"trees (`--tree`): {', '.join(shown)}"
+        yield ""
 
 
 def _routed_heads(found: dict[str, Any]) -> Iterable[str]:

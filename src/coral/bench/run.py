@@ -62,6 +62,7 @@ def bench(
     assistant: str | Path | None = None,
     compile: bool = False,
     head: str = "auto",
+    fallback: bool = False,
     seed: int = 0,
     device: str | None = None,
     note: str = "",
@@ -80,7 +81,9 @@ def bench(
         assistant: a small causal LM of the target's vocabulary, with which Hugging Face's assisted generation
             becomes a peer.
         compile: plain decoding may also be compiled, and our own methods are (see `Target.compiled`).
+        budget: of all drafters; None: what `coral tune` found for each, else `tree.DEFAULT`.
         head: the drafters' LM head, see `heads.load`.
+        fallback: our drafters take plain steps while drafting is slower (see `Fallback`), which changes tau.
         coupled: whether drafting shares the sampler's noise; each value gives a row at temperature > 0.
         note: printed with every table, for example that the target's weights are random.
         command: what to type to repeat it; None takes this process's command line.
@@ -88,7 +91,7 @@ def bench(
     Raises:
         CoralError: a bad name or file, or an output that holds another bench.
     """
-    output, budget = Path(output), budget or DEFAULT
+    output = Path(output)
     prompts = suites_.load(suites, limit)
     if taken := sorted(set(drafters) & set(RESERVED)):
         raise CoralError(f"drafter name {taken[0]!r} is reserved; rename it in --drafter NAME=DIR.")
@@ -108,11 +111,12 @@ def bench(
         "temperatures": list(temperatures),
         "coupled": list(coupled),
         "max_new_tokens": max_new_tokens,
-        "budget": asdict(budget),
+        "budget": None if budget is None else asdict(budget),
         "peers": peers,
         "assistant": None if assistant is None else str(assistant),
         "compile": compile,
         "head": head,
+        "fallback": fallback,
         "seed": seed,
         "note": note,
     }
@@ -124,6 +128,7 @@ def bench(
         **header,
         "skipped": [],
         "routed_heads": {},
+        "trees": {},
     }
     console = Console(stderr=True)
     try:
@@ -139,15 +144,27 @@ def bench(
                 "layers": loaded.config.num_hidden_layers,
                 "appended_ffn_width": width,
             }
+            dtype_, few = dtype_name(loaded), _first_prompts(loaded, prompts)
+            trees = log.trees.get(dtype_)  # a bench that goes on keeps its trees
+            if trees is None:
+                trees = _choose_trees(loaded, drafters, budget, head, compile)
+            results["trees"][dtype_] = trees
+            budgets = {name: Budget(**tree["budget"]) for name, tree in trees.items()}
+            lookup = Budget(top_k=2, max_depth=10, num_nodes=max(10, (budget or DEFAULT).num_nodes))
+            tree_rows = {lookup.num_nodes + 1, *(each.num_nodes + 1 for each in budgets.values())}
             targets = {"eager": loaded}
             if compile:
-                console.print(f"{dtype}: compiling, about two seconds a layer for each of three forwards")
-                targets["compiled"] = loaded.compiled((1, 2, _most_rows(budget)))
+                sizes = {1, 2, *tree_rows}
+                console.print(
+                    f"{dtype}: compiling, about two seconds a layer for each of {len(sizes)} forwards"
+                )
+                targets["compiled"] = loaded.compiled(tuple(sizes))
             fastest = [*targets.values()][-1]
             made = {name: maker(source, head) for name, source in drafters.items()}
-            dtype_, few = dtype_name(loaded), _first_prompts(loaded, prompts)
-            heads = _measure_apart(targets, made, few, log, max_new_tokens, budget, helper)
+            heads = _measure_apart(targets, made, few, log, max_new_tokens, budgets, max(tree_rows), helper)
             results["routed_heads"][dtype_] = heads
+            if dtype_ not in log.trees:
+                log.add_trees(dtype_, trees)
             costs, tie_references = log.costs[dtype_], references(loaded)
             shown = ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in costs.plain_seconds.items())
             console.print(f"{dtype_}: plain decoding is {costs.plain!r}, the fastest, per token: {shown}")
@@ -155,7 +172,7 @@ def bench(
             for temperature in temperatures:
                 sampling = Sampling(temperature=temperature, seed=seed)
                 flags = list(coupled) if temperature else [False]  # at T = 0 there is no noise to share
-                methods = all_methods(fastest, plain, made, flags, budget, peers, helper)
+                methods = all_methods(fastest, plain, made, flags, budgets, peers, lookup, helper, fallback)
                 for method in methods:
                     method.write(few[0][0], sampling, 0, 4)  # warm up
                 turns = sum(prompt.num_turns for items in prompts.values() for prompt in items)
@@ -179,9 +196,22 @@ def _save(output: Path, results: dict[str, Any], log: Log) -> None:
         atomic_text(output / "results.json", json.dumps(results, indent=1) + "\n")
 
 
-def _most_rows(budget: Budget) -> int:
-    """Of a tree, root included; 10 is the length of what is looked up."""
-    return max(10, budget.num_nodes) + 1
+def _choose_trees(
+    target: Target,
+    drafters: Mapping[str, str | Path | MakeProposer],
+    asked: Budget | None,
+    head: str,
+    compile: bool,
+) -> dict[str, dict[str, Any]]:
+    """The budget of each drafter and where it comes from, as the log and the results hold it."""
+    from coral.api import choose_budget
+
+    trees = {}
+    for name, source in drafters.items():
+        named = source if isinstance(source, (str, Path)) else None  # a function has no directory
+        budget, origin = choose_budget(target, named, asked, head, compile)
+        trees[name] = {"budget": asdict(budget), "origin": origin}
+    return trees
 
 
 def _measure_apart(
@@ -190,7 +220,8 @@ def _measure_apart(
     prompts: Sequence[Sequence[list[int]]],
     log: Log,
     length: int,
-    budget: Budget,
+    budgets: Mapping[str, Budget],
+    most_rows: int,
     assistant: PreTrainedModel | None,
 ) -> dict[str, Any]:
     """What is measured on a few prompts of each suite before the texts: costs, unless the log holds them, and
@@ -201,9 +232,9 @@ def _measure_apart(
     if dtype_name(target) not in log.costs:
         drafts = {name: num_bytes(p.drafter) + p.head.num_bytes for name, p in trained.items()}
         drafts |= {} if assistant is None else {"hf_assisted": plain_bytes(assistant)}
-        log.add(measure(targets, drafts, [suite[0] for suite in prompts][:3], _most_rows(budget)))
+        log.add(measure(targets, drafts, [suite[0] for suite in prompts][:3], most_rows))
     texts = [prompt for suite in prompts for prompt in suite]
-    recalls = {name: recall_by_depth(target, p, texts, length, budget) for name, p in trained.items()}
+    recalls = {name: recall_by_depth(target, p, texts, length, budgets[name]) for name, p in trained.items()}
     return {name: recall for name, recall in recalls.items() if recall}
 
 

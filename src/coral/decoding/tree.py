@@ -26,6 +26,10 @@ class Budget:
     num_nodes: int
     min_gain: float = 0.0
 
+    def __str__(self) -> str:
+        """As `--tree` reads it."""
+        return f"{self.top_k},{self.max_depth},{self.num_nodes},{self.min_gain:g}"
+
     def within(self, remaining: int) -> Budget:
         """The same budget when only `remaining` tokens may still be written, the bonus token included."""
         return replace(self, max_depth=max(0, min(self.max_depth, remaining - 1)))

@@ -75,6 +75,20 @@ def save(directory: Path, kind: str, tensors: Mapping[str, Tensor], **numbers: i
     atomic_text(directory / _FOLDER / _OWN, kind + "\n")
 
 
+def resolve(directory: Path, which: str) -> str:
+    """The kind of head that `which` names in a drafter's directory; "auto" is the one made last, else full.
+
+    Raises:
+        CoralError: an unknown head.
+    """
+    if which not in HEADS:
+        raise CoralError(f"head {which!r} is not known; use {', '.join(HEADS)}.")
+    own = directory / _FOLDER / _OWN
+    if which != "auto":
+        return which
+    return own.read_text().strip() if own.exists() else "full"
+
+
 def load(
     source: str | Path,
     target: Target,
@@ -82,7 +96,7 @@ def load(
     active: int | None = None,
     revision: str | None = None,
 ) -> Head:
-    """A head of a drafter: "full", one that was made for it, or "auto" for the one made last, else full.
+    """A head of a drafter: "full", one that was made for it, or "auto"; see `resolve`.
 
     Args:
         active: groups of a routed head whose rows are multiplied; None: what it was saved with.
@@ -90,14 +104,11 @@ def load(
     Raises:
         CoralError: an unknown head, none in the directory, or one for another vocabulary.
     """
-    if which not in HEADS:
-        raise CoralError(f"head {which!r} is not known; use {', '.join(HEADS)}.")
-    folder = checkpoint.locate(source, revision) / _FOLDER
-    if which == "auto":
-        which = (folder / _OWN).read_text().strip() if (folder / _OWN).exists() else "full"
+    directory = checkpoint.locate(source, revision)
+    which = resolve(directory, which)
     if which == "full":
         return FullHead(target)
-    path = folder / f"{which}.safetensors"
+    path = directory / _FOLDER / f"{which}.safetensors"
     if not path.exists():
         raise CoralError(
             f"the drafter {source} has no {which} head; make one with `coral train-head {source} "

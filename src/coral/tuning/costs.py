@@ -1,0 +1,144 @@
+"""What a cycle costs on this machine, in two tables that add up to it: drafting, and everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle as endlessly
+from itertools import pairwise
+from statistics import median
+from time import perf_counter
+
+import torch
+
+from coral.bench.costs import RefusedTree
+from coral.decoding.generate import Proposer, generate
+from coral.decoding.sampling import Sampling
+from coral.decoding.state import Committed, State
+from coral.decoding.tree import Budget, DraftTree
+from coral.target import Target
+from coral.tuning.simulate import Run
+
+_DEEP = 5  # levels of the deeper of the two trees from which a level's cost follows
+_READ = 3  # rows that a cycle's first level reads: what one accepts, more or less
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds.
+
+    cycle: of a cycle that drafts nothing, by the rows of the tree it is given: verification, sampling, walk
+    and keep. first: of drafting one level, with what was accepted read before it; level: of each further one;
+    both by top_k, which is the width of a level. padded: a compiled target, where every tree costs what the
+    largest does.
+    """
+
+    cycle: dict[int, float]
+    first: dict[int, float]
+    level: dict[int, float]
+    padded: bool
+
+    @property
+    def plain_rows(self) -> int:
+        """Rows of the faster way of plain decoding: 1, or 2 of which one is padding."""
+        return min((n for n in (1, 2) if n in self.cycle), key=self.cycle.__getitem__)
+
+    @property
+    def plain(self) -> float:
+        """Seconds of a plain step."""
+        return self.cycle[self.plain_rows]
+
+    def of_rows(self, rows: int) -> float:
+        """Seconds of a cycle that drafts nothing, linear between the measured sizes."""
+        sizes = sorted(self.cycle)
+        below, above = next(((a, b) for a, b in pairwise(sizes) if rows <= b), (sizes[-2], sizes[-1]))
+        share = (rows - below) / (above - below)
+        return (1 - share) * self.cycle[below] + share * self.cycle[above]
+
+    def seconds(self, run: Run) -> float:
+        """What decoding with a budget takes, without prefill."""
+        counts = run.rows.tolist()
+        if self.padded:
+            counts = [0, counts[1], *[0] * (run.budget.num_nodes - 1), sum(counts[2:])]
+        verified = sum(count * self.of_rows(rows) for rows, count in enumerate(counts) if count)
+        top_k = run.budget.top_k
+        drafted = run.cycles * self.first[top_k] + max(0, run.steps - run.cycles) * self.level[top_k]
+        return verified + drafted
+
+
+def measure(
+    target: Target,
+    proposer: Proposer,
+    prompt: list[int],
+    sampling: Sampling,
+    rows: Sequence[int],
+    top_ks: Sequence[int],
+    repeats: int = 8,
+) -> Costs:
+    """Time real cycles and real calls of `propose` behind a prompt, all sizes in turn, and take medians.
+
+    Args:
+        rows: sizes of trees, 1 among them. A compiled target must be compiled for them.
+        top_ks: for which drafting is timed.
+    """
+    levels = _draft_seconds(target, proposer, prompt, sampling, top_ks, repeats)
+    first = {k: levels[k, 1] for k in top_ks}
+    level = {k: max(0.0, levels[k, _DEEP] - levels[k, 1]) / (_DEEP - 1) for k in top_ks}
+    cycles = _cycle_seconds(target, prompt, sampling, rows, repeats)
+    return Costs(cycles, first, level, padded=bool(target.sizes))
+
+
+class _Refused:
+    """Proposes bushes of the given sizes in turn, of which nothing is accepted."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = endlessly(sizes)
+
+    def propose(
+        self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
+    ) -> list[DraftTree]:
+        n = next(self.sizes)
+        parents = torch.tensor([-1] + [0] * (n - 1))
+        return [RefusedTree(torch.full((n,), state.tokens[-1]), parents, torch.zeros(n)) for state in states]
+
+
+def _cycle_seconds(
+    target: Target, prompt: list[int], sampling: Sampling, rows: Sequence[int], repeats: int
+) -> dict[int, float]:
+    room = min((repeats + 1) * len(rows), target.context_length - len(prompt) - 1)
+    end = len(prompt) + room
+    state = State(list(prompt), end, target.new_cache(end + max(rows) + 1), sampling)
+    times: dict[int, list[float]] = {n: [] for n in rows}
+    cycles = generate(target, _Refused(rows), [state], Budget(1, 1, max(rows)))
+    for n, (cycle,) in zip(endlessly(rows), cycles, strict=False):
+        times[n].append(cycle.seconds - cycle.draft_seconds)
+    return {n: _median(seconds) for n, seconds in times.items()}
+
+
+@torch.inference_mode()
+def _draft_seconds(
+    target: Target,
+    proposer: Proposer,
+    prompt: list[int],
+    sampling: Sampling,
+    top_ks: Sequence[int],
+    repeats: int,
+) -> dict[tuple[int, int], float]:
+    """Seconds of `propose` by top_k and levels, on one state: it may be asked again about the same rows."""
+    state = State(list(prompt), len(prompt) + _DEEP + 1, target.new_cache(len(prompt) + 1), sampling)
+    (whole,) = target.prefill([state])
+    proposer.propose([state], [whole], Budget(1, 1, 1))
+    read = min(_READ, len(whole.tokens))
+    last = Committed(whole.tokens[-read:], whole.features[-read:], whole.start + len(whole.tokens) - read)
+    times: dict[tuple[int, int], list[float]] = {(k, depth): [] for k in top_ks for depth in (1, _DEEP)}
+    for _ in range(repeats + 1):
+        for (k, depth), seconds in times.items():
+            begin = perf_counter()
+            proposer.propose([state], [last], Budget(k, depth, 15))
+            seconds.append(perf_counter() - begin)
+    return {size: _median(seconds) for size, seconds in times.items()}
+
+
+def _median(seconds: Sequence[float]) -> float:
+    """The first one warms up."""
+    return median(seconds[1:] or seconds)

@@ -1,0 +1,95 @@
+"""What a drafter would draft at every position of a text that the target writes.
+
+No tree changes the text. So each one is written once, by plain decoding, and at every position the drafter
+grows, from the same features as in real decoding, one tree that is larger than any that is asked about;
+smaller ones are cut from it (see `simulate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from coral.decoding.generate import Proposer, generate
+from coral.decoding.sampling import Sampling
+from coral.decoding.state import Committed, State
+from coral.decoding.tree import Budget, DraftTree
+from coral.target import Target
+
+
+def everything(top_k: int, max_depth: int, min_gain: float) -> Budget:
+    """A budget whose tree is all that is grown: nothing is cut away in the end."""
+    return Budget(top_k, max_depth, top_k + (max_depth - 1) * top_k**2, min_gain)
+
+
+POOL = everything(top_k=10, max_depth=10, min_gain=0.05)
+"""What is recorded. Budgets that go on where less than this `min_gain` is left hardly accept more."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text: n tokens that the target wrote, and the tree grown before each of them.
+
+    room: how many tokens might have been written; n is smaller where the text ended by itself.
+    """
+
+    tokens: list[int]
+    pools: list[DraftTree]
+    room: int
+
+
+class _Recorder:
+    """Lets `proposer` grow its tree, keeps it, and proposes nothing."""
+
+    def __init__(self, proposer: Proposer, pool: Budget) -> None:
+        self.proposer, self.pool, self.pools = proposer, pool, list[DraftTree]()
+
+    def propose(
+        self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
+    ) -> list[DraftTree]:
+        self.pools += self.proposer.propose(states, committed, self.pool)
+        return [DraftTree.root(state.tokens[-1]) for state in states]
+
+
+def record(
+    target: Target,
+    proposer: Proposer,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    pool: Budget = POOL,
+    progress: Callable[[], None] = lambda: None,
+) -> list[Text]:
+    """Write up to `max_new_tokens` after each prompt, one text after the other; its sequence id is its index.
+
+    Args:
+        proposer: a trained drafter's; what it proposes must depend on nothing but text and features.
+        pool: what is grown at each position; see `everything`.
+        progress: called once a text.
+    """
+    texts = []
+    for index, prompt in enumerate(prompts):
+        recorder, state = (
+            _Recorder(proposer, pool),
+            new_state(target, prompt, max_new_tokens, sampling, index),
+        )
+        for _ in generate(target, recorder, [state], pool):
+            pass
+        texts.append(Text(state.written, recorder.pools, max_new_tokens))
+        progress()
+    return texts
+
+
+def new_state(
+    target: Target, prompt: list[int], room: int, sampling: Sampling | None, index: int, nodes: int = 0
+) -> State:
+    """A text of up to `room` tokens that ends where the target ends it."""
+    end = len(prompt) + room
+    return State(
+        list(prompt),
+        end,
+        target.new_cache(end + nodes + 1),
+        sampling or Sampling(),
+        index,
+        eos_ids=target.eos_ids,
+    )

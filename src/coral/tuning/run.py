@@ -1,0 +1,171 @@
+"""Find the fastest draft tree: record texts, measure costs, try all budgets on paper, then the best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from coral.bench.costs import PlainPadded
+from coral.bench.methods import sized
+from coral.decoding.generate import Proposer, generate
+from coral.decoding.proposers.plain import Plain
+from coral.decoding.sampling import Sampling
+from coral.decoding.tree import DEFAULT, Budget
+from coral.errors import CoralError
+from coral.target import Target
+from coral.tuning.costs import Costs, measure
+from coral.tuning.record import everything, new_state, record
+from coral.tuning.simulate import Run, simulate
+
+TOP_K = (1, 2, 3, 4, 6, 8, 10)
+MAX_DEPTH = (1, 2, 3, 4, 5, 6, 8, 10)
+NUM_NODES = (1, 2, 3, 5, 7, 9, 11, 13, 15, 19, 23, 27, 31, 39, 47, 63)
+MIN_GAIN = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # for which cycles are timed
+COMPILED_ROWS = (1, 8, 16, 32)  # fewer, since each takes about two seconds a layer to compile
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A budget and what it should do: tokens a second without prefill, and speedup over plain decoding."""
+
+    budget: Budget
+    tau: float
+    steps: float
+    nodes: float
+    tokens_per_second: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning found.
+
+    candidates: the fastest budget of every number of nodes, the fastest first. default: `tree.DEFAULT`.
+    plain: plain decoding, from the same costs; plain_rows: see `Costs.plain_rows`.
+    decoded: tokens a second of the best budget and of plain decoding, when both decode the same prompts.
+    """
+
+    candidates: list[Prediction]
+    default: Prediction
+    plain: Prediction
+    plain_rows: int
+    decoded: tuple[float, float]
+
+    @property
+    def best(self) -> Prediction:
+        return self.candidates[0]
+
+    @property
+    def achieved(self) -> float:
+        """The best budget's speedup over plain decoding, as measured."""
+        return self.decoded[0] / self.decoded[1]
+
+    @property
+    def deviation(self) -> float:
+        """By how much the achieved speedup differs from the predicted one, as a share of the latter."""
+        return self.achieved / self.best.speedup - 1
+
+
+def tune(
+    target: Target,
+    proposer: Proposer,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+    compile: bool = False,
+    console: Console | None = None,
+) -> Tuned:
+    """Find the budget that decodes fastest here with this proposer, and check it by decoding.
+
+    Args:
+        target: not compiled; compile=True compiles it for a few sizes of trees.
+        proposer: a trained drafter's (`proposers.feature.Feature`).
+        prompts: token ids. Those that leave no room in the context are left out.
+
+    Raises:
+        CoralError: no prompt fits the target's context.
+    """
+    sampling, console = sampling or Sampling(), console or Console(stderr=True)
+    prompts = [ids for ids in prompts if len(ids) + max_new_tokens <= target.context_length]
+    if not prompts:
+        raise CoralError(
+            f"no prompt leaves room for {max_new_tokens} tokens in the target's context of "
+            f"{target.context_length}; use shorter prompts or a smaller --max-new-tokens."
+        )
+    rows = COMPILED_ROWS if compile else ROWS
+    with Progress(console=console, transient=True) as progress:
+        if compile:
+            target = target.compiled(rows)
+        task = progress.add_task("measuring costs", total=2 * len(prompts) + 1)
+        costs = measure(target, proposer, max(prompts, key=len), sampling, rows, TOP_K)
+        progress.update(task, advance=1, description="recording")
+        texts = record(
+            sized(target, 1),
+            proposer,
+            prompts,
+            max_new_tokens,
+            sampling,
+            progress=lambda: progress.advance(task),
+        )
+        predictions = [_predict(run, costs) for run in simulate(texts, grid(max(rows) - 1))]
+        best = fastest(predictions)
+        progress.update(task, description="decoding")
+        plain = Plain() if costs.plain_rows == 1 else PlainPadded()
+        chosen = _Decoded(proposer, best[0].budget), _Decoded(plain, Budget(1, 0, costs.plain_rows - 1))
+        for index, prompt in enumerate([prompts[0], *prompts]):
+            for way in chosen:
+                state = new_state(target, prompt, max_new_tokens, sampling, index - 1, way.budget.num_nodes)
+                at_size = sized(target, way.budget.num_nodes + 1)
+                spent = sum(
+                    cycle.seconds for (cycle,) in generate(at_size, way.proposer, [state], way.budget)
+                )
+                if index > 0:  # the first time warms up, and compiles
+                    way.seconds += spent
+                    way.tokens += len(state.written)
+            progress.advance(task)
+    (default,) = (prediction for prediction in predictions if prediction.budget == DEFAULT)
+    by_cost = Prediction(chosen[1].budget, 1.0, 0.0, 0.0, 1 / costs.plain, 1.0)
+    fast, slow = (way.tokens / way.seconds for way in chosen)
+    return Tuned(best, default, by_cost, costs.plain_rows, (fast, slow))
+
+
+def grid(most_nodes: int) -> list[Budget]:
+    """The budgets that are compared, the default among them; none has more nodes than can grow."""
+    return [
+        Budget(top_k, max_depth, num_nodes, min_gain)
+        for top_k, max_depth, num_nodes, min_gain in product(TOP_K, MAX_DEPTH, NUM_NODES, MIN_GAIN)
+        if num_nodes <= min(most_nodes, everything(top_k, max_depth, 0).num_nodes)
+        and (max_depth > 1 or min_gain == MIN_GAIN[0])  # a single level is always grown
+    ]
+
+
+def fastest(predictions: Sequence[Prediction]) -> list[Prediction]:
+    """The fastest of every number of nodes, the fastest first."""
+    best: dict[int, Prediction] = {}
+    for one in sorted(predictions, key=lambda p: -p.speedup):
+        best.setdefault(one.budget.num_nodes, one)
+    return list(best.values())
+
+
+@dataclass
+class _Decoded:
+    """One way of decoding the prompts, and what it has taken so far."""
+
+    proposer: Proposer
+    budget: Budget
+    seconds: float = 0.0
+    tokens: int = 0
+
+
+def _predict(run: Run, costs: Costs) -> Prediction:
+    speed = run.tokens / costs.seconds(run)
+    rows = float((run.rows * torch.arange(len(run.rows))).sum())
+    nodes = rows / run.cycles - 1
+    return Prediction(run.budget, run.tau, run.steps / run.cycles, nodes, speed, speed * costs.plain)

@@ -58,9 +58,8 @@ OPTIONS = {
     },
     "bench": {
         "--output", "--target", "--drafter", "--suite", "--limit", "--deepen", "--dtype", "--temperature",
-        "--uncoupled", "--peers", "--no-peers", "--assistant", "--compile", "--no-compile", "--head", "--fallback",
-        "--no-fallback",
-        "--max-new-tokens", "--tree", "--note", "--seed", "--device",
+        "--uncoupled", "--peers", "--no-peers", "--assistant", "--compile", "--no-compile", "--head",
+        "--fallback", "--no-fallback", "--max-new-tokens", "--tree", "--note", "--seed", "--device",
     },
     "bench compare": set(),
 }  # fmt: skip

@@ -111,7 +111,7 @@ _ROUGH = 0.1  # above the error of _rough_gumbel
 
 
 def _crossing(log_probs: Tensor, top_p: float, count: int) -> Tensor:
-    """The log-probability [N] of the id that crosses `top_p`: first looked for among the `count` likeliest."""
+    """The log-probability [N] of the id that crosses `top_p`, looked for among `count` likely ones first."""
     values = log_probs.topk(count, dim=-1).values
     probs = (values - log_probs.logsumexp(-1, keepdim=True)).exp()
     before = probs.cumsum(-1) - probs

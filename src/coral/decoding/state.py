@@ -12,7 +12,7 @@ from coral.cache import KVCache
 from coral.decoding.sampling import Sampling
 
 
-@dataclass
+@dataclass(eq=False)
 class State:
     """One sequence: its tokens, caches, seed and sequence id.
 
@@ -24,6 +24,7 @@ class State:
     stop: given the tokens written so far, whether the sequence ends there (stop strings); None: never.
     cache: the target's keys and values.
     memory: the proposer's own per-sequence memory, made by it (draft KV cache, n-gram index).
+    logits: the target's logits at the nodes verified last, [N, V]; what a head may learn from.
     """
 
     tokens: list[int]
@@ -34,6 +35,7 @@ class State:
     eos_ids: frozenset[int] = frozenset()
     stop: Callable[[list[int]], bool] | None = None
     memory: Any = None
+    logits: Tensor | None = None
     prompt_length: int = 0
     rows_read: int = 0  # rows whose features the proposer has been given
     done: bool = False

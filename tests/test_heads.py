@@ -275,6 +275,9 @@ def test_the_benchmark_of_heads_runs(tmp_path, monkeypatch, capsys):
     runpy.run_path(str(script), run_name="__main__")
     assert (tmp_path / "results.md").read_text() in capsys.readouterr().out
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    read = {(r["dtype"], r["groups"], r["active"]): r["bytes"] for r in rows if r["head"] == "routed"}
-    assert read["float32", 32, 8] == 4 * 8 * (640 // 4 + 8 + 32)
+    read = {r["head"]: r["bytes"] for r in rows if r["dtype"] == "float32"}
+    assert read["8 of 32 groups"] == 4 * 8 * (640 // 4 + 8 + 32)
+    assert read["2 of 16 groups beside 160 ids"] == 4 * 8 * (160 + 2 * 480 // 16 + 8 + 17)
+    assert read["in context, 640 ids"] == read["full"] == 4 * 640 * 8
+    assert read["low rank 2, 32 rescored"] == 4 * 2 * (640 + 8)
     assert {r["bytes"] for r in rows if r["head"] == "full"} == {4 * 640 * 8, 2 * 640 * 8}

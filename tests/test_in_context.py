@@ -11,7 +11,7 @@ from coral.decoding.generate import generate
 from coral.decoding.proposers.feature import Feature
 from coral.decoding.tree import Budget
 from coral.drafter.heads import FullHead
-from coral.drafter.in_context import InContextHead
+from coral.drafter.in_context import InContextHead, likeliest
 from coral.target import Target
 
 
@@ -148,3 +148,10 @@ def test_what_was_written_is_drafted():
     assert held(head, state) >= set(state.tokens[-6:])
     assert state.logits is not None
     assert held(head, state) >= set(state.logits.topk(2).indices[:5].flatten().tolist())
+
+
+@pytest.mark.parametrize("vocab_size", [2, 31, 64, 320, 2560])
+def test_the_likeliest_ids_are_found(vocab_size):
+    """Stops an id of another column or row of the table, and two of the best in one column."""
+    logits = torch.randn(50, vocab_size, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(likeliest(logits, 3), logits.topk(min(3, vocab_size)).indices)

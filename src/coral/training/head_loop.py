@@ -43,6 +43,7 @@ class HeadConfig:
     """Updates between two reports."""
 
 
+@torch.no_grad()
 def target_laws(target: HeadTarget, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The target's log-probabilities after features [R,h], a few rows at a time: which, and [c,V] float32."""
     chunk = max(256, 2**24 // len(target.head_weight))

@@ -1,16 +1,20 @@
 """What a level of the draft tree costs with each LM head: `python benchmarks/heads.py OUTPUT`.
 
-Times `topk` of the full head and of routed heads (router included) on the shipped pair's LM head and on
-random weights of the sizes of two LLMs. Cost does not depend on what the weights are; recall does, and
-`coral bench` measures that. The heads take turns call by call, so that a slow moment of the machine hits all
-of them, and each finds the caches as the other left them. Writes OUTPUT/results.json and
-OUTPUT/results.md. Under four minutes on a quiet machine.
+Times `topk` of the full head, of routed heads (router included), without and with a core, and of static,
+low-rank and in-context heads, on the shipped pair's LM head and on random weights of the sizes of two LLMs.
+Cost does not depend on what the weights are; recall does, and `coral bench` measures that. The heads take
+turns call by call, so that a slow moment of the machine hits all of them, and each finds the caches as the
+other left them. With one node, the root, a cycle begins: there the in-context head also reads what arrived.
+Writes OUTPUT/results.json and OUTPUT/results.md. Under five minutes on a quiet machine.
 """
 
 import argparse
 import json
 import shlex
 import sys
+from collections.abc import Callable
+from copy import copy
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -19,12 +23,16 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coral.api import EMBEDDED
 from coral.bench.environment import commit, environment
+from coral.cache import KVCache
+from coral.decoding.state import State
 from coral.drafter.groups import contiguous
 from coral.drafter.heads import FullHead, Head
+from coral.drafter.in_context import InContextHead
+from coral.drafter.reduced import LowRankHead, StaticHead
 from coral.drafter.routed import RoutedHead, Router
 from coral.files import atomic_text
 from coral.packed import pack_linears
@@ -37,6 +45,8 @@ SIZES = {
 }
 GROUPS = (8, 16, 32, 64)
 FRACTIONS = (1 / 8, 1 / 4, 1 / 2)
+CORE = 2048  # beside 2 of 16 groups
+VERIFIED = 16  # nodes of a tree
 # Nodes of a level and ids asked for: the root's, the others', and the others' when drafting is coupled.
 CALLS = ((1, 4), (4, 4), (4, 256))
 FEWEST, MOST = 5, 300  # calls of each head
@@ -53,19 +63,27 @@ def random_target(vocab_size: int, hidden_size: int, dtype: torch.dtype) -> Any:
     linear.weight = nn.Parameter(weight, requires_grad=False)
     head = nn.Sequential(linear)
     pack_linears(head)
-    return SimpleNamespace(head_weight=weight, head_bias=None, head=head)
+    sizes = {"vocab_size": vocab_size, "hidden_size": hidden_size, "dtype": dtype}
+    return SimpleNamespace(
+        head_weight=weight, head_bias=None, head=head, tokenizer=None, eos_ids=frozenset([0]), **sizes
+    )
 
 
 @torch.inference_mode()
-def time_heads(heads: dict[str, Head], hidden: int, rows: int, k: int, seconds: float, dtype: Any) -> dict:
+def time_heads(heads: dict[str, Head], target: Any, rows: int, k: int, seconds: float) -> dict[str, float]:
     """Median seconds of `topk` by head; the heads take turns for about so long."""
     times: dict[str, list[float]] = {name: [] for name in heads}
+    (vocab_size, hidden), dtype = target.head_weight.shape, target.dtype
+    text = torch.randint(vocab_size, (500,)).tolist()
+    state = State(text, len(text), KVCache(0, 0), logits=torch.randn(VERIFIED, vocab_size))
 
     def turn() -> None:
         features, scores = torch.randn(rows, hidden).to(dtype), torch.randn(rows).clamp(max=0)
+        if rows == 1:
+            state.tokens += torch.randint(vocab_size, (3,)).tolist()
         for name, head in heads.items():
             begin = perf_counter()
-            head.topk(features, k, [], scores)
+            head.topk(features, k, [state], scores)
             times[name].append(perf_counter() - begin)
 
     turn()
@@ -79,47 +97,68 @@ def time_heads(heads: dict[str, Head], hidden: int, rows: int, k: int, seconds: 
     return {name: median(found) for name, found in times.items()}
 
 
+def routed(target: Any, groups: int, core: int, *active: int) -> dict[str, Head]:
+    """Routed heads that share their weights; the lowest ids are their core."""
+    vocab_size, hidden = target.head_weight.shape
+    ids = contiguous(vocab_size - core, groups) + core
+    ids = ids.masked_fill(ids < core, -1)  # what fills up
+    heads: dict[str, Head] = {}
+    whole = RoutedHead(target, Router(hidden, groups + (core > 0)), ids, groups)
+    per_group = whole.ids.shape[1] * hidden * target.head_weight.element_size()
+    for count in active:
+        head = copy(whole)
+        head.active, head.num_bytes = count, whole.num_bytes - (groups - count) * per_group
+        heads[f"{count} of {groups} groups" + (f" beside {core:,} ids" if core else "")] = head
+    return heads
+
+
+def others(target: Any) -> dict[str, Head]:
+    """One head of each other kind, of the sizes that are their defaults."""
+    vocab_size, hidden = target.head_weight.shape
+    kept, rank = vocab_size // 4, max(2, hidden // 8)
+    down = torch.randn(rank, hidden)
+    in_context = InContextHead(target)
+    return {
+        f"static, {kept:,} ids": StaticHead(target, torch.arange(kept)),
+        f"low rank {rank}, 32 rescored": LowRankHead(target, torch.randn(vocab_size, rank), down, 32),
+        f"in context, {in_context.size:,} ids": in_context,
+    }
+
+
 def measure(name: str, target: Any, seconds: float) -> list[dict[str, Any]]:
     """Rows of results for one target."""
-    weight: Tensor = target.head_weight
-    (vocab_size, hidden), dtype = weight.shape, weight.dtype
-    size, found = weight.element_size(), []
-    for groups in GROUPS:
-        routed = RoutedHead(target, Router(hidden, groups), contiguous(vocab_size, groups), groups)
-        heads: dict[str, Head] = {"full": FullHead(target)}
-        for fraction in FRACTIONS:
-            some = RoutedHead.__new__(RoutedHead)  # the same weights
-            some.__dict__ = {**vars(routed), "active": round(fraction * groups)}
-            heads[f"{some.active}"] = some
+    found: list[dict[str, Any]] = []
+    core = min(CORE, len(target.head_weight) // 4)
+    make: list[Callable[[], dict[str, Head]]] = [
+        *(partial(routed, target, g, 0, *(round(part * g) for part in FRACTIONS)) for g in GROUPS),
+        partial(routed, target, 16, core, 2),
+        partial(others, target),
+    ]
+    for some in make:  # one after another, since each holds a copy of its rows
+        heads: dict[str, Head] = {"full": FullHead(target), **some()}
         for rows, k in CALLS:
-            times = time_heads(heads, hidden, rows, k, seconds / len(GROUPS) / len(CALLS), dtype)
-            for fraction, (label, taken) in zip((1.0, *FRACTIONS), times.items(), strict=True):
-                is_full = label == "full"
-                read = vocab_size * hidden if is_full else int(label) * routed.ids.shape[1] * hidden
-                read += 0 if is_full else hidden * (hidden + groups)  # the router's own weights
-                found.append(
-                    {
-                        "target": name,
-                        "vocab_size": vocab_size,
-                        "hidden_size": hidden,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "nodes": rows,
-                        "k": k,
-                        "head": "full" if is_full else "routed",
-                        "groups": groups,
-                        "active": groups if is_full else int(label),
-                        "fraction": fraction,
-                        "seconds": taken,
-                        "speedup": times["full"] / taken,
-                        "bytes": read * size,
-                    }
-                )
-        del routed, heads, some
+            times = time_heads(heads, target, rows, k, seconds / len(make) / len(CALLS))
+            found += [
+                {
+                    "target": name,
+                    "vocab_size": target.vocab_size,
+                    "hidden_size": target.hidden_size,
+                    "dtype": str(target.dtype).removeprefix("torch."),
+                    "nodes": rows,
+                    "k": k,
+                    "head": label,
+                    "seconds": taken,
+                    "speedup": times["full"] / taken,
+                    "bytes": heads[label].num_bytes,
+                }
+                for label, taken in times.items()
+            ]
+        del heads
     return found
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """A table for each target and dtype: one line for each number of groups and of active ones."""
+    """A table for each target and dtype: one line for each head."""
     where, rows = results["environment"], results["rows"]
     lines = [
         f"Milliseconds of `topk` for one level of the draft tree (times faster than the full head). "
@@ -137,15 +176,14 @@ def markdown(results: dict[str, Any]) -> str:
             _line(heading),
             _line(["---", *["---:"] * (1 + len(calls))]),
         ]
-        full = {call: median(r["seconds"] for r in mine if _is(r, "full", call)) for call in calls}
-        read = next(row["bytes"] for row in mine if row["head"] == "full")
-        cells = [f"{1000 * full[call]:.2f}" for call in calls]
-        lines.append(_line(["full", f"{read / 1e6:.1f}", *cells]))
-        routed = [row for row in mine if row["head"] == "routed"]
-        for groups, active in dict.fromkeys((row["groups"], row["active"]) for row in routed):
-            found = [row for row in routed if (row["groups"], row["active"]) == (groups, active)]
-            cells = [f"{1000 * row['seconds']:.2f} ({row['speedup']:.1f}x)" for row in found]
-            lines.append(_line([f"{active} of {groups} groups", f"{found[0]['bytes'] / 1e6:.1f}", *cells]))
+        for head in dict.fromkeys(row["head"] for row in mine):
+            found = [[row for row in mine if _is(row, head, call)] for call in calls]
+            cells = [f"{1000 * median(r['seconds'] for r in rows):.2f}" for rows in found]
+            if head != "full":  # which was timed beside each of the others
+                cells = [
+                    f"{cell} ({rows[0]['speedup']:.1f}x)" for cell, rows in zip(cells, found, strict=True)
+                ]
+            lines.append(_line([head, f"{found[0][0]['bytes'] / 1e6:.1f}", *cells]))
         lines.append("")
     return "\n".join([*lines, f"Reproduce with `{results['command']}` at commit `{results['commit']}`.", ""])
 

@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from tiny_tokenizer import EOT
 
 import coral as library
 from coral.cli import app
 from coral.data import prepared
-from coral.drafter import checkpoint
+from coral.data.features import FeatureBatch
+from coral.drafter import checkpoint, heads
+from coral.drafter.reduced import StaticHead
 from coral.target import Target
-from coral.training import router
+from coral.training import head_loop, router
 
 # Every option of every command. A new one is a promise to keep: it is added here with a reason to exist.
 OPTIONS = {
@@ -48,8 +51,9 @@ OPTIONS = {
         "--no-resume", "--dtype", "--device", "--revision", "--trust-remote-code",
     },
     "train-head": {
-        "--data", "--target", "--kind", "--groups", "--active", "--grouping", "--updates", "--size", "--rank",
-        "--rescored", "--batches", "--dtype", "--device", "--seed", "--revision", "--trust-remote-code",
+        "--data", "--target", "--kind", "--groups", "--active", "--grouping", "--core", "--updates", "--size",
+        "--rank", "--rescored", "--batches", "--dtype", "--device", "--seed", "--revision",
+        "--trust-remote-code",
     },
     "tune": {
         "--target", "--data", "--prompts", "--max-new-tokens", "--temperature", "--head", "--compile",
@@ -200,7 +204,8 @@ def test_train_head_then_use_it(
     asked = ("generate", "--target", models / "target", "--drafter", drafter, "--max-new-tokens", 12, "hi")
     assert "coral train-head" in coral(*asked, "--head", "routed").err
     command = ("train-head", drafter, "--data", data, "--target", models / "target", "--groups", 4)
-    command += ("--active", 1, "--updates", 3)
+    command += ("--active", 1, "--core", 6, "--updates", 3)
+    assert "ask for at least one of --updates" in coral(*command, "--updates", 0).err
     state = drafter / "coral" / "head_training.pt"
     recall = router.group_recall
 
@@ -213,36 +218,70 @@ def test_train_head_then_use_it(
         assert "run the same command to go on" in coral(*command).err and state.exists()
     other = coral(*command, "--seed", 1)
     assert other.code == 2 and "started with router.seed=0, now it is 1" in other.err
+    other = coral(*command, "--core", 7)
+    assert other.code == 2 and "started with core=6, now it is 7" in other.err
     with monkeypatch.context() as patched:  # the groups are not made again
         patched.setattr("coral.drafter.groups.kmeans", None)
         made = coral(*command)
     assert not state.exists()
-    assert made.code == 0 and "1 of 4 groups, recall by draft step" in made.out
+    assert made.code == 0 and "1 of 4 groups beside a core of 6 ids, recall by draft step" in made.out
+    assert "100%  update 3  loss" in made.err
     texts = {coral(*asked, "--head", head).out for head in ("auto", "routed", "full")}
     command = ("bench", "--target", models / "target", "--drafter", f"mine={drafter}", "--suite", data)
     measured = coral(
         *command, "--max-new-tokens", 6, "--no-compile", "--no-peers", "--output", tmp_path / "out"
     )
-    assert "routed head of mine: 1 of 4 groups hold" in measured.out
+    assert "routed head of mine: 1 of 4 groups beside a core of 6 ids hold" in measured.out
     kept = json.loads((tmp_path / "out" / "results.json").read_text())["routed_heads"]
     assert 0 < kept["float32"]["mine"]["recall"][0] < 1
     assert len(texts) == 1 and texts.pop().strip()
 
 
-def test_heads_without_training(coral, models: Path, data: Path, tmp_path: Path) -> None:
-    """Stops a head made from the wrong options, options silently left out, and a text that changes."""
+def test_heads_without_a_router(
+    coral, models: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stops a head made from the wrong options, options silently left out, a text that changes, a token map
+    that an engine does not read, and tuning that writes when it is stopped or is left out.
+    """
     drafter = tmp_path / "drafter"
     shutil.copytree(models / "drafter", drafter)
     command = ("train-head", drafter, "--data", data, "--target", models / "target")
     assert "use routed, static, low_rank" in coral(*command, "--kind", "odd").err
     assert "--rank belongs to --kind low_rank" in coral(*command, "--kind", "static", "--rank", 4).err
     assert "above the hidden size" in coral(*command, "--kind", "low_rank", "--rank", 4000).err
-    assert "static head: 12 ids" in coral(*command, "--kind", "static", "--size", 12).out
+    made = coral(*command, "--kind", "static", "--size", 12)
+    assert "static head: 12 ids" in made.out
+    (token_map,) = re.findall(r"token map for SGLang .*: (.*)", made.out)
+    ids = torch.load(token_map, weights_only=True)
+    assert [*map(type, ids)] == [int] * 12 and len({*ids}) == 12 and EOT in ids
+    loaded = heads.load(drafter, Target.load(models / "target"))
+    assert isinstance(loaded, StaticHead) and loaded.ids.tolist() == ids
     made = coral(*command, "--kind", "low_rank", "--rank", 3, "--rescored", 5, "--batches", 2)
-    assert "low-rank head: rank 3 of" in made.out
+    assert "low-rank head: rank 3 of" in made.out and "tuned" not in made.out
+    before = (drafter / "coral" / "heads" / "low_rank.safetensors").read_bytes()
+    tuning = (*command, "--kind", "low_rank", "--rank", 3, "--rescored", 5, "--batches", 2, "--updates", 3)
+    stopped, batches = head_loop.feature_batch, []
+
+    def interrupted(*given: object) -> FeatureBatch:
+        batches.append(given)
+        if len(batches) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return stopped(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(head_loop, "feature_batch", interrupted)
+        assert "nothing left half-written" in coral(*tuning).err
+    assert len(batches) == 2
+    assert (drafter / "coral" / "heads" / "low_rank.safetensors").read_bytes() == before
+    made = coral(*tuning)
+    assert "tuned in 3 updates" in made.out and "100%  update 3  loss" in made.err
+    assert (drafter / "coral" / "heads" / "low_rank.safetensors").read_bytes() != before
     assert (drafter / "coral" / "heads" / "own").read_text() == "low_rank\n"
     asked = ("generate", "--target", models / "target", "--drafter", drafter, "--max-new-tokens", 12, "hi")
-    texts = {coral(*asked, "--head", head).out for head in ("auto", "static", "low_rank", "full")}
+    texts = {
+        coral(*asked, "--head", head).out for head in ("auto", "static", "low_rank", "full", "in_context")
+    }
+    texts.add(coral(*asked, "--drafter", f"{drafter}+in_context+ngram").out)
     texts.add(coral(*asked, "--drafter", f"{drafter}+static+ngram").out)
     assert len(texts) == 1 and texts.pop().strip()
     assert "no routed head" in coral(*asked, "--drafter", f"{drafter}+routed+ngram").err

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from tiny import V, tiny_target
@@ -19,33 +19,52 @@ from tiny_training import tiny_target as training_target
 
 from coral.data.features import frequencies
 from coral.drafter import heads
-from coral.drafter.groups import GROUPINGS, split
+from coral.drafter.groups import GROUPINGS, outside, split
 from coral.drafter.heads import FullHead
+from coral.drafter.in_context import InContextHead
 from coral.drafter.routed import RoutedHead, Router
+from coral.drafter.vocabulary import most_frequent
 from coral.errors import CoralError
 from coral.training import router_state
-from coral.training.router import RouterConfig, group_recall, train_router
+from coral.training.head_loop import HeadConfig
+from coral.training.router import group_recall, train_router
+
+CORE = torch.tensor([30, 2, 17])
 
 
-def routed(active: int, groups: int = 4, grouping: str = "kmeans") -> RoutedHead:
+def routed(active: int, groups: int = 4, grouping: str = "kmeans", core=None) -> RoutedHead:
     target = tiny_target()
     torch.manual_seed(3)
-    router = Router(target.hidden_size, groups)
+    router = Router(target.hidden_size, groups + (core is not None))
     torch.nn.init.normal_(router.w1.weight)
-    ids = split(grouping, groups, target.head_weight, torch.arange(V))
+    ids = split(grouping, groups, target.head_weight, torch.arange(V), core=core)
     return RoutedHead(target, router, ids, active)
 
 
-@given(st.integers(4, 70), st.integers(2, 8), st.sampled_from(GROUPINGS))
-def test_groups_hold_each_id_once(vocab_size, groups, grouping):
-    """Stops an id that no group holds, and groups of different cost."""
-    if groups > vocab_size // 2:
+@settings(deadline=None)
+@given(st.integers(4, 70), st.integers(2, 8), st.sampled_from(GROUPINGS), st.integers(0, 9))
+def test_groups_and_core_hold_each_id_once(vocab_size, groups, grouping, size):
+    """Stops an id that no group holds, one of the core in a group too, and groups of different cost."""
+    core = torch.randperm(vocab_size)[:size]
+    rest = vocab_size - len(core)
+    given = (grouping, groups, torch.randn(vocab_size, 3), torch.ones(vocab_size), 0, core)
+    if groups > rest // 2:
         with pytest.raises(CoralError, match="too many"):
-            split(grouping, groups, torch.randn(vocab_size, 3), torch.ones(vocab_size))
+            split(*given)
         return
-    ids = split(grouping, groups, torch.randn(vocab_size, 3), torch.ones(vocab_size))
-    assert ids.shape == (groups, -(-vocab_size // groups))
-    assert sorted(ids[ids >= 0].tolist()) == list(range(vocab_size))
+    ids = split(*given)
+    assert ids.shape == (groups, -(-rest // groups))
+    assert sorted(ids[ids >= 0].tolist() + core.tolist()) == list(range(vocab_size))
+    assert outside(ids, vocab_size).tolist() == sorted(core.tolist())
+
+
+def test_the_core_is_of_the_ids_that_are_written_most():
+    """Stops a core or a static head without the special ids, and a core where none is asked for."""
+    counts = torch.tensor([5, 0, 9, 1, 7, 0])
+    assert most_frequent(counts, [5], 3).tolist() == [5, 2, 4]
+    assert most_frequent(counts, [5, 1, 3], 2).tolist() == [1, 3, 5]
+    assert most_frequent(counts, [5], 0).tolist() == []
+    assert most_frequent(counts, [], 99).tolist() == [2, 4, 0, 3, 1, 5]
 
 
 def test_groupings_group_what_they_say():
@@ -67,28 +86,33 @@ def _spread(rows, ids):
     return max(float(rows[group].std(0).max()) for group in ids)
 
 
+@pytest.mark.parametrize("core", [None, CORE])
 @pytest.mark.parametrize("grouping", GROUPINGS)
-def test_with_all_groups_topk_is_that_of_the_dense_scores(grouping):
+def test_with_all_groups_topk_is_that_of_the_dense_scores(grouping, core):
     """Stops scores on another scale than the full head's, ids of the wrong group, and id -1."""
     features, zeros = torch.randn(5, 16), torch.zeros(5)
     full = FullHead(tiny_target())
     ids, values = full.topk(features, 6, [], zeros)
-    found, scores = routed(4, grouping=grouping).topk(features, 6, [], zeros)
+    found, scores = routed(4, grouping=grouping, core=core).topk(features, 6, [], zeros)
     assert torch.equal(found, ids) and torch.allclose(scores, values, atol=1e-5)
 
 
+@pytest.mark.parametrize("core", [None, CORE])
 @pytest.mark.parametrize("grouping", GROUPINGS)
-def test_active_groups_share_the_mass_that_the_router_gives_them(grouping):
-    """Stops scores that are renormalised over the active groups: every node would look sure."""
-    head, features = routed(2, grouping=grouping), torch.randn(5, 16)
+def test_active_groups_share_the_mass_that_the_router_gives_them(grouping, core):
+    """Stops scores that are renormalised over the active groups (every node would look sure), and a core
+    whose ids are scored without its mass.
+    """
+    head, features = routed(2, grouping=grouping, core=core), torch.randn(5, 16)
     ids, scores = head.topk(features, 40, [], torch.zeros(5))
     mass, chosen = head.choose(features, torch.zeros(5))
-    inside = head.ids[chosen].flatten()
+    inside = torch.cat([head.ids[chosen].flatten(), *([] if core is None else [core])])
     inside = inside[inside >= 0]
+    mass = torch.cat([mass[:, chosen], mass[:, 4:]], 1)
     real = scores > float("-inf")
     assert real.sum(-1).tolist() == [len(inside)] * 5
     assert {i for row in range(5) for i in ids[row][real[row]].tolist()} == set(inside.tolist())
-    torch.testing.assert_close(scores.exp().sum(-1), mass[:, chosen].exp().sum(-1))
+    torch.testing.assert_close(scores.exp().sum(-1), mass.exp().sum(-1))
     exact = FullHead(tiny_target()).log_probs(features).gather(1, ids)
     torch.testing.assert_close(
         (scores - scores[:, :1])[real], (exact - exact[:, :1])[real], atol=1e-4, rtol=1e-4
@@ -107,9 +131,9 @@ def test_likely_nodes_choose_the_groups():
         assert set(ids.flatten().tolist()) <= set(head.ids[group].tolist())
 
 
-def save(directory, router, ids):
+def save(directory, router, ids, **numbers):
     tensors = {f"router.{name}": tensor for name, tensor in router.state_dict().items()}
-    heads.save(directory, "routed", {**tensors, "ids": ids.int()}, active=2)
+    heads.save(directory, "routed", {**tensors, "ids": ids.int()}, active=2, **numbers)
 
 
 def test_a_head_comes_back_from_its_directory(tmp_path, saved_drafter):
@@ -126,14 +150,32 @@ def test_a_head_comes_back_from_its_directory(tmp_path, saved_drafter):
     assert torch.equal(loaded.router.w2.weight, router.w2.weight)
     assert heads.load(directory, target, active=3).active == 3
     assert isinstance(heads.load(directory, target, "full"), FullHead)
+    assert isinstance(heads.load(directory, target, "in_context"), InContextHead)
     save(directory, router, ids.clamp(max=20))
     with pytest.raises(CoralError, match="each of the target's 31 ids once"):
         heads.load(directory, target)
     (directory / "coral" / "heads" / "routed.safetensors").write_bytes(b"cut off")
     with pytest.raises(CoralError, match="cannot be read"):
         heads.load(directory, target)
-    with pytest.raises(CoralError, match="not known; use auto, full, routed, static, low_rank"):
+    with pytest.raises(CoralError, match="not known; use auto, full, in_context, routed, static, low_rank"):
         heads.load(directory, target, "cheap")
+
+
+def test_a_core_comes_back_from_its_directory(saved_drafter):
+    """Stops ids of a larger vocabulary that are taken for a core, and a router that has no output for it."""
+    directory, target = saved_drafter
+    ids = split("contiguous", 4, target.head_weight, torch.ones(V), core=CORE)
+    router = Router(target.hidden_size, 5)
+    save(directory, router, ids, core=3)
+    head = heads.load(directory, target)
+    assert isinstance(head, RoutedHead) and head.core.tolist() == [2, 17, 30]
+    assert torch.equal(head.router.w2.weight, router.w2.weight)
+    save(directory, router, ids, core=2)  # written for a vocabulary of one id less
+    with pytest.raises(CoralError, match="each of the target's 31 ids once"):
+        heads.load(directory, target)
+    save(directory, Router(target.hidden_size, 4), ids, core=3)
+    with pytest.raises(CoralError, match="cannot be read"):
+        heads.load(directory, target)
 
 
 @pytest.fixture
@@ -152,11 +194,16 @@ def test_a_trained_router_finds_the_targets_mass():
     target, data = training_target(), tiny_data(rows=24)
     ids = split("kmeans", 4, target.head_weight, torch.ones(31))
     drafter = tiny_drafter().eval().requires_grad_(False)
-    config = RouterConfig(updates=1, batch_size=4, steps=2)
+    config = HeadConfig(updates=1, batch_size=4, steps=2)
     _, before = train_router(target, drafter, data.dataset, ids, 1, config)
-    config = RouterConfig(updates=120, batch_size=4, steps=2, learning_rate=1e-2)
+    config = HeadConfig(updates=120, batch_size=4, steps=2, learning_rate=1e-2)
     _, after = train_router(target, drafter, data.dataset, ids, 1, config)
     assert len(after) == 2 and after[0] > before[0] + 0.1
+    beside = split("kmeans", 4, target.head_weight, torch.ones(31), core=torch.arange(8))
+    router, more = train_router(target, drafter, data.dataset, beside, 1, config)
+    assert router.w2.out_features == 5 and more[0] > before[0] + 0.1
+    _, all_of_it = train_router(target, drafter, data.dataset, beside, 4, replace(config, updates=1))
+    assert all_of_it == pytest.approx([1.0, 1.0], abs=1e-5)
     counts = frequencies(data.dataset, 31)
     assert int(counts.sum()) == sum(int(torch.as_tensor(row["loss_mask"]).sum()) for row in data.dataset)
 
@@ -183,7 +230,7 @@ def test_a_stopped_router_ends_as_one_that_was_not(tmp_path, signal_number):
     target, data = training_target(), tiny_data(rows=24)
     drafter = tiny_drafter().eval().requires_grad_(False)
     ids = split("kmeans", 4, target.head_weight, torch.ones(31))
-    config = RouterConfig(updates=40, batch_size=4, steps=2, learning_rate=1e-2, log_every=10)
+    config = HeadConfig(updates=40, batch_size=4, steps=2, learning_rate=1e-2, log_every=10)
     console = Console(file=io.StringIO(), width=200)
     whole, recall = train_router(target, drafter, data.dataset, ids, 1, config, console)
     lines = console.file.getvalue().splitlines()
@@ -228,6 +275,9 @@ def test_the_benchmark_of_heads_runs(tmp_path, monkeypatch, capsys):
     runpy.run_path(str(script), run_name="__main__")
     assert (tmp_path / "results.md").read_text() in capsys.readouterr().out
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    read = {(r["dtype"], r["groups"], r["active"]): r["bytes"] for r in rows if r["head"] == "routed"}
-    assert read["float32", 32, 8] == 4 * 8 * (640 // 4 + 8 + 32)
+    read = {r["head"]: r["bytes"] for r in rows if r["dtype"] == "float32"}
+    assert read["8 of 32 groups"] == 4 * 8 * (640 // 4 + 8 + 32)
+    assert read["2 of 16 groups beside 160 ids"] == 4 * 8 * (160 + 2 * 480 // 16 + 8 + 17)
+    assert read["in context, 640 ids"] == read["full"] == 4 * 640 * 8
+    assert read["low rank 2, 32 rescored"] == 4 * 2 * (640 + 8)
     assert {r["bytes"] for r in rows if r["head"] == "full"} == {4 * 640 * 8, 2 * 640 * 8}

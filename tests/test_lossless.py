@@ -6,16 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import (
+    HEADS,
     Bushes,
     Oracle,
     Recorder,
     V,
     Wrong,
-    low_rank_head,
     new_state,
     prompt_of,
     random_drafter,
-    routed_head,
     soft_target,
     write,
 )
@@ -28,7 +27,6 @@ from coral.decoding.proposers.ngram import NGram
 from coral.decoding.proposers.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.tree import Budget, DraftTree
-from coral.drafter.reduced import StaticHead
 from coral.target import Target
 
 BUDGET = Budget(top_k=3, max_depth=4, num_nodes=10)
@@ -43,11 +41,13 @@ PROPOSERS = {
     "random": lambda target, texts: random_drafter(target),
     "random, not coupled": lambda target, texts: random_drafter(target, coupled=False),
     "ngram": lambda target, texts: NGram(2, 1),
-    "routed": lambda target, texts: Feature(random_drafter(target).drafter, target, routed_head(target)),
-    "static": lambda target, texts: Feature(
-        random_drafter(target).drafter, target, StaticHead(target, torch.arange(3, 20))
+    **{
+        name: lambda target, texts, head=head: Feature(random_drafter(target).drafter, target, head(target))
+        for name, head in HEADS.items()
+    },
+    "merged, in context": lambda target, texts: Merged(
+        Feature(random_drafter(target).drafter, target, HEADS["in context"](target)), NGram(2, 1)
     ),
-    "low rank": lambda target, texts: Feature(random_drafter(target).drafter, target, low_rank_head(target)),
     "merged": lambda target, texts: Merged(random_drafter(target), NGram(2, 1)),
     "bushes": lambda target, texts: Bushes(texts, target.vocab_size),
     "oracle": lambda target, texts: Oracle(texts, target.vocab_size),

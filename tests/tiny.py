@@ -3,7 +3,7 @@
 import copy
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -28,7 +28,9 @@ from coral.decoding.state import Committed, Cycle, State
 from coral.decoding.tree import Budget, DraftTree
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.drafter.groups import contiguous
-from coral.drafter.reduced import LowRankHead, factorise
+from coral.drafter.heads import Head
+from coral.drafter.in_context import InContextHead
+from coral.drafter.reduced import LowRankHead, StaticHead, factorise
 from coral.drafter.routed import RoutedHead, Router
 from coral.target import Target
 
@@ -118,12 +120,23 @@ def low_rank_head(target: Target) -> LowRankHead:
     return LowRankHead(target, *factorise(target.head_weight, torch.eye(target.hidden_size), 3), 5)
 
 
-def routed_head(target: Target, active: int = 1, groups: int = 4) -> RoutedHead:
-    """A routed head with a random router, so that likely ids are often left out."""
+def routed_head(target: Target, active: int = 1, groups: int = 4, core: int = 0) -> RoutedHead:
+    """A routed head with a random router, so that likely ids are often left out; its core: the lowest ids."""
     torch.manual_seed(3)
-    router = Router(target.hidden_size, groups)
+    router = Router(target.hidden_size, groups + (core > 0))
     torch.nn.init.normal_(router.w1.weight)
-    return RoutedHead(target, router, contiguous(target.vocab_size, groups), active)
+    ids = contiguous(target.vocab_size - core, groups)
+    return RoutedHead(target, router, torch.where(ids < 0, ids, ids + core), active)
+
+
+HEADS: dict[str, Callable[[Target], Head]] = {
+    "routed": routed_head,
+    "routed with a core": lambda target: routed_head(target, core=5),
+    "static": lambda target: StaticHead(target, torch.arange(3, 20)),
+    "low rank": low_rank_head,
+    "in context": lambda target: InContextHead(target, 12),
+}
+"""One of each kind that leaves likely ids out."""
 
 
 def random_drafter(target: Target, coupled: bool = True) -> Feature:

@@ -12,16 +12,14 @@ from coral import options
 from coral.errors import CoralError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from coral.data.prepared import PreparedData
     from coral.drafter.drafter import Drafter
     from coral.target import Target
 
 _OPTIONS = {  # which kind reads which option
-    "routed": ("groups", "active", "grouping", "updates"),
+    "routed": ("groups", "active", "grouping", "core", "updates"),
     "static": ("size",),
-    "low_rank": ("rank", "rescored", "batches"),
+    "low_rank": ("rank", "rescored", "batches", "updates"),
 }
 
 
@@ -34,7 +32,7 @@ def train_head(
         str,
         typer.Option(
             help="routed: groups of ids, of which a router picks a few. static: the ids that the target "
-            "writes most. low_rank: two thin matrices, made without training."
+            "writes most. low_rank: two thin matrices, which need no training."
         ),
     ] = "routed",
     groups: Annotated[int, typer.Option(help="routed: groups of ids.", min=2)] = 16,
@@ -44,7 +42,17 @@ def train_head(
     grouping: Annotated[
         str, typer.Option(help="routed: kmeans (similar ids), frequency (bands) or contiguous.")
     ] = "kmeans",
-    updates: Annotated[int, typer.Option(help="routed: updates of the router.", min=1)] = 300,
+    core: Annotated[
+        int, typer.Option(help="routed: most frequent ids that are always multiplied, in no group.", min=0)
+    ] = 0,
+    updates: Annotated[
+        int | None,
+        typer.Option(
+            help="routed: updates of the router. Default: 300. low_rank: updates that tune the matrices. "
+            "Default: none.",
+            min=0,
+        ),
+    ] = None,
     size: Annotated[
         int | None, typer.Option(help="static: ids that are kept. Default: a quarter.", min=1)
     ] = None,
@@ -65,7 +73,8 @@ def train_head(
 ) -> None:
     """Give a trained drafter a cheaper LM head. The text stays the target's own; only the speed changes.
 
-    A stopped run goes on with the same command.
+    The training of a router that was stopped goes on with the same command. What is stopped leaves the
+    drafter's heads as they were.
     """
     from coral import tuned
     from coral.data import shards
@@ -74,21 +83,24 @@ def train_head(
     if kind not in _OPTIONS:
         raise CoralError(f"kind {kind!r} is not known; use {', '.join(_OPTIONS)}.")
     for other, names in _OPTIONS.items():
-        for name in names if other != kind else ():
+        for name in set(names) - set(_OPTIONS[kind]):
             source = context.get_parameter_source(name)
             if source is not None and source.name != "DEFAULT":
                 raise CoralError(f"--{name} belongs to --kind {other}; leave it out with --kind {kind}.")
+    if kind == "routed" and updates == 0:
+        raise CoralError("a router that is not trained is of no use; ask for at least one of --updates.")
     rows = shards.load(data)
     loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows)
     network = checkpoint.load(drafter, loaded, device=loaded.device).float()
     match kind:
         case "routed":
-            _routed(drafter, network, loaded, rows, groups, active, grouping, updates, seed)
+            updates = updates or 300
+            _routed(drafter, network, loaded, rows, groups, active, grouping, core, updates, seed)
         case "static":
             _static(drafter, loaded, rows, size or loaded.vocab_size // 4)
         case "low_rank":
             rank = rank or max(2, loaded.hidden_size // 8)
-            _low_rank(drafter, network, loaded, rows, rank, rescored, batches, seed)
+            _low_rank(drafter, network, loaded, rows, rank, rescored, batches, updates or 0, seed)
     tuned.forget(drafter, kind)
 
 
@@ -100,6 +112,7 @@ def _routed(
     groups: int,
     active: int,
     grouping: str,
+    core: int,
     updates: int,
     seed: int,
 ) -> None:
@@ -107,15 +120,18 @@ def _routed(
 
     from coral.data.features import frequencies
     from coral.drafter import heads
-    from coral.drafter.groups import split
+    from coral.drafter.groups import outside, split
+    from coral.drafter.vocabulary import most_frequent, special_ids
     from coral.training import router_state
-    from coral.training.router import RouterConfig, train_router
+    from coral.training.head_loop import HeadConfig
+    from coral.training.router import train_router
 
-    config = RouterConfig(updates=updates, seed=seed)
+    config = HeadConfig(updates=updates, seed=seed)
     settings = {
         "groups": groups,
         "active": active,
         "grouping": grouping,
+        "core": core,
         "router": asdict(config),
         "dtype": str(target.dtype).removeprefix("torch."),
         "rows": len(rows.dataset),
@@ -123,7 +139,8 @@ def _routed(
     state = router_state.load(directory, settings)
     if state is None:
         counts = frequencies(rows.dataset, target.vocab_size)
-        ids = split(grouping, groups, target.head_weight, counts, seed)
+        frequent = most_frequent(counts, special_ids(target), core)
+        ids = split(grouping, groups, target.head_weight, counts, seed, frequent)
     else:
         ids = state.ids
     router, recall = train_router(
@@ -138,30 +155,26 @@ def _routed(
         keep=lambda state: router_state.save(directory, settings, state),
     )
     tensors = {f"router.{name}": tensor for name, tensor in router.state_dict().items()}
-    heads.save(directory, "routed", {**tensors, "ids": ids.int()}, active=active)
+    core = len(outside(ids, target.vocab_size))  # with all special ids, it may be more than asked for
+    heads.save(directory, "routed", {**tensors, "ids": ids.int()}, active=active, core=core)
     router_state.remove(directory)
+    what = f"{active} of {groups} groups" + (f" beside a core of {core} ids" if core else "")
     shown = " ".join(f"{part:.1%}" for part in recall)
-    print(f"routed head: {active} of {groups} groups, recall by draft step {shown}: {directory}")
+    print(f"routed head: {what}, recall by draft step {shown}: {directory}")
 
 
 def _static(directory: Path, target: Target, rows: PreparedData, size: int) -> None:
     from coral.data.features import frequencies
     from coral.drafter import heads
+    from coral.drafter.vocabulary import most_frequent, special_ids
 
     counts = frequencies(rows.dataset, target.vocab_size)
-    order = counts.clone()
-    order[special := _special_ids(target)] = order.max() + 1  # an end that cannot be drafted ends no draft
-    ids = order.argsort(descending=True, stable=True)[: max(size, len(special))]
+    ids = most_frequent(counts, special_ids(target), size)
     heads.save(directory, "static", {"ids": ids.int()})
+    token_map = heads.save_token_map(directory, ids)
     share = float(counts[ids].sum() / counts.sum().clamp(min=1))
     print(f"static head: {len(ids)} ids, which are {share:.2%} of what the target wrote: {directory}")
-
-
-def _special_ids(target: Target) -> Tensor:
-    import torch
-
-    special = target.tokenizer.all_special_ids if target.tokenizer else []
-    return torch.tensor(sorted({*special, *target.eos_ids}), dtype=torch.int64)
+    print(f"token map for SGLang (--speculative-token-map): {token_map}")
 
 
 def _low_rank(
@@ -172,6 +185,7 @@ def _low_rank(
     rank: int,
     rescored: int,
     batches: int,
+    updates: int,
     seed: int,
 ) -> None:
     from rich.console import Console
@@ -179,7 +193,8 @@ def _low_rank(
     from coral.data.features import frequencies
     from coral.drafter import heads
     from coral.drafter.reduced import factorise
-    from coral.training.low_rank import second_moment
+    from coral.training.head_loop import HeadConfig
+    from coral.training.low_rank import TUNING_RATE, second_moment, tune
 
     if rank > target.hidden_size:
         raise CoralError(f"rank {rank} is above the hidden size {target.hidden_size}; ask for less.")
@@ -187,5 +202,9 @@ def _low_rank(
     moment = second_moment(target, network, rows.dataset, batches, seed=seed, console=console)
     weights = frequencies(rows.dataset, target.vocab_size).float().add(1).sqrt()
     up, down = factorise(target.head_weight, moment, rank, weights)
+    if updates:
+        config = HeadConfig(updates=updates, learning_rate=TUNING_RATE, seed=seed)
+        up, down = tune(target, network, rows.dataset, up, down, config, console)
     heads.save(directory, "low_rank", {"up": up, "down": down}, rescored=rescored)
-    print(f"low-rank head: rank {rank} of {target.hidden_size}, {rescored} ids rescored: {directory}")
+    tuned = f", tuned in {updates} updates" if updates else ""
+    print(f"low-rank head: rank {rank} of {target.hidden_size}, {rescored} ids rescored{tuned}: {directory}")

@@ -48,7 +48,11 @@ Compile = Annotated[
     ),
 ]
 Head = Annotated[
-    str, typer.Option(help="The drafter's LM head: full, routed, static, low_rank, or auto for its own.")
+    str,
+    typer.Option(
+        help="The drafter's LM head: full, in_context (ids of the text at hand; needs no training), routed, "
+        "static, low_rank, or auto for its own."
+    ),
 ]
 Coupled = Annotated[
     bool, typer.Option(help="At temperature > 0, draft with the noise that the sampler will use.")

@@ -20,14 +20,15 @@ from coral.target import Target
 def recall_by_depth(
     target: Target, proposer: Feature, prompts: Sequence[list[int]], length: int, budget: Budget
 ) -> dict[str, Any] | None:
-    """The part of the target's probability mass that lies in the groups which a routed head chose.
+    """The part of the target's probability mass that lies in the groups which a routed head chose, its core
+    included.
 
     At depth d it is the mass after the node of depth d - 1 on the accepted path, in the groups chosen for
     level d of that cycle's tree; the mean is over the cycles whose path reaches that node. The target's
     distribution is that of temperature 1; decoding is greedy.
 
     Returns:
-        groups, active, recall and cycles (both by depth), or None where the head is not a routed one.
+        groups, active, core, recall and cycles (both by depth), or None where the head is not a routed one.
     """
     head = proposer.head
     if not isinstance(head, RoutedHead):
@@ -42,6 +43,7 @@ def recall_by_depth(
     return {
         "groups": len(head.ids),
         "active": head.active,
+        "core": len(head.core),
         "recall": (reached[:, 0] / reached[:, 1]).tolist(),
         "cycles": reached[:, 1].long().tolist(),
     }
@@ -74,7 +76,7 @@ class _Watcher:
         head, target = self.watched.head, self.proposer.target
         levels = self.watched.levels  # of the last cycle; none before the first
         for depth, (chosen, feature) in enumerate(zip(levels, committed[0].features, strict=False)):
-            ids = head.ids[chosen]
+            ids = head.active_ids(chosen)
             law = target.head(feature).float().softmax(-1)
             self.sums[depth] += torch.tensor([float(law[ids[ids >= 0]].sum()), 1.0], dtype=torch.float64)
         levels.clear()

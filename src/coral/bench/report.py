@@ -193,8 +193,9 @@ def _trees(found: dict[str, Any]) -> Iterable[str]:
 def _routed_heads(found: dict[str, Any]) -> Iterable[str]:
     for name, head in found.items():
         shown = " ".join(f"{recall:.1%}" for recall in head["recall"]) or "nothing measured"
+        core = f" beside a core of {head['core']} ids" if head.get("core") else ""
         yield (
-            f"routed head of {name}: {head['active']} of {head['groups']} groups hold {shown} of the "
+            f"routed head of {name}: {head['active']} of {head['groups']} groups{core} hold {shown} of the "
             f"target's mass at depths 1 to {len(head['recall'])}, on the accepted path (greedy, not timed)"
         )
         yield ""

@@ -12,7 +12,7 @@ from coral.cache import KVCache
 from coral.decoding.sampling import Sampling
 
 
-@dataclass
+@dataclass(eq=False)
 class State:
     """One sequence: its tokens, caches, seed and sequence id.
 
@@ -25,6 +25,7 @@ class State:
     cache: the target's keys and values.
     memory: the proposer's own per-sequence memory, made by it (draft KV cache, n-gram index).
     cycle: the last cycle, for a proposer that learns from it.
+    logits: the target's logits at the nodes verified last, [N, V]; what a head may learn from.
     """
 
     tokens: list[int]
@@ -36,6 +37,7 @@ class State:
     stop: Callable[[list[int]], bool] | None = None
     memory: Any = None
     cycle: Cycle | None = None
+    logits: Tensor | None = None
     prompt_length: int = 0
     rows_read: int = 0  # rows whose features the proposer has been given
     done: bool = False

@@ -1,6 +1,7 @@
 """Ways of splitting a vocabulary into equal groups, for a routed head.
 
-All return [G, R] int64 with R = ceil(V / G); -1 fills up where G does not divide V.
+All return [G, R] int64 with R = ceil(V / G); -1 fills up where G does not divide V. Ids that no group
+holds are the head's core.
 """
 
 from __future__ import annotations
@@ -14,12 +15,26 @@ from coral.errors import CoralError
 GROUPINGS = ("kmeans", "frequency", "contiguous")
 
 
-def split(grouping: str, groups: int, head_weight: Tensor, counts: Tensor, seed: int = 0) -> Tensor:
+def split(
+    grouping: str,
+    groups: int,
+    head_weight: Tensor,
+    counts: Tensor,
+    seed: int = 0,
+    core: Tensor | None = None,
+) -> Tensor:
     """The groups that `grouping` names; head_weight [V, h], counts [V] of how often each id is written.
+
+    Args:
+        core: ids [C] that are left out of all groups.
 
     Raises:
         CoralError: an unknown grouping, or more groups than pairs of ids.
     """
+    if core is not None and len(core):
+        rest = torch.ones(len(head_weight), dtype=torch.bool).index_fill(0, core, False).nonzero().flatten()
+        placed = split(grouping, groups, head_weight[rest.to(head_weight.device)], counts[rest], seed)
+        return torch.where(placed < 0, placed, rest[placed])
     vocab_size = len(head_weight)
     if groups > vocab_size // 2:
         raise CoralError(f"{groups} groups are too many for {vocab_size} ids; ask for fewer.")
@@ -32,6 +47,13 @@ def split(grouping: str, groups: int, head_weight: Tensor, counts: Tensor, seed:
             return contiguous(vocab_size, groups)
         case _:
             raise CoralError(f"grouping {grouping!r} is not known; use {', '.join(GROUPINGS)}.")
+
+
+def outside(groups: Tensor, vocab_size: int) -> Tensor:
+    """The ids that no group holds, ascending, int64 [C]."""
+    held = torch.zeros(vocab_size, dtype=torch.bool, device=groups.device)
+    held[groups[groups >= 0]] = True
+    return (~held).nonzero().flatten()
 
 
 def contiguous(vocab_size: int, groups: int) -> Tensor:

@@ -2,22 +2,27 @@
 
 `topk(features [N, h], k, states, scores [N]) -> (ids [N, k] int64, log_probs [N, k] float32)`, likeliest
 first. `scores` are the log-probabilities of the nodes that the features belong to, for a head that spends its
-effort on the likely ones. Log-probabilities of one head are comparable across nodes.
+effort on the likely ones; `states` are the sequences that they belong to, in order, each with as many rows,
+for a head that learns from the text. Log-probabilities of one head are comparable across nodes.
 
-A drafter's directory holds the heads that were made for it in `coral/heads/`.
+A drafter's directory holds the heads that were made for it in `coral/heads/`; "full" and "in_context"
+are made from the target alone.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
 from coral.drafter import checkpoint
+from coral.drafter.in_context import InContextHead
 from coral.drafter.reduced import LowRankHead, StaticHead
 from coral.drafter.routed import RoutedHead, Router
 from coral.errors import CoralError
@@ -25,8 +30,9 @@ from coral.files import atomic_bytes, atomic_text
 from coral.target import Target
 
 KINDS = ("routed", "static", "low_rank")
-HEADS = ("auto", "full", *KINDS)
+HEADS = ("auto", "full", "in_context", *KINDS)
 _FOLDER = Path("coral") / "heads"
+_TOKEN_MAP = "token_map.pt"
 _OWN = "own"  # a file that names the head that is used if none is asked for
 
 
@@ -63,7 +69,7 @@ def save(directory: Path, kind: str, tensors: Mapping[str, Tensor], **numbers: i
 
     Args:
         tensors: routed: `ids` [G, R] and `router.*`; static: `ids` [K]; low_rank: `up` [V, r], `down` [r, h].
-        numbers: routed: `active`; low_rank: `rescored`.
+        numbers: routed: `active`, `core` (how many ids are in no group); low_rank: `rescored`.
 
     Raises:
         CoralError: the disk refuses.
@@ -89,6 +95,23 @@ def resolve(directory: Path, which: str) -> str:
     return own.read_text().strip() if own.exists() else "full"
 
 
+def save_token_map(directory: Path, ids: Tensor) -> Path:
+    """Write the ids of a static head [K] as SGLang reads them (`--speculative-token-map`): a list of ids, of
+    which the i-th is the target's id of draft id i.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        CoralError: the disk refuses.
+    """
+    buffer = io.BytesIO()  # torch.save hides the reason of a failed write
+    torch.save(ids.tolist(), buffer)
+    path = directory / _FOLDER / _TOKEN_MAP
+    atomic_bytes(path, buffer.getvalue())
+    return path
+
+
 def load(
     source: str | Path,
     target: Target,
@@ -96,7 +119,7 @@ def load(
     active: int | None = None,
     revision: str | None = None,
 ) -> Head:
-    """A head of a drafter: "full", one that was made for it, or "auto"; see `resolve`.
+    """A head of a drafter: "full", "in_context", one that was made for it, or "auto"; see `resolve`.
 
     Args:
         active: groups of a routed head whose rows are multiplied; None: what it was saved with.
@@ -108,6 +131,8 @@ def load(
     which = resolve(directory, which)
     if which == "full":
         return FullHead(target)
+    if which == "in_context":
+        return InContextHead(target)
     path = directory / _FOLDER / f"{which}.safetensors"
     if not path.exists():
         raise CoralError(
@@ -137,8 +162,9 @@ def _build(
         if len(ids.unique()) != len(ids) or not 0 <= int(ids.min()) <= int(ids.max()) < shape[0]:
             raise ValueError(f"it does not hold ids of {shape[0]}, each once")
         return StaticHead(target, ids)
-    router = Router(target.hidden_size, len(ids))
-    router.load_state_dict({name.removeprefix("router."): tensor for name, tensor in tensors.items()})
-    if sorted(ids[ids >= 0].tolist()) != list(range(shape[0])):
+    core, held = int(numbers.get("core", 0)), ids[ids >= 0]
+    if len(held.unique()) != len(held) or int(held.max()) >= shape[0] or len(held) + core != shape[0]:
         raise ValueError(f"it does not hold each of the target's {shape[0]} ids once")
+    router = Router(target.hidden_size, len(ids) + (core > 0))
+    router.load_state_dict({name.removeprefix("router."): tensor for name, tensor in tensors.items()})
     return RoutedHead(target, router, ids, active or int(numbers["active"]))

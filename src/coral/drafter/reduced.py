@@ -26,11 +26,9 @@ class StaticHead:
 
     def __init__(self, target: Target, ids: Tensor) -> None:
         self.ids = ids.to(target.head_weight.device)
-        bias = None if target.head_bias is None else target.head_bias[self.ids]
-        self.rows = _linear(target.head_weight[self.ids], bias)
+        self.rows = rows_of(target, self.ids)
         self.vocab_size = target.vocab_size
         self.num_bytes = num_bytes(self.rows)
-        pack_linears(self.rows)
 
     def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.rows(features).float()
@@ -108,6 +106,14 @@ def factorise(
     basis = torch.linalg.eigh(gram.double())[1][:, len(gram) - rank + 1 :].to(w.dtype)  # [h, r - 1]
     up, down = whitened @ basis, basis.T @ (vectors / root).T.to(w.dtype)
     return torch.cat([up, torch.ones_like(up[:, :1])], 1), torch.cat([down, mean[None]])
+
+
+def rows_of(target: Target, ids: Tensor) -> nn.Linear:
+    """The LM head's rows of some ids [K], as a layer that scores them alone."""
+    bias = None if target.head_bias is None else target.head_bias[ids]
+    layer = _linear(target.head_weight[ids], bias)
+    pack_linears(layer)
+    return layer
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

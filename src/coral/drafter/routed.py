@@ -1,4 +1,7 @@
-"""CORAL's head (arXiv 2502.16880, section 3.2): rows in groups, of which a router activates a few."""
+"""CORAL's head (arXiv 2502.16880, section 3.2): rows in groups, of which a router activates a few.
+
+The core that is always active is ours.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,19 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from coral.drafter.drafter import num_bytes
+from coral.drafter.groups import outside
+from coral.drafter.reduced import rows_of
 from coral.packed import PackedGroups, pack_linears
 from coral.target import Target
 
 
 class Router(nn.Module):
-    """Predicts the target's probability mass in each of G groups of ids from a draft feature.
+    """Predicts the target's probability mass in each of G groups of ids from a draft feature; a head's core
+    counts as one.
 
     p = softmax(W2(act(W1 h) + h)), CORAL (arXiv 2502.16880, section 3.2). The activation is not in the paper:
     SiLU is our reading.
@@ -33,14 +40,17 @@ class Router(nn.Module):
 
 
 class RoutedHead:
-    """The LM head's rows in equal groups, of which a router activates a few for each level of the tree.
+    """The LM head's rows in equal groups, of which a router activates a few for each level of the tree,
+    beside a core of frequent ids that is always active.
 
-    The score of an id is its log-softmax among the ids of the active groups plus the log of the mass that the
-    router gives to these groups together: nodes stay comparable whichever groups are active, and ids keep the
-    order and the distances that the LM head gives them.
+    The score of an id is its log-softmax among the active ids plus the log of the mass that the router gives
+    to the core and the active groups together: nodes stay comparable whichever groups are active, and ids
+    keep the order and the distances that the LM head gives them.
 
     Args:
-        ids: [G, R] int64, the ids of each group; -1 fills up where G does not divide V.
+        router: its outputs are the groups', and the core's if there is one.
+        ids: [G, R] int64, the ids of each group; -1 fills up where G does not divide their number. Ids in no
+            group are the core.
         active: groups whose rows are multiplied.
     """
 
@@ -48,29 +58,40 @@ class RoutedHead:
         weight, bias = target.head_weight, target.head_bias
         self.router = router.to(weight.device, weight.dtype).eval().requires_grad_(False)
         self.ids, self.active = ids.to(weight.device), min(active, len(ids))
+        self.core = outside(self.ids, len(weight))
+        self.core_rows = rows_of(target, self.core) if len(self.core) else None
         absent, there = self.ids < 0, self.ids.clamp(min=0)
         if bias is not None or absent.any():
             bias = weight.new_zeros(there.shape) if bias is None else bias[there]
             bias = bias.masked_fill(absent, float("-inf"))
         self.product = _product(weight[there], bias)
         row_bytes = weight.shape[1] * weight.element_size()
-        self.num_bytes = num_bytes(self.router) + self.active * self.ids.shape[1] * row_bytes
+        always = num_bytes(self.router) + len(self.core) * row_bytes
+        self.num_bytes = always + self.active * self.ids.shape[1] * row_bytes
         pack_linears(self.router)
 
     def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
         mass, chosen = self.choose(features, scores)
-        logits = self.product(features, chosen).float()  # [N, active * R]
+        logits = self.product(features, chosen)  # [N, active * R]
+        if self.core_rows is not None:
+            logits = torch.cat([self.core_rows(features), logits], 1)
+        logits = logits.float()
         values, best = logits.topk(min(k, logits.shape[-1]), dim=-1)
-        log_mass = mass[:, chosen].logsumexp(-1, keepdim=True)
-        size = self.ids.shape[1]
-        ids = self.ids[chosen[best // size], best % size].clamp(min=0)
-        return ids, values - logits.logsumexp(-1, keepdim=True) + log_mass
+        looked_at = torch.cat([mass[:, chosen], mass[:, len(self.ids) :]], 1).logsumexp(-1, keepdim=True)
+        ids = self.active_ids(chosen)[best].clamp(min=0)
+        return ids, values - logits.logsumexp(-1, keepdim=True) + looked_at
 
     def choose(self, features: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The log-mass [N, G] of each group, and the groups [active] worth most to these nodes together."""
+        """The log-mass [N, G] of each group (one more for the core), and the groups [active] worth most to
+        these nodes together.
+        """
         mass = self.router(features)
-        worth = (mass + scores.to(mass)[:, None]).exp().sum(0)
+        worth = (mass[:, : len(self.ids)] + scores.to(mass)[:, None]).exp().sum(0)
         return mass, worth.topk(self.active).indices
+
+    def active_ids(self, chosen: Tensor) -> Tensor:
+        """int64 [C + active * R]: the core, then the chosen groups; -1 where a group is filled up."""
+        return torch.cat([self.core, self.ids[chosen].flatten()])
 
 
 def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:

@@ -9,9 +9,9 @@ from torch.nn.functional import pad
 from coral.data.features import FeatureBatch
 from coral.drafter.drafter import Drafter
 from coral.training.alignment import alignment_loss
-from coral.training.losses import draft_losses, trained_rows
+from coral.training.drafted import draft
+from coral.training.losses import draft_losses
 from coral.training.recipe import TrainConfig
-from coral.training.unroll import unroll
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,15 @@ class Learner(nn.Module):
         if config.noise:
             noise = torch.rand(features.shape, generator=generator).to(features.device)
             read = features + (2 * noise - 1) * config.noise
-        outputs = unroll(
+        drafts, wanted, kept, sequence, row = draft(
             self.drafter,
-            batch.embeddings,
-            read,
-            batch.document_starts,
+            batch,
             config.steps,
-            config.detach,
-            config.checkpoint_steps,
+            read=read,
+            detach=config.detach,
+            checkpoint_steps=config.checkpoint_steps,
         )
-        valid = trained_rows(batch.loss_mask, batch.document_starts, config.steps)  # [S,B,L]
-        sequence, row = valid[0].nonzero(as_tuple=True)
-        kept = valid[:, sequence, row]  # [S,R]
-        drafts = torch.stack([output[sequence, row] for output in outputs]).float()  # [S,R,h]
-        wanted, tokens = features[sequence, row + 1], batch.input_ids[sequence, row + 2]
+        tokens = batch.input_ids[sequence, row + 2]
         follows = (sequence[1:] == sequence[:-1]) & (row[1:] == row[:-1] + 1)
         before = torch.where(pad(follows, (1, 0)), torch.arange(len(row), device=row.device), 0) - 1
         with torch.autocast(features.device.type, enabled=False):

@@ -1,17 +1,21 @@
-"""What a low-rank head is made from: where draft features lie."""
+"""What a low-rank head is made from: where draft features lie and, if tuned, the target's distribution."""
 
 from __future__ import annotations
 
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.nn.functional import kl_div, linear
 
-from coral.data.features import FeatureSource, Rows, feature_batch
+from coral.data.features import FeatureBatch, FeatureSource, Rows, feature_batch
 from coral.data.progress import bar
 from coral.drafter.drafter import Drafter
-from coral.training.losses import trained_rows
+from coral.training.drafted import draft
+from coral.training.head_loop import HeadConfig, HeadTarget, descend, target_laws
 from coral.training.state import random_generator
-from coral.training.unroll import unroll
+
+TUNING_RATE = 4e-4
+"""Learning rate of `tune` (SlimSpec's)."""
 
 
 @torch.no_grad()
@@ -33,10 +37,50 @@ def second_moment(
     with bar(console, "draft features", batches) as advance:
         for start in range(0, min(batches * batch_size, len(order)), batch_size):
             batch = feature_batch(target, dataset, order[start : start + batch_size])
-            outputs = unroll(drafter, batch.embeddings, batch.features, batch.document_starts, steps)
-            valid = trained_rows(batch.loss_mask, batch.document_starts, steps)  # [S,B,L]
-            drafts = torch.stack(outputs)[valid].float()  # [N,h]
+            drafted = draft(drafter, batch, steps)
+            drafts = drafted.drafts[drafted.valid]  # [N,h]
             moment += drafts.T @ drafts
             count += len(drafts)
             advance(1)
     return moment / max(count, 1)
+
+
+def tune(
+    target: HeadTarget,
+    drafter: Drafter,
+    dataset: Rows,
+    up: Tensor,
+    down: Tensor,
+    config: HeadConfig,
+    console: Console | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Lower the forward KL divergence from the target's distribution to that of the factors, the drafter
+    frozen (SlimSpec, arXiv 2605.10453, trains both together).
+
+    Args:
+        up, down: [V, r] and [r, h] float32, where to start.
+
+    Returns:
+        The tuned factors.
+
+    Raises:
+        CoralError: no data, features of another target, or a loss that is not finite.
+        KeyboardInterrupt: SIGINT or SIGTERM arrived.
+    """
+    up, down = (part.detach().clone().to(target.device).requires_grad_() for part in (up, down))
+    bias = None if target.head_bias is None else target.head_bias.float()
+
+    def gradient(update: int, batch: FeatureBatch) -> float:
+        with torch.no_grad():
+            drafted = draft(drafter, batch, config.steps)
+        total, count = torch.zeros((), device=up.device), drafted.valid.sum().clamp(min=1)
+        for part, law in target_laws(target, drafted.features):
+            for drafts, valid in zip(drafted.drafts[:, part], drafted.valid[:, part], strict=True):
+                scores = linear(linear(drafts[valid], down), up, bias).log_softmax(-1)
+                loss = kl_div(scores, law[valid], reduction="sum", log_target=True) / count
+                loss.backward()  # at once, so that never all rows are V wide
+                total += loss.detach()
+        return float(total)
+
+    descend("low-rank head", target, dataset, [up, down], gradient, config, console)
+    return up.detach(), down.detach()

@@ -103,8 +103,8 @@ def test_update_is_a_view():
     """Stops a copy of the whole cache in every forward, which would cost more than drafting saves."""
     cache = KVCache(1, 8)
     keys, values = cache.layers[0].update(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 6))
-    assert keys.data_ptr() == cache.blocks[0].keys.data_ptr()
-    assert values.data_ptr() == cache.blocks[0].values.data_ptr()
+    assert keys.data_ptr() == cache.layers[0].keys.data_ptr()
+    assert values.data_ptr() == cache.layers[0].values.data_ptr()
     assert keys.shape == (1, 2, 3, 4) and values.shape == (1, 2, 3, 6)
 
 

@@ -111,9 +111,10 @@ def print_stats(pair: Pair, cycles: Iterable[Cycle], seconds: float) -> None:
     drafted, accepted = sum(c.num_drafted for c in cycles), sum(c.num_accepted for c in cycles)
     plain = sum(cycle.num_drafted == 0 for cycle in cycles)
     shares = [sum(getattr(c, name) for c in cycles) / seconds for name in ("draft_seconds", "verify_seconds")]
+    waited = seconds - sum(cycle.seconds for cycle in cycles[1:])
     Console(stderr=True, highlight=False, soft_wrap=True).print(
-        f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s), {len(cycles)} cycles "
-        f"({plain} of them plain steps), "
+        f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s), "
+        f"the first after {waited:.2f} s, {len(cycles)} cycles ({plain} of them plain steps), "
         f"tau {acceptance_length(cycles):.2f}, {accepted} of {drafted} draft tokens accepted, "
         f"drafting {shares[0]:.0%}, verification {shares[1]:.0%} of the time, "
         f"tree {pair.budget} ({pair.budget_origin})",

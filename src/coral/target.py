@@ -211,8 +211,7 @@ class Target:
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty KV cache with room for `capacity` rows (it grows when that is not enough)."""
-        devices = [next(layer.parameters()).device for layer in self.decoder.layers]
-        return KVCache(len(devices), capacity, devices)
+        return KVCache(self.config.num_hidden_layers, capacity)
 
     @torch.inference_mode()
     def prefill(self, states: Sequence[State]) -> list[Committed]:

@@ -180,8 +180,9 @@ def main() -> None:
         f"- cycle / (verification + {steps:.2f} draft steps): {cycle_seconds / ideal:.2f}",
         f"- a cycle costs {cycle_seconds / plain:.2f} plain steps, so speedup / tau without prefill is "
         f"{plain / cycle_seconds:.2f}, the speedup {tau * plain / cycle_seconds:.2f}x",
-        f"- floor: {sizes[0] / 2**20:.0f} MiB of weights a forward and {sizes[1] / 2**20:.0f} a draft step at "
-        f"{speed / 1e9:.1f} GB/s: a plain step {milliseconds(sizes[0] / speed)} ms, a cycle {milliseconds(floor)} ms",
+        f"- floor: {sizes[0] / 2**20:.0f} MiB of weights a forward, {sizes[1] / 2**20:.0f} a draft step, at "
+        f"{speed / 1e9:.1f} GB/s: a plain step {milliseconds(sizes[0] / speed)} ms, a cycle "
+        f"{milliseconds(floor)} ms",
         f"- {start:.0f} s from the loaded target to the end of a warm-up"
         + ("" if options.eager else ", compiling included"),
         "",

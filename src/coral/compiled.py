@@ -82,8 +82,8 @@ class FixedLayer(DynamicLayer):
 
 
 def fixed_cache(slots: Tensor, storage: Sequence[Tensor]) -> Cache:
-    """A cache over keys and values of each layer in turn; made inside the compiled function, whose inputs then
-    are tensors alone.
+    """A cache over the keys and values of each layer in turn; made inside the compiled function, whose inputs
+    then are tensors alone.
     """
     pairs = zip(storage[::2], storage[1::2], strict=True)
     layers: list[Any] = [FixedLayer(keys, values, slots) for keys, values in pairs]

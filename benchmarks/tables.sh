@@ -26,18 +26,19 @@ if [ ! -e coral-routed ]; then
 fi
 # The draft model of Hugging Face's assisted generation.
 [ -e assistant ] || OMP_NUM_THREADS=1 "$BIN/python" "$HERE/draft_model.py" "$DATA" assistant
-FIRST="--limit 40" SECOND="--limit 20" GREEDY=16 SAMPLED=12
-[ -z "${FULL:-}" ] || { FIRST="" SECOND="" GREEDY=128 SAMPLED=128; }
+FIRST="--limit 40" GREEDY=16 SAMPLED=12
+[ -z "${FULL:-}" ] || { FIRST="" GREEDY=128 SAMPLED=128; }
 DRAFTERS="--drafter eagle2=recipes/eagle2-0 --drafter hass=recipes/hass-0 --drafter coral=recipes/coral-0"
 DRAFTERS="$DRAFTERS --drafter coral+router=coral-routed --drafter shipped=$OWN+static"
 MORE="--drafter shipped+router=$OWN+routed --drafter shipped+lookup=$OWN+static+ngram --assistant assistant"
 BENCH="$BIN/coral bench --deepen 32 --dtype float32"
 $BENCH $FIRST $DRAFTERS $MORE --temperature 0 --max-new-tokens $GREEDY --output float32-greedy
-$BENCH $SECOND $DRAFTERS --temperature 1 --uncoupled --no-peers --max-new-tokens $SAMPLED --output float32-sampled
+$BENCH $FIRST $DRAFTERS --temperature 1 --uncoupled --no-peers --max-new-tokens $SAMPLED --output float32-sampled
 # The six suites of Spec-Bench, whose licences forbid shipping it: SPEC_BENCH is the path of its questions.
 [ -z "${SPEC_BENCH:-}" ] || $BENCH $FIRST $DRAFTERS $MORE --suite "$SPEC_BENCH" \
   --temperature 0 --max-new-tokens $GREEDY --output spec-bench
 
-# What the parts cost.
+# What the parts cost, and where a cycle's time goes.
 "$BIN/python" "$HERE/heads.py" heads
 "$BIN/python" "$HERE/dense.py" --output memory
+"$BIN/python" "$HERE/cycle.py" cycle

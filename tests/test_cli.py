@@ -356,9 +356,9 @@ def test_stats_and_marks(coral, models: Path) -> None:
     text = coral(*command).out
     result = coral(*command, "--stats", "--drafter", "ngram", "--mark")
     found = re.fullmatch(
-        r"60 tokens in [\d.]+ s \([\d.]+ tokens/s\), (\d+) cycles, tau ([\d.]+), (\d+) of \d+ draft tokens "
-        r"accepted, drafting \d+%, verification \d+% of the time, "
-        r"tree 8,6,15,0.2 \(default\)\n", result.err)  # fmt: skip
+        r"60 tokens in [\d.]+ s \([\d.]+ tokens/s\), the first after [\d.]+ s, (\d+) cycles \(\d+ of them "
+        r"plain steps\), tau ([\d.]+), (\d+) of \d+ draft tokens accepted, drafting \d+%, "
+        r"verification \d+% of the time, tree 8,6,15,0.2 \(default\)\n", result.err)  # fmt: skip
     assert found is not None
     cycles, accepted = int(found[1]), int(found[3])
     assert accepted > 0 and cycles + accepted >= 60 and float(found[2]) > 1

@@ -26,7 +26,8 @@ class Fallback:
     as long as the last, until drafting pays.
 
     Args:
-        window: cycles that are judged together. probe: plain steps taken to learn what one costs.
+        window: cycles that are judged together; half as many where drafting did not pay the last time.
+        probe: plain steps taken to learn what one costs.
         first_rest, longest_rest: in plain steps.
     """
 
@@ -78,7 +79,8 @@ class Fallback:
 
     def _rests(self) -> bool:
         """Whether this cycle is to be a plain step."""
-        if self._rest == 0 and len(self._drafted) == self.window:
+        needed = self.window if self._next_rest == self.first_rest else self.window // 2
+        if self._rest == 0 and len(self._drafted) >= needed:
             if not self._plain:
                 self._rest = self.probe
             elif self.pays:

@@ -81,7 +81,7 @@ def tune(
     tuned.find(directory, place)  # a file that cannot be read is refused before minutes of work
     found = run(
         loaded,
-        make_proposer(loaded, source, head=kind),
+        lambda target: make_proposer(target, source, head=kind),
         _prompts(loaded, rows)[:prompts],
         max_new_tokens=max_new_tokens,
         sampling=sampling,

@@ -107,7 +107,8 @@ def fix(cache: KVCache, rows: int, allowed: Tensor) -> tuple[Tensor, Tensor, lis
     cache.set_length(length + n)
     allowed = pad(allowed, (0, cache.capacity - length - n, 0, rows - n))
     allowed[:, n:, 0] = True  # a row that attends to nothing would be NaN
-    torch._dynamo.mark_dynamic(allowed, 2)
-    for tensor in cache.storage:
-        torch._dynamo.mark_dynamic(tensor, 2)
-    return allowed, torch.arange(length, length + rows, device=allowed.device), cache.storage
+    storage = cache.storage
+    for tensor in (allowed, *storage):
+        if not hasattr(tensor, "_dynamo_dynamic_indices"):  # keys and values were marked by the first call
+            torch._dynamo.mark_dynamic(tensor, 2)
+    return allowed, torch.arange(length, length + rows, device=allowed.device), storage

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -74,7 +74,7 @@ class Tuned:
 
 def tune(
     target: Target,
-    proposer: Proposer,
+    make: Callable[[Target], Proposer],
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int = 64,
@@ -82,11 +82,11 @@ def tune(
     compile: bool = False,
     console: Console | None = None,
 ) -> Tuned:
-    """Find the budget that decodes fastest here with this proposer, and check it by decoding.
+    """Find the budget that decodes fastest here with a proposer, and check it by decoding.
 
     Args:
         target: not compiled; compile=True compiles it for a few sizes of trees.
-        proposer: a trained drafter's (`proposers.feature.Feature`).
+        make: makes a trained drafter's proposer (`proposers.feature.Feature`) for the target as it runs.
         prompts: token ids. Those that leave no room in the context are left out.
 
     Raises:
@@ -103,6 +103,7 @@ def tune(
     with Progress(console=console, transient=True) as progress:
         if compile:
             target = target.compiled(rows)
+        proposer = make(target)
         task = progress.add_task("measuring costs", total=2 * len(prompts) + 1)
         costs = measure(target, proposer, max(prompts, key=len), sampling, rows, TOP_K)
         progress.update(task, advance=1, description="recording")

@@ -26,7 +26,7 @@ class Fallback:
     as long as the last, until drafting pays.
 
     Args:
-        window: cycles that are judged together; half as many where drafting did not pay the last time.
+        window: cycles that are judged together; a quarter of them where drafting did not pay the last time.
         probe: plain steps taken to learn what one costs.
         first_rest, longest_rest: in plain steps.
     """
@@ -79,7 +79,7 @@ class Fallback:
 
     def _rests(self) -> bool:
         """Whether this cycle is to be a plain step."""
-        needed = self.window if self._next_rest == self.first_rest else self.window // 2
+        needed = self.window if self._next_rest == self.first_rest else max(1, self.window // 4)
         if self._rest == 0 and len(self._drafted) >= needed:
             if not self._plain:
                 self._rest = self.probe

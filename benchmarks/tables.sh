@@ -42,3 +42,4 @@ $BENCH $FIRST $DRAFTERS --temperature 1 --uncoupled --no-peers --max-new-tokens 
 "$BIN/python" "$HERE/heads.py" heads
 "$BIN/python" "$HERE/dense.py" --output memory
 "$BIN/python" "$HERE/cycle.py" cycle
+"$BIN/python" "$HERE/hostile.py" hostile

@@ -354,7 +354,7 @@ def test_stats_and_marks(coral, models: Path) -> None:
     """Stops marks on tokens that the target wrote itself, and statistics within the text."""
     command = ("generate", "--target", models / "target", "--max-new-tokens", 60, "1 2 3")
     text = coral(*command).out
-    result = coral(*command, "--stats", "--drafter", "ngram", "--mark")
+    result = coral(*command, "--stats", "--drafter", "ngram", "--mark", "--no-fallback")
     found = re.fullmatch(
         r"60 tokens in [\d.]+ s \([\d.]+ tokens/s\), the first after [\d.]+ s, (\d+) cycles \(\d+ of them "
         r"plain steps\), tau ([\d.]+), (\d+) of \d+ draft tokens accepted, drafting \d+%, "

@@ -12,7 +12,7 @@ PROMPTS = ("What is the capital of France?", "Write a Python function that check
 
 @pytest.fixture(scope="module")
 def shipped() -> coral.Pair:
-    return coral.load(dtype="float32")
+    return coral.load(dtype="float32", fallback=False)  # tau must not depend on the clock
 
 
 def test_together_they_are_small_enough_to_ship() -> None:

@@ -31,13 +31,13 @@ def run(deepen: int, max_new_tokens: int, dtype: str, budget: Budget | None) -> 
     """Print six marked answers, then one table; the same prompts and tokens on both sides of every ratio."""
     console = Console(highlight=False, soft_wrap=True)
     console.print("Measuring the shipped pair as it is ...", style="dim")
-    drafting = load(dtype=dtype, budget=budget)
+    drafting = load(dtype=dtype, budget=budget, fallback=False)  # tau must not depend on the clock
     shallow = _measure(drafting, max_new_tokens)
     rows = [("as shipped", shallow)]
     if deepen:
         deepen_(drafting.target.model, deepen)
         deepened_target = Target(drafting.target.model, drafting.tokenizer, name=drafting.target.name)
-        drafting = load(deepened_target, EMBEDDED / "drafter", budget=budget)
+        drafting = load(deepened_target, EMBEDDED / "drafter", budget=budget, fallback=False)
         console.print(
             f"The target is deepened to {deepen} layers by layers that change no output, so that it costs as "
             "much, beside its drafter, as an 8B model does.",

@@ -8,9 +8,6 @@ compiling, on a quiet machine.
 """
 
 import argparse
-import json
-import shlex
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +16,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from publish import header, reproduce, save
 
 from coral.api import EMBEDDED, Pair, make_proposer
 from coral.bench.costs import verify_seconds
 from coral.bench.deepen import deepen, plain_bytes
-from coral.bench.environment import commit, environment
 from coral.decoding.generate import acceptance_length
 from coral.decoding.proposers.feature import Feature
 from coral.decoding.proposers.plain import Plain
@@ -32,7 +29,6 @@ from coral.decoding.state import Cycle
 from coral.decoding.tree import DEFAULT
 from coral.demo import PROMPTS
 from coral.drafter.drafter import num_bytes
-from coral.files import atomic_text
 from coral.memory import keep_freed_memory
 from coral.options import quiet_transformers, read_budget
 from coral.target import Target
@@ -147,9 +143,7 @@ def main() -> None:
         "walk and bookkeeping": other,
     }
     results = {
-        "environment": environment(),
-        "command": shlex.join(["python", "benchmarks/cycle.py", *sys.argv[1:]]),
-        "commit": commit(),
+        **header(),
         "start_seconds": start,
         "plain_seconds": plain,
         "verify_seconds": bare,
@@ -186,12 +180,10 @@ def main() -> None:
         f"- {start:.0f} s from the loaded target to the end of a warm-up"
         + ("" if options.eager else ", compiling included"),
         "",
-        f"Reproduce with `{results['command']}` at commit `{results['commit']}`.",
+        reproduce(results),
         "",
     ]
-    options.output.mkdir(parents=True, exist_ok=True)
-    atomic_text(options.output / "results.json", json.dumps(results, indent=1) + "\n")
-    atomic_text(options.output / "results.md", "\n".join(lines))
+    save(options.output, results, "\n".join(lines))
     print("\n".join(lines))
 
 

@@ -34,16 +34,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from publish import header, reproduce, save
 from torch import Tensor
 from torch.nn.functional import pad, smooth_l1_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import coral
-from coral.bench.environment import commit, environment
 from coral.data.features import FeatureBatch
 from coral.drafter.drafter import Drafter, DrafterConfig
-from coral.files import atomic_text
 from coral.memory import keep_freed_memory
 from coral.training.alignment import alignment_loss
 from coral.training.learner import Learner
@@ -290,7 +289,7 @@ def markdown(results: dict[str, Any]) -> str:
         cells = [f"{size:,}" for size in shape] + [_memory(row) for row in given]
         cells += [f"{row['tokens_per_second']:,.0f}" if "peak_gb" in row else "-" for row in given]
         lines.append(f"| {' | '.join(cells)} |")
-    end = f"Reproduce with `{results['command']}` at commit `{results['commit']}`."
+    end = reproduce(results)
     return "\n".join([*lines, "", end, ""])
 
 
@@ -363,17 +362,12 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     config = load_recipe("coral")
     results = {
-        "command": f"python benchmarks/dense.py --output {options.output}"
-        + (f" --shrink {options.shrink}" if options.shrink > 1 else ""),
-        "commit": commit(),
-        "environment": environment(),
+        **header(),
         "steps": config.steps,
         "hidden_size": setting(Case("ours", 1, 2, 2), torch.device("meta"))[0].config.hidden_size,
         "rows": rows,
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    atomic_text(options.output / "results.json", json.dumps(results, indent=1) + "\n")
-    atomic_text(options.output / "results.md", markdown(results))
+    save(options.output, results, markdown(results))
     plot(results, options.output / "results.png")
 
 

@@ -11,7 +11,6 @@ OUTPUT/results.md. `--shape tiny --device cpu` tries it out in seconds.
 import argparse
 import gc
 import json
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,12 +20,12 @@ from typing import Any
 
 import psutil
 import torch
+from publish import header, reproduce, save
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from coral.attention import GROUPED_SDPA
 from coral.bench.costs import Costs, verify_seconds
 from coral.bench.deepen import plain_bytes
-from coral.bench.environment import commit, environment
 from coral.cache import KVCache
 from coral.decoding.tree import DEFAULT
 from coral.drafter.drafter import Drafter, DrafterConfig, num_bytes
@@ -34,7 +33,6 @@ from coral.drafter.groups import contiguous
 from coral.drafter.heads import FullHead, Head
 from coral.drafter.reduced import StaticHead
 from coral.drafter.routed import RoutedHead, Router
-from coral.files import atomic_text
 from coral.target import Target
 
 SHAPES: dict[str, PreTrainedConfig] = {
@@ -279,7 +277,7 @@ def markdown(results: dict[str, Any]) -> str:
             f"Projected: speedup / tau = 1 / (v + S c) with c at {WIDTHS[-1]} nodes; the host's work between "
             "forwards is not in it, and a tau was measured with its method's own head.",
             "",
-            f"Reproduce with `{results['command']}` at commit `{results['commit']}`.",
+            reproduce(results),
             "",
         ]
     )
@@ -313,9 +311,7 @@ def main() -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("this machine has no GPU that torch can use; try --device cpu --shape tiny")
     results: dict[str, Any] = {
-        "environment": environment(device),
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit(),
+        **header(device),
         "context": given.context,
         "bandwidth": bandwidth(device, given.repeats),
         "rows": [],
@@ -329,8 +325,7 @@ def main() -> None:
         torch.cuda.empty_cache()
         results["projected"] = project(results["rows"], trees)
         print(f"{name}: done", file=sys.stderr)
-        atomic_text(given.output / "results.json", json.dumps(results, indent=1) + "\n")
-        atomic_text(given.output / "results.md", markdown(results))
+        save(given.output, results, markdown(results))
     if results["rows"]:
         print(markdown(results))
 

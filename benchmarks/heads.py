@@ -9,8 +9,6 @@ Writes OUTPUT/results.json and OUTPUT/results.md. Under five minutes on a quiet 
 """
 
 import argparse
-import json
-import shlex
 import sys
 from collections.abc import Callable
 from copy import copy
@@ -23,10 +21,10 @@ from typing import Any
 
 import psutil
 import torch
+from publish import header, reproduce, save
 from torch import nn
 
 from coral.api import EMBEDDED
-from coral.bench.environment import commit, environment
 from coral.cache import KVCache
 from coral.decoding.state import State
 from coral.drafter.groups import contiguous
@@ -34,7 +32,6 @@ from coral.drafter.heads import FullHead, Head
 from coral.drafter.in_context import InContextHead
 from coral.drafter.reduced import LowRankHead, StaticHead
 from coral.drafter.routed import RoutedHead, Router
-from coral.files import atomic_text
 from coral.packed import pack_linears
 from coral.target import Target
 
@@ -185,7 +182,7 @@ def markdown(results: dict[str, Any]) -> str:
                 ]
             lines.append(_line([head, f"{found[0][0]['bytes'] / 1e6:.1f}", *cells]))
         lines.append("")
-    return "\n".join([*lines, f"Reproduce with `{results['command']}` at commit `{results['commit']}`.", ""])
+    return "\n".join([*lines, reproduce(results), ""])
 
 
 def _is(row: dict[str, Any], head: str, call: tuple[int, int]) -> bool:
@@ -207,9 +204,7 @@ def main() -> None:
     if given.size:
         sizes = {f"random {size}": tuple(int(part) for part in size.split(",")) for size in given.size}
     results: dict[str, Any] = {
-        "environment": environment(),
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit(),
+        **header(),
         "rows": [],
     }
     for (name, (vocab_size, hidden)), dtype in ((s, d) for s in sizes.items() for d in given.dtype):
@@ -229,8 +224,7 @@ def main() -> None:
         results["rows"] += measure(name, target, given.seconds)
         del target
         print(f"{name}, {dtype}: done", file=sys.stderr)
-        atomic_text(given.output / "results.json", json.dumps(results, indent=1) + "\n")
-        atomic_text(given.output / "results.md", markdown(results))
+        save(given.output, results, markdown(results))
     print(markdown(results))
 
 

@@ -7,19 +7,16 @@ OUTPUT/results.json and OUTPUT/results.md. Under ten minutes.
 """
 
 import argparse
-import json
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from publish import header, reproduce, save
 from torch import Tensor
 
 from coral.api import EMBEDDED, make_proposer
 from coral.bench import suites
-from coral.bench.environment import commit, environment
 from coral.bench.methods import ours
 from coral.decoding.generate import acceptance_length
 from coral.decoding.proposers.fallback import Fallback
@@ -27,7 +24,6 @@ from coral.decoding.proposers.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.tree import DEFAULT
 from coral.drafter.heads import Head
-from coral.files import atomic_text
 from coral.memory import keep_freed_memory
 from coral.options import quiet_transformers
 from coral.target import Target
@@ -78,9 +74,7 @@ def main() -> None:
         name: median(s / p for s, p in zip(seconds[name], seconds["plain"], strict=True)) for name in sides
     }
     results = {
-        "environment": environment(),
-        "command": shlex.join(["python", "benchmarks/hostile.py", *sys.argv[1:]]),
-        "commit": commit(),
+        **header(),
         "seconds": seconds,
         "time_over_plain": ratios,
         "tau": taus,
@@ -97,12 +91,10 @@ def main() -> None:
             for name in sides
         ),
         "",
-        f"Reproduce with `{results['command']}` at commit `{results['commit']}`.",
+        reproduce(results),
         "",
     ]
-    options.output.mkdir(parents=True, exist_ok=True)
-    atomic_text(options.output / "results.json", json.dumps(results, indent=1) + "\n")
-    atomic_text(options.output / "results.md", "\n".join(lines))
+    save(options.output, results, "\n".join(lines))
     print("\n".join(lines))
 
 

@@ -83,8 +83,9 @@ class KVCache(Cache):
         if rows and rows[-1] != len(rows) - 1:
             offsets = torch.tensor(rows) + start
             index = {device: offsets.to(device) for device in {layer.keys.device for layer in self.layers}}
-            moved = [tensor.index_select(2, index[tensor.device]) for tensor in self.storage]
-            torch._foreach_copy_([tensor[:, :, start : start + len(rows)] for tensor in self.storage], moved)
+            storage = self.storage
+            moved = [tensor.index_select(2, index[tensor.device]) for tensor in storage]
+            torch._foreach_copy_([tensor[:, :, start : start + len(rows)] for tensor in storage], moved)
         self.set_length(start + len(rows))
 
     def set_length(self, length: int) -> None:

@@ -165,7 +165,7 @@ class Target:
         """This target with a compiled forward for trees of one sequence; the model is shared.
 
         A tree is padded to the next size in `rows`; a larger one, or several sequences, run as before. Each
-        size is compiled when it is first met, which takes about two seconds a layer on a CPU.
+        size is compiled when it is first met, which takes a few seconds a layer on a CPU.
         """
         target = copy(self)
         target.sizes = tuple(sorted(set(rows)))

@@ -156,7 +156,7 @@ def bench(
             if compile:
                 sizes = {1, 2, *tree_rows}
                 console.print(
-                    f"{dtype}: compiling, about two seconds a layer for each of {len(sizes)} forwards"
+                    f"{dtype}: compiling, a few seconds a layer for each of {len(sizes)} forwards"
                 )
                 targets["compiled"] = loaded.compiled(tuple(sizes))
             fastest = [*targets.values()][-1]

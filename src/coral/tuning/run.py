@@ -27,7 +27,7 @@ MAX_DEPTH = (1, 2, 3, 4, 5, 6, 8, 10)
 NUM_NODES = (1, 2, 3, 5, 7, 9, 11, 13, 15, 19, 23, 27, 31, 39, 47, 63)
 MIN_GAIN = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # for which cycles are timed
-COMPILED_ROWS = (1, 8, 16, 32)  # fewer, since each takes about two seconds a layer to compile
+COMPILED_ROWS = (1, 8, 16, 32)  # fewer, since each takes a few seconds a layer to compile
 
 
 @dataclass(frozen=True)

@@ -155,9 +155,7 @@ def bench(
             targets = {"eager": loaded}
             if compile:
                 sizes = {1, 2, *tree_rows}
-                console.print(
-                    f"{dtype}: compiling, a few seconds a layer for each of {len(sizes)} forwards"
-                )
+                console.print(f"{dtype}: compiling, a few seconds a layer for each of {len(sizes)} forwards")
                 targets["compiled"] = loaded.compiled(tuple(sizes))
             fastest = [*targets.values()][-1]
             made = {name: maker(source, head) for name, source in drafters.items()}

@@ -15,7 +15,7 @@ demo: install  ## the shipped pair at work
 	$(BIN)/coral demo
 
 test: install  ## CPU, no network, under three minutes
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -95,10 +95,15 @@ def test_several_layers_and_no_embedding(tmp_path):
 
 @pytest.mark.parametrize("claim", [{}, {"bias": False}])
 def test_a_trained_bias_of_fc_is_kept(tmp_path, claim):
-    """Stops: published drafters for Llama 2 and Vicuna, which have one, that are refused or lose it."""
+    """Stops: published drafters for Llama 2 and Vicuna, which have one, that are refused or lose it, at once
+    or when training goes on from them.
+    """
     bias = torch.linspace(-1, 1, 16).half()
-    read = eagle.read(write(tmp_path / "e", published() | {"fc.bias": bias}, **claim), tiny_target())
+    directory = write(tmp_path / "e", published() | {"fc.bias": bias}, **claim)
+    read = eagle.read(directory, tiny_target())
     assert read.config.fc_bias and torch.equal(read.fc.bias, bias)
+    config = replace(CONFIG, drafter=DrafterOptions(init_drafter=str(directory)))
+    assert torch.equal(new_drafter(tiny_target(), config).fc.bias, bias.float())
 
 
 def odd(**changes):
@@ -143,6 +148,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, tensors, message):
         ({"num_attention_heads": 0}, r"config.json cannot be read"),
         ({"hidden_act": "swosh"}, r"config.json cannot be read"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary type 'dynamic'; a drafter's must be"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rotary type 'yarn'; a drafter's must be"),
         ({"rope_scaling": "linear"}, r"config.json cannot be read"),
     ],
 )
@@ -150,6 +156,14 @@ def test_a_config_that_cannot_be_used_is_refused(tmp_path, claims, message):
     """Stops: a traceback, or heads of the wrong width, from a config that is not the tensors'."""
     with pytest.raises(CoralError, match=message):
         eagle.read(write(tmp_path / "e", **claims), tiny_target())
+
+
+def test_heads_that_fit_the_tensors_but_not_llama_are_refused(tmp_path):
+    """Stops: a traceback from transformers, whose Llama has a hidden size that is a multiple of the heads."""
+    names = ("layers__0__self_attn__k_proj__weight", "layers__0__self_attn__v_proj__weight")
+    tensors = odd(**{name: torch.ones(8, 16) for name in names})  # 3 heads of 8, of which 1 has keys
+    with pytest.raises(CoralError, match=r"config\.json cannot be read"):
+        eagle.read(write(tmp_path / "e", tensors, num_attention_heads=3), tiny_target())
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):

@@ -221,6 +221,7 @@ def test_normalised_feedback_is_refused_by_name(to, target, tmp_path):
             "rope_theta other",
         ),
         ("speculators", OPTIONS["num_layers"], "num_layers 2"),
+        ("sglang", {"rope_parameters": {k: YARN[k] for k in list(YARN)[:3]}}, "'yarn' without original_max"),
     ],
 )
 def test_a_refusal_names_the_feature(to, options, message, target, tmp_path):
@@ -322,12 +323,12 @@ def test_heads_go_along_or_are_named(coral, models, target, tmp_path):
     heads.save(directory, "routed", {"ids": torch.arange(270).view(10, 27).int()}, active=2)
     arguments = ("export", directory, "--target", models / "target", "--output")
     lines = run(coral, *arguments, tmp_path / "v", "--to", "vllm")
-    assert "left out: the routed and static head" in lines[1]
+    assert "left out: heads (routed, static); vllm has no place" in lines[1]
     assert not (tmp_path / "v" / "token_map.pt").exists()
     lines = run(coral, *arguments, tmp_path / "s", "--to", "sglang")
     token_map = tmp_path / "s" / "token_map.pt"
     assert torch.load(token_map, weights_only=True) == ids.tolist()
-    assert str(token_map) in lines[1] and "left out: the routed head" in lines[2]
+    assert str(token_map) in lines[1] and "left out: heads (routed); sglang" in lines[2]
     assert lines[-1].endswith(f"--speculative-token-map {token_map}")
     (directory / "coral" / "heads" / "static.safetensors").write_bytes(b"cut off")
     result = coral(*arguments, tmp_path / "s", "--to", "sglang")
@@ -373,7 +374,7 @@ MISTAKES = {
     "export {drafter} --to tensorrt --output {out}": "format 'tensorrt' is not known; use vllm, sglang",
     "export {drafter} --to vllm --output {out} --dtype int8": "dtype 'int8' is not known; use auto",
     "export {target} --to vllm --output {out}": "is not a CORAL drafter",
-    "export /nowhere --to vllm --output {out}": "is not a CORAL drafter",
+    "export /nowhere --to vllm --output {out}": "there is no drafter directory /nowhere",
     "export {drafter} --to vllm --output {drafter}": "holds files that are not an export; choose an empty",
     "export {drafter} --to eagle --output {out}": "cannot carry head_dim 6",
     "export {drafter} --to speculators --output {out} --target {other}": "has other weights",

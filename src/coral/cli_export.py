@@ -12,7 +12,7 @@ from coral.errors import CoralError
 
 
 def export(
-    drafter: Annotated[Path, typer.Argument(help="Drafter directory, as `coral train` wrote it.")],
+    drafter: Annotated[str, typer.Argument(help="Drafter that `coral train` wrote: a directory or hub id.")],
     to: Annotated[str, typer.Option(help="vllm, sglang, eagle or speculators.")],
     output: Annotated[Path, typer.Option(help="Directory to write: new, empty or an older export.")],
     target: Annotated[
@@ -51,7 +51,8 @@ def export(
     format = write.find(to)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise CoralError(f"dtype {dtype!r} is not known; use auto, float32, bfloat16 or float16.")
-    recorded = checkpoint.read_config(drafter)["target"]
+    directory = checkpoint.locate(drafter)
+    recorded = checkpoint.read_config(directory)["target"]
     if target is None:
         shipped = checkpoint.read_config(EMBEDDED / "drafter")["target"]
         target = str(EMBEDDED / "target") if recorded == shipped else recorded["name"]
@@ -60,13 +61,13 @@ def export(
     if format.READS_TARGET:
         loaded = options.load_target(target, "auto", None, revision, trust_remote_code)
     asked = None if dtype == "auto" else getattr(torch, dtype)
-    done = write.export(drafter, to, output, served=target, target=loaded, dtype=asked)
+    done = write.export(directory, to, output, served=target, target=loaded, dtype=asked)
     print(f"drafter for {to}: {output}")
     if done.token_map is not None:
         print(f"static head: written as the token map {done.token_map}")
     if done.left_out:
-        which = " and ".join(done.left_out)
-        print(f"left out: the {which} head; {to} drafts with the target's own, and the text is the same")
+        heads = ", ".join(done.left_out)
+        print(f"left out: heads ({heads}); {to} has no place for them, so drafting costs more there")
     if format.READS_TOKEN_MAP and done.token_map is None:
         print(
             "no token map: for drafting with fewer ids, run `coral train-head "

@@ -70,7 +70,6 @@ def generate(
     coupled: options.Coupled = True,
     fallback: options.Fallback = True,
     revision: options.Revision = None,
-    drafter_revision: Annotated[str | None, typer.Option(help="Revision of the drafter on the hub.")] = None,
     trust_remote_code: options.Trust = False,
 ) -> None:
     """Write an answer, token by token. The text is the target's own; the drafter only makes it faster."""
@@ -95,7 +94,6 @@ def generate(
         coupled=coupled,
         fallback=fallback,
         revision=revision,
-        drafter_revision=drafter_revision,
         trust_remote_code=trust_remote_code,
     )
     asked: dict[str, Any] = {

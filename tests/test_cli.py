@@ -29,7 +29,7 @@ OPTIONS = {
         "--target", "--drafter", "--temperature", "--top-p", "--top-k", "--seed", "--max-new-tokens",
         "--stop", "--chat", "--raw", "--stats", "--mark", "--dtype", "--device", "--tree", "--coupled",
         "--no-coupled", "--compile", "--no-compile", "--head", "--fallback", "--no-fallback", "--revision",
-        "--drafter-revision", "--trust-remote-code",
+        "--trust-remote-code",
     },
     "demo": {"--deepen", "--max-new-tokens", "--dtype", "--tree"},
     "data": set(),
@@ -59,6 +59,10 @@ OPTIONS = {
         "--target", "--data", "--prompts", "--max-new-tokens", "--temperature", "--head", "--compile",
         "--no-compile", "--deepen", "--write", "--no-write", "--dtype", "--device", "--seed", "--revision",
         "--trust-remote-code",
+    },
+    "push": {
+        "--private", "--revision", "--message", "--license", "--base-model", "--data-note", "--bench",
+        "--dry-run",
     },
     "bench": {
         "--output", "--target", "--drafter", "--suite", "--limit", "--deepen", "--dtype", "--temperature",

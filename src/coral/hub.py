@@ -150,8 +150,10 @@ def _explained(error: Exception, what: str, revision: str | None) -> CoralError:
             reason = "it was not downloaded before, and HF_HUB_OFFLINE is set; unset it to reach the hub"
         case ValueError():  # what the client itself refuses, the card's metadata for example
             reason = _line(error)
-        case _:
+        case _ if isinstance(error, OSError) or type(error).__module__.startswith("httpx"):
             reason = f"the hub cannot be reached ({_line(error)}); check the network and HF_ENDPOINT"
+        case _:
+            reason = f"the hub's client stops with {type(error).__name__}: {_line(error)}"
     return CoralError(f"{what}{reason}.")
 
 

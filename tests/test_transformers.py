@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from test_lossless import p_value
-from tiny import Oracle, prompt_of, soft_target, tiny_model
+from tiny import Bushes, Oracle, prompt_of, soft_target, tiny_model
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 from transformers import (
@@ -69,12 +69,19 @@ def batch(lengths: tuple[int, ...] = (9, 4, 7)) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
 
 
-def oracle(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Any:
-    """A function that drafts what the model would write, so that every end falls inside a path."""
+def oracle(
+    monkeypatch: pytest.MonkeyPatch,
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    kind: type[Oracle] = Oracle,
+) -> Any:
+    """A function that drafts what the model would write, so that every end falls inside a path; with Bushes
+    only now and then, so that some texts run ahead of others.
+    """
     texts = model.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=None)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 40), value=1).bool()
     rows = [text[keep].tolist() for text, keep in zip(texts, mask, strict=True)]
-    monkeypatch.setattr("coral.in_transformers.make_proposer", lambda *_: Oracle(rows))
+    monkeypatch.setattr("coral.in_transformers.make_proposer", lambda *_: kind(rows))
     return faster("ngram")
 
 
@@ -179,7 +186,7 @@ RULES = {
 def test_criteria_are_asked_what_generate_asks(rule: str, eos: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stops a criterion that sees drafts, misses a token, or sees texts of different steps in one batch."""
     model, inputs = tiny_model(), batch()
-    function = oracle(monkeypatch, model, inputs)
+    function = oracle(monkeypatch, model, inputs, Bushes)
     asked = {**inputs, "max_new_tokens": NEW, "do_sample": False}
     asked["eos_token_id"] = early_end(model, inputs) if eos else None
     theirs, ours = Heard(RULES[rule]), Heard(RULES[rule])

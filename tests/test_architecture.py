@@ -29,17 +29,23 @@ OUTLETS = (
     "coral.cli_bench",
     "coral.cli_data",
     "coral.cli_export",
+    "coral.cli_hub",
     "coral.cli_tune",
     "coral.chat",
     "coral.demo",
     "coral.export",
+    "coral.in_transformers",
     "coral.serve",
     "coral.tuning",
 )
 MAY_USE_OUTLETS = {
+    "coral.card": ("coral.export",),  # its commands serve the drafter
     "coral.cli": OUTLETS,
     "coral.cli_bench": ("coral.bench",),
     "coral.cli_export": ("coral.export",),
+    "coral.cli_hub": ("coral.bench.report",),
+    "coral.custom_generate.generate": ("coral.in_transformers",),  # what transformers runs
+    "coral.embedded.drafter.custom_generate.generate": ("coral.in_transformers",),
     "coral.cli_tune": ("coral.bench.deepen", "coral.bench.suites", "coral.tuning"),
     # Tuning and bench measure plain decoding and compiled sizes in the same way.
     "coral.tuning.costs": ("coral.bench.costs",),

@@ -48,7 +48,8 @@ def test_top_level_is_the_plain_eagle_layout(saved):
     assert config["architectures"] == ["LlamaForCausalLM"] and config["bias"] is False
     assert (config["vocab_size"], config["num_hidden_layers"], config["rope_theta"]) == (31, 1, 10000.0)
     assert config["tie_word_embeddings"] is False
-    assert sorted(path.name for path in directory.iterdir()) == ["config.json", "coral", "model.safetensors"]
+    names = ["config.json", "coral", "custom_generate", "model.safetensors"]
+    assert sorted(path.name for path in directory.iterdir()) == names
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ OPTIONS = {
         "--target", "--drafter", "--temperature", "--top-p", "--top-k", "--seed", "--max-new-tokens",
         "--stop", "--chat", "--raw", "--stats", "--mark", "--dtype", "--device", "--tree", "--coupled",
         "--no-coupled", "--compile", "--no-compile", "--head", "--fallback", "--no-fallback", "--revision",
-        "--drafter-revision", "--trust-remote-code",
+        "--trust-remote-code",
     },
     "demo": {"--deepen", "--max-new-tokens", "--dtype", "--tree"},
     "data": set(),
@@ -60,6 +60,10 @@ OPTIONS = {
         "--no-compile", "--deepen", "--write", "--no-write", "--dtype", "--device", "--seed", "--revision",
         "--trust-remote-code",
     },
+    "push": {
+        "--private", "--revision", "--message", "--license", "--base-model", "--data-note", "--bench",
+        "--dry-run",
+    },
     "bench": {
         "--output", "--target", "--drafter", "--suite", "--limit", "--deepen", "--dtype", "--temperature",
         "--uncoupled", "--peers", "--no-peers", "--assistant", "--compile", "--no-compile", "--head",
@@ -67,10 +71,10 @@ OPTIONS = {
     },
     "bench compare": set(),
     "export": {"--to", "--output", "--target", "--dtype", "--revision", "--trust-remote-code"},
-    "import": {"--target", "--output", "--revision", "--drafter-revision", "--trust-remote-code"},
+    "import": {"--target", "--output", "--revision", "--trust-remote-code"},
 }  # fmt: skip
 
-# What the issue promises of every row of results.json.
+# What every row has of results.json.
 ROW = {
     "kind", "drafter", "suite", "temperature", "dtype", "tokens", "cycles", "seconds", "tokens_per_second",
     "speedup", "speedup_over_hf", "tau", "tau_unrepeated", "repeat_share", "acceptance_by_depth",

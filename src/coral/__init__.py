@@ -13,10 +13,22 @@ if TYPE_CHECKING:
     from coral.decoding.state import Cycle, State
     from coral.decoding.tree import Budget, DraftTree
     from coral.errors import CoralError
+    from coral.in_transformers import for_transformers
     from coral.target import Target
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "CoralError", "Cycle", "DraftTree", "Pair", "Sampling", "State", "Target", "load"]
+__all__ = [
+    "Budget",
+    "CoralError",
+    "Cycle",
+    "DraftTree",
+    "Pair",
+    "Sampling",
+    "State",
+    "Target",
+    "for_transformers",
+    "load",
+]
 
 _HOME = {
     "Pair": "coral.api",
@@ -27,6 +39,7 @@ _HOME = {
     "Budget": "coral.decoding.tree",
     "DraftTree": "coral.decoding.tree",
     "CoralError": "coral.errors",
+    "for_transformers": "coral.in_transformers",
     "Target": "coral.target",
 }
 

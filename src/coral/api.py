@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from coral.target import Target
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from coral.drafter.drafter import Drafter
+
 EMBEDDED = Path(__file__).parent / "embedded"
 """The pair that the package ships: `target` and `drafter`."""
 
@@ -28,7 +31,7 @@ Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 def load(
     target: str | Path | PreTrainedModel | Target | None = None,
-    drafter: str | Path | None = None,
+    drafter: str | Path | Drafter | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "auto",
@@ -41,15 +44,15 @@ def load(
     coupled: bool = True,
     fallback: bool = True,
     revision: str | None = None,
-    drafter_revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Pair:
     """Load a target and what drafts for it.
 
     Args:
         target: directory, hub id, loaded model, or None for the pair that the package ships.
-        drafter: drafter directory or hub id, "ngram" (prompt lookup, no training), both in one tree as
-            "DIRECTORY+ngram", or None for plain decoding.
+        drafter: drafter directory or hub id ("me/drafter", pinned as "me/drafter@REVISION"), "ngram" (prompt
+            lookup, no training), both in one tree as "DIRECTORY+ngram", a drafter that is already loaded, or
+            None for plain decoding.
         budget: how large draft trees grow; None: what `coral tune` found for this drafter here, else
             `tree.DEFAULT`.
         compile: see `Target.compiled`.
@@ -75,10 +78,10 @@ def load(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-    budget, origin = choose_budget(target, drafter, budget, head, compile, drafter_revision)
+    budget, origin = choose_budget(target, drafter, budget, head, compile)
     if compile:
         target = target.compiled((1, budget.num_nodes + 1))
-    proposer = make_proposer(target, drafter, coupled, drafter_revision, head)
+    proposer = make_proposer(target, drafter, coupled, head)
     if fallback and not isinstance(proposer, Plain):
         proposer = Fallback(proposer)
     return Pair(target, proposer, budget, origin)
@@ -86,11 +89,10 @@ def load(
 
 def choose_budget(
     target: Target,
-    drafter: str | Path | None,
+    drafter: str | Path | Drafter | None,
     asked: Budget | None = None,
     head: str = "auto",
     compile: bool = False,
-    revision: str | None = None,
 ) -> tuple[Budget, str]:
     """The budget that a drafter gets, and where it comes from: "asked for", "tuned" or "default".
 
@@ -101,12 +103,15 @@ def choose_budget(
         CoralError: no such drafter or head, or a file of tuned trees that cannot be read.
     """
     from coral.drafter import checkpoint, heads
+    from coral.drafter.drafter import Drafter
 
     if asked is not None:
         return asked, "asked for"
+    if isinstance(drafter, Drafter):
+        return DEFAULT, "default"
     source, head, _ = read_name(drafter, head)
     if source is not None:
-        directory = checkpoint.locate(source, revision)
+        directory = checkpoint.locate(source)
         place = tuned.Place.of(target, heads.resolve(directory, head), compile)
         if (found := tuned.find(directory, place)) is not None:
             return found, "tuned"
@@ -135,24 +140,45 @@ def read_name(drafter: str | Path | None, head: str = "auto") -> tuple[str | Pat
 
 def make_proposer(
     target: Target,
-    drafter: str | Path | None,
+    drafter: str | Path | Drafter | None,
     coupled: bool = True,
-    revision: str | None = None,
     head: str = "auto",
 ) -> Proposer:
-    """The proposer that `drafter` names, see `read_name`."""
+    """The proposer that `drafter` names, see `read_name`.
+
+    Raises:
+        CoralError: no such drafter or head, or a drafter of another target.
+    """
     from coral.decoding.proposers.feature import Feature
     from coral.decoding.proposers.merged import Merged
     from coral.decoding.proposers.ngram import NGram
     from coral.drafter import checkpoint, heads
+    from coral.drafter.drafter import Drafter
 
+    if isinstance(drafter, Drafter):
+        own = heads.of_target(target, "full" if head == "auto" else head)
+        return Feature(_fitted(drafter, target), target, own, coupled)
     source, head, lookup = read_name(drafter, head)
     if source is None:
         return NGram() if lookup else Plain()
     device = target.head_weight.device
-    loaded = checkpoint.load(source, target, revision=revision, dtype=target.dtype, device=device)
-    trained = Feature(loaded, target, heads.load(source, target, head, revision=revision), coupled)
+    loaded = checkpoint.load(source, target, dtype=target.dtype, device=device)
+    trained = Feature(loaded, target, heads.load(source, target, head), coupled)
     return Merged(trained, NGram()) if lookup else trained
+
+
+def _fitted(drafter: Drafter, target: Target) -> Drafter:
+    """A loaded drafter in the target's dtype and on its device; copied where that changes it."""
+    sizes = drafter.config.vocab_size, drafter.config.hidden_size
+    if sizes != (target.vocab_size, target.hidden_size):
+        raise CoralError(
+            f"the drafter is for a target of vocabulary and hidden size {sizes}, but {target.name} has "
+            f"{(target.vocab_size, target.hidden_size)}; use a drafter that was trained for this target."
+        )
+    weight, wanted = drafter.fc.weight, target.head_weight
+    if (weight.dtype, weight.device) == (wanted.dtype, wanted.device):
+        return drafter
+    return deepcopy(drafter).to(device=wanted.device, dtype=wanted.dtype)
 
 
 class Pair:

@@ -14,6 +14,7 @@ from coral.cli_bench import bench
 from coral.cli_data import data
 from coral.cli_export import export, import_
 from coral.cli_heads import train_head
+from coral.cli_hub import push
 from coral.cli_tune import tune
 from coral.errors import CoralError
 
@@ -30,6 +31,7 @@ app.command()(train_head)
 app.command()(tune)
 app.command()(export)
 app.command("import")(import_)
+app.command()(push)
 
 
 @app.callback()
@@ -73,7 +75,6 @@ def generate(
     coupled: options.Coupled = True,
     fallback: options.Fallback = True,
     revision: options.Revision = None,
-    drafter_revision: Annotated[str | None, typer.Option(help="Revision of the drafter on the hub.")] = None,
     trust_remote_code: options.Trust = False,
 ) -> None:
     """Write an answer, token by token. The text is the target's own; the drafter only makes it faster."""
@@ -98,7 +99,6 @@ def generate(
         coupled=coupled,
         fallback=fallback,
         revision=revision,
-        drafter_revision=drafter_revision,
         trust_remote_code=trust_remote_code,
     )
     asked: dict[str, Any] = {

@@ -77,14 +77,16 @@ def export(
 
 
 def import_(
-    source: Annotated[str, typer.Argument(help="EAGLE, EAGLE-2 or HASS drafter: a directory or hub id.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="EAGLE, EAGLE-2 or HASS drafter: a directory or hub id, perhaps ID@REVISION."),
+    ],
     target: Annotated[str, typer.Option(help="Target that it was trained for: a directory or hub id.")],
     output: Annotated[
         Path | None,
         typer.Option(help="Drafter directory to write. Default: SOURCE's name with -coral."),
     ] = None,
     revision: options.Revision = None,
-    drafter_revision: Annotated[str | None, typer.Option(help="Revision of the drafter on the hub.")] = None,
     trust_remote_code: options.Trust = False,
 ) -> None:
     """Make a drafter of ours out of a published one, or out of an export.
@@ -95,7 +97,7 @@ def import_(
     from coral.drafter import checkpoint
     from coral.export.read import read
 
-    directory = checkpoint.locate(source, drafter_revision)
+    directory = checkpoint.locate(source)
     output = output or Path(f"{Path(source).absolute().name}-coral")
     checkpoint.refuse_foreign(output)
     loaded = options.load_target(target, "auto", None, revision, trust_remote_code)

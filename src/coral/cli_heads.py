@@ -25,7 +25,7 @@ _OPTIONS = {  # which kind reads which option
 
 def train_head(
     context: typer.Context,
-    drafter: Annotated[Path, typer.Argument(help="Drafter directory; the head is added to it.")],
+    drafter: Annotated[str, typer.Argument(help="Drafter directory; the head is added to it.")],
     data: options.Data,
     target: options.Target = None,
     kind: Annotated[
@@ -89,19 +89,20 @@ def train_head(
                 raise CoralError(f"--{name} belongs to --kind {other}; leave it out with --kind {kind}.")
     if kind == "routed" and updates == 0:
         raise CoralError("a router that is not trained is of no use; ask for at least one of --updates.")
+    directory = checkpoint.own_directory(drafter)
     rows = shards.load(data)
     loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows)
-    network = checkpoint.load(drafter, loaded, device=loaded.device).float()
+    network = checkpoint.load(directory, loaded, device=loaded.device).float()
     match kind:
         case "routed":
             updates = updates or 300
-            _routed(drafter, network, loaded, rows, groups, active, grouping, core, updates, seed)
+            _routed(directory, network, loaded, rows, groups, active, grouping, core, updates, seed)
         case "static":
-            _static(drafter, loaded, rows, size or loaded.vocab_size // 4)
+            _static(directory, loaded, rows, size or loaded.vocab_size // 4)
         case "low_rank":
             rank = rank or max(2, loaded.hidden_size // 8)
-            _low_rank(drafter, network, loaded, rows, rank, rescored, batches, updates or 0, seed)
-    tuned.forget(drafter, kind)
+            _low_rank(directory, network, loaded, rows, rank, rescored, batches, updates or 0, seed)
+    tuned.forget(directory, kind)
 
 
 def _routed(

@@ -20,8 +20,8 @@ def tune(
     drafter: Annotated[
         str | None,
         typer.Argument(
-            help="Drafter directory or hub id; the tree is written into it. Default: the shipped pair's, "
-            "inside the installed package.",
+            help="Drafter directory; the tree is written into it. With --no-write also a hub id. Default: "
+            "the shipped pair's, inside the installed package.",
         ),
     ] = None,
     target: options.Target = None,
@@ -69,7 +69,7 @@ def tune(
     source, head, lookup = read_name(drafter or str(EMBEDDED / "drafter"), head)
     if source is None or lookup:
         raise CoralError(f"{drafter!r} is no trained drafter; name the directory of one, without '+ngram'.")
-    directory = checkpoint.locate(source)
+    directory = checkpoint.own_directory(source) if write else checkpoint.locate(source)
     kind = heads.resolve(directory, head)
     if target is None and dtype == "auto":
         dtype = "float32"  # as `coral generate` runs the shipped target
@@ -91,6 +91,8 @@ def tune(
     if write:
         path = tuned.save(directory, place, found.best.budget, found.best.speedup, found.achieved)
         print(f"tree {found.best.budget}: {path}")
+    else:
+        print(f"not written down; to use it: --tree {found.best.budget}")
 
 
 def _prompts(target: Target, rows: PreparedData | None) -> list[list[int]]:

@@ -26,8 +26,9 @@ Data = Annotated[
 Drafter = Annotated[
     str | None,
     typer.Option(
-        help="Drafter: a directory or hub id (add '+ngram' for lookup in the same tree, '+static' and so "
-        "on for one of its heads), 'ngram' or 'plain'. Default: the shipped pair's, else plain."
+        help="Drafter: a directory or hub id, perhaps as ID@REVISION (add '+ngram' for lookup in the same "
+        "tree, '+static' and so on for one of its heads), 'ngram' or 'plain'. Default: the shipped pair's, "
+        "else plain."
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]

@@ -41,6 +41,9 @@ _PREFILL_CHUNK = 512
 class Target:
     """A frozen causal LM. See `load`.
 
+    Args:
+        freeze: take the model out of training mode and its parameters out of autograd, for good.
+
     Attributes:
         model, tokenizer, config: the Hugging Face objects (tokenizer may be None when none was given).
         name, revision: where the weights came from; recorded in drafter checkpoints.
@@ -57,6 +60,7 @@ class Target:
         *,
         name: str | None = None,
         revision: str | None = None,
+        freeze: bool = True,
     ) -> None:
         check_supported(model.config)
         if model.config._attn_implementation not in (*_ATTENTION, GROUPED_SDPA):
@@ -68,7 +72,7 @@ class Target:
             raise CoralError(
                 "parts of the model are offloaded to the CPU or disk; use a device map without offload."
             )
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False) if freeze else model
         self.tokenizer, self.config = tokenizer, model.config
         self.name = name or model.config._name_or_path or model.config.model_type
         self.revision = revision

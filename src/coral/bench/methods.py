@@ -78,6 +78,8 @@ def hugging_face(target: Target, assistant: PreTrainedModel | None = None, **opt
     At temperature > 0 it draws from its own random numbers, so only its speed can be compared.
     """
 
+    model: Any = target.model  # its type does not know `generate`
+
     def write(prompt: list[int], sampling: Sampling, sequence_id: int, length: int) -> Written:
         drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
         # No padding token: an assistant would leave tokens equal to it out of the prompt.
@@ -95,7 +97,7 @@ def hugging_face(target: Target, assistant: PreTrainedModel | None = None, **opt
         try:
             begin = perf_counter()
             ids = torch.tensor([prompt], device=target.device)
-            output = target.model.generate(
+            output = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,

@@ -3,6 +3,7 @@
 The top level is the plain EAGLE layout that vLLM and SGLang read: `config.json` and `model.safetensors` with
 exactly the tensors of the drafter. What those engines do not know lies in `coral/config.json`: the kind of
 drafter, the target it belongs to, the drafter's options, and the recipe and measurements it came from.
+`custom_generate/` lets transformers' `generate` draft with the directory; nothing here reads it.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import json
 from collections.abc import Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shutil import copyfile
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor
 
+from coral import hub
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.errors import CoralError
 from coral.files import atomic_directory
@@ -25,6 +28,8 @@ from coral.files import atomic_directory
 FORMAT_VERSION = 1
 KINDS = ("eagle",)
 FEATURE = "after_final_norm"
+CUSTOM_GENERATE = Path(__file__).parent.parent / "custom_generate"
+"""What transformers runs for `generate(..., custom_generate=DRAFTER)`; every drafter carries a copy."""
 
 
 class TargetLike(Protocol):
@@ -129,23 +134,25 @@ def write(
     (directory / "model.safetensors").write_bytes(serialise(tensors, metadata={"format": "pt"}))
     write_json(directory / "config.json", engine_config(drafter.config, drafter.fc.weight.dtype))
     write_json(directory / "coral" / "config.json", ours)
+    (directory / CUSTOM_GENERATE.name).mkdir(exist_ok=True)
+    for name in ("generate.py", "requirements.txt"):
+        copyfile(CUSTOM_GENERATE / name, directory / CUSTOM_GENERATE.name / name)
 
 
 def load(
     source: str | Path,
     target: TargetLike | None = None,
     *,
-    revision: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Drafter:
-    """Read a drafter from a directory or a Hugging Face hub id, ready to run (no gradients, evaluation mode).
+    """Read a drafter from where `locate` finds it, ready to run (no gradients, evaluation mode).
 
     Raises:
         CoralError: nothing there, not a drafter of ours, tensors missing, left over or of another shape, or a
             drafter that belongs to another target than the one given.
     """
-    directory = locate(source, revision)
+    directory = locate(source)
     ours = read_config(directory)
     config = DrafterConfig(**ours["drafter"])
     if target is not None:
@@ -190,27 +197,38 @@ def read_config(directory: Path) -> dict[str, Any]:
     return ours
 
 
-def locate(source: str | Path, revision: str | None = None) -> Path:
-    """The directory of a drafter, downloaded if it is a hub id; raises CoralError when there is none."""
+def locate(source: str | Path) -> Path:
+    """The directory of a drafter: `source` itself, or the download of a hub id such as "me/drafter", perhaps
+    at a branch, tag or commit: "me/drafter@v1".
+
+    Raises:
+        CoralError: there is no such directory, repository or revision, or the hub cannot be reached.
+    """
     if Path(source).is_dir():
         return Path(source)
-    if isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "/", "~")):
+    name, pinned, revision = str(source).partition("@")
+    if pinned and Path(name).is_dir():
+        raise CoralError(f"{name} is a directory, which has no revisions; leave out @{revision}.")
+    if isinstance(source, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CoralError(f"there is no drafter directory {source}; check the path.")
-    from huggingface_hub import snapshot_download
+    if pinned and not revision:
+        raise CoralError(f"{source!r} names no revision; write it as {name}@REVISION, or leave out the @.")
+    return hub.download(name, revision or None)
 
-    try:
-        return Path(
-            snapshot_download(
-                source,
-                revision=revision,
-                allow_patterns=["*.json", "*.safetensors", "pytorch_model.bin", "coral/*"],
-            )
-        )
-    except Exception as error:
+
+def own_directory(source: str | Path) -> Path:
+    """The directory of a drafter that is to be changed; raises CoralError when it is on the hub, whose
+    downloads are shared and not ours to change.
+    """
+    directory = locate(source)
+    if directory != Path(source):
+        name, _, revision = str(source).partition("@")
+        pinned = f" --revision {revision}" if revision else ""
         raise CoralError(
-            f"no drafter {source!r}: no such directory, and the hub says {type(error).__name__}; "
-            "check the name."
-        ) from error
+            f"{source} is on the hub, and a download from there is never changed; copy it with "
+            f"`hf download {name}{pinned} --local-dir DRAFTER`, and name that directory instead."
+        )
+    return directory
 
 
 def _check_target(directory: Path, recorded: TargetRecord, given: TargetRecord) -> None:

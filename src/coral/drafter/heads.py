@@ -136,7 +136,6 @@ def load(
     target: Target,
     which: str = "auto",
     active: int | None = None,
-    revision: str | None = None,
 ) -> Head:
     """A head of a drafter: "full", "in_context", one that was made for it, or "auto"; see `resolve`.
 
@@ -146,12 +145,10 @@ def load(
     Raises:
         CoralError: an unknown head, none in the directory, or one for another vocabulary.
     """
-    directory = checkpoint.locate(source, revision)
+    directory = checkpoint.locate(source)
     which = resolve(directory, which)
-    if which == "full":
-        return FullHead(target)
-    if which == "in_context":
-        return InContextHead(target)
+    if which not in KINDS:
+        return of_target(target, which)
     path = _file(directory, which)
     if not path.exists():
         raise CoralError(
@@ -179,6 +176,19 @@ def _refuse_corrupt(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, KeyError, ValueError, IndexError, RuntimeError) as error:
         raise CoralError(f"{path} cannot be read ({str(error).strip()}); make it again.") from error
+
+
+def of_target(target: Target, which: str) -> Head:
+    """A head that is made from the target alone; raises CoralError for any other than full, in_context."""
+    match which:
+        case "full":
+            return FullHead(target)
+        case "in_context":
+            return InContextHead(target)
+    raise CoralError(
+        f"head {which!r} lies in a drafter's directory, but a loaded drafter brings none; name the "
+        "directory, or ask for full or in_context."
+    )
 
 
 def _build(

@@ -32,6 +32,13 @@ Drafter = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="Device, for example cuda. Default: where it fits.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="Place a target that is too large for one device: auto spreads it over the GPUs, then the CPU's "
+        "memory (or balanced, sequential)."
+    ),
+]
 Tree = Annotated[
     str | None,
     typer.Option(
@@ -123,6 +130,7 @@ def load_target(
     revision: str | None,
     trust_remote_code: bool,
     rows: PreparedData | None = None,
+    device_map: str | None = None,
 ) -> Target_:
     """The target that a command works on, by default the shipped one; `rows` must have been prepared for it.
 
@@ -138,6 +146,7 @@ def load_target(
         target or EMBEDDED / "target",
         dtype=dtype,
         device=device,
+        device_map=device_map,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )

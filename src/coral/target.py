@@ -151,7 +151,7 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        """Where ids go in and features come out: where the LM head lies, if several devices hold the model."""
+        """Where ids go in and features come out: the LM head's device, if several hold the model."""
         return self.head_weight.device
 
     @property

@@ -1,4 +1,4 @@
-"""Experiment trackers: where a run's configuration and metrics go beside metrics.jsonl, through accelerate."""
+"""Experiment trackers: where a run's configuration and metrics go beside metrics.jsonl."""
 
 from importlib.util import find_spec
 from pathlib import Path

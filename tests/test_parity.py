@@ -75,8 +75,8 @@ def test_written_as_hugging_face_writes(kind, attention):
 
 @torch.no_grad()
 def test_feature_is_the_input_of_the_head(kind, attention, monkeypatch):
-    """Stops a feature taken before the final norm, logits that are scaled after the head, and a window that is
-    lost between blocks of rows.
+    """Stops a feature taken before the final norm, logits that are scaled after the head, and a window that
+    is lost between blocks of rows.
     """
     monkeypatch.setattr("coral.attention.BLOCK", 6)
     target, prompt = tiny_target(kind, attention), prompt_of(20)

@@ -81,6 +81,24 @@ def test_two_processes_begin_and_one_goes_on(tmp_path, one_thread, way, precisio
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
 
 
+def gone_on(output):
+    os.environ.update(FSDP)
+    torch.set_num_threads(1)
+    outcome, _ = run(output, TOGETHER, acceptance=lambda drafter: {"chain": 1.0})
+    assert outcome.finished and outcome.update == 8
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_one_process_begins_and_two_go_on_with_shards(tmp_path, one_thread):
+    """Stops: moments that are lost, or given whole to a process that holds a part."""
+    outcome, _ = run(tmp_path / "two", ALONE, acceptance=interrupt_at_first)
+    assert outcome.update == 4
+    in_two_processes(gone_on, tmp_path / "two")
+    run(tmp_path / "one", ALONE, acceptance=lambda drafter: {"chain": 1.0})
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5, atol=1e-5)
+    assert timeless(tmp_path / "two") == timeless(tmp_path / "one")
+
+
 def sharded(output):
     os.environ.update(FSDP)
     torch.set_num_threads(1)

@@ -28,7 +28,9 @@ from coral.target import Target
 from coral.training import parallel, trackers
 from coral.training.recipe import DrafterOptions, Reports
 
-TOGETHER = replace(CONFIG, batch_size=2, accumulate=2)  # in two processes; noise and alignment included
+CLIPPED = replace(CONFIG.optimiser, gradient_clip=0.05)  # always
+# In two processes; noise and alignment included.
+TOGETHER = replace(CONFIG, batch_size=2, accumulate=2, optimiser=CLIPPED)
 ALONE = replace(TOGETHER, accumulate=4)
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
@@ -74,6 +76,7 @@ def test_two_processes_begin_and_one_goes_on(tmp_path, one_thread, way, precisio
     outcome, said = run(tmp_path / "two", alone, acceptance=lambda drafter: {"chain": 1.0})
     assert outcome.finished and outcome.update == 8 and "going on after update 4" in said
     run(tmp_path / "one", alone, acceptance=lambda drafter: {"chain": 1.0})
+    assert losses(tmp_path / "one")[:, 1].min() > CLIPPED.gradient_clip
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5, atol=1e-5)
     assert timeless(tmp_path / "two") == timeless(tmp_path / "one")
     ours, theirs = weights(tmp_path / "two"), weights(tmp_path / "one")

@@ -48,7 +48,8 @@ OPTIONS = {
     },
     "train": {
         "--data", "--output", "--target", "--recipe", "--set", "--minutes", "--updates", "--resume",
-        "--no-resume", "--dtype", "--device", "--revision", "--trust-remote-code",
+        "--no-resume", "--tracker", "--dtype", "--device", "--device-map", "--shard-target", "--revision",
+        "--trust-remote-code",
     },
     "train-head": {
         "--data", "--target", "--kind", "--groups", "--active", "--grouping", "--core", "--updates", "--size",

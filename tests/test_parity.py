@@ -74,8 +74,11 @@ def test_written_as_hugging_face_writes(kind, attention):
 
 
 @torch.no_grad()
-def test_feature_is_the_input_of_the_head(kind, attention):
-    """Stops a feature taken before the final norm, and logits that are scaled after the head."""
+def test_feature_is_the_input_of_the_head(kind, attention, monkeypatch):
+    """Stops a feature taken before the final norm, logits that are scaled after the head, and a window that
+    is lost between blocks of rows.
+    """
+    monkeypatch.setattr("coral.attention.BLOCK", 6)
     target, prompt = tiny_target(kind, attention), prompt_of(20)
     ids = torch.tensor([prompt, prompt_of(20, seed=1)])
     logits = tiny_model(kind, "eager" if attention == "eager" else "sdpa")(ids).logits
@@ -86,8 +89,11 @@ def test_feature_is_the_input_of_the_head(kind, attention):
 
 
 @torch.no_grad()
-def test_packed_documents_do_not_see_each_other(kind):
-    """Stops features of packed training rows that differ from those of each document alone."""
+def test_packed_documents_do_not_see_each_other(kind, monkeypatch):
+    """Stops features of packed training rows that differ from those of each document alone, also where a
+    block of rows ends within one.
+    """
+    monkeypatch.setattr("coral.attention.BLOCK", 6)
     target = tiny_target(kind)
     documents = [prompt_of(11), prompt_of(3, seed=1), prompt_of(9, seed=2)]
     starts = torch.zeros(1, 23, dtype=torch.bool)

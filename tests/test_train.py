@@ -8,8 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import debug_launcher
-from accelerate.state import AcceleratorState
 from rich.console import Console
 from tiny_training import tiny_data, tiny_target
 
@@ -190,29 +188,6 @@ def test_accumulated_batches_learn_what_one_large_batch_does(tmp_path):
     for other in (weights(tmp_path / "two"), weights(tmp_path / "less")):
         for name in whole:
             torch.testing.assert_close(other[name], whole[name], rtol=1e-3, atol=1e-4)
-
-
-def two_processes(output):
-    torch.set_num_threads(1)
-    config = replace(CONFIG, batch_size=2, accumulate=2, noise=0.0, alignment=AlignmentConfig())
-    run(output, config)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_two_processes_learn_what_one_does(tmp_path, monkeypatch):
-    """Stops: gradients averaged over processes with unequal numbers of rows, rows read twice."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    AcceleratorState._reset_state(reset_partial_state=True)  # else the forks take over this process's
-    debug_launcher(two_processes, (tmp_path / "two",), num_processes=2)
-    one = replace(CONFIG, batch_size=8, accumulate=1, noise=0.0, alignment=AlignmentConfig())
-    run(tmp_path / "one", one)
-    alone, together = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name in alone:
-        torch.testing.assert_close(alone[name], together[name], rtol=1e-3, atol=1e-4)
-    assert [line["update"] for line in metrics(tmp_path / "two")] == list(range(1, 9))
-    assert metrics(tmp_path / "two")[0]["loss"] == pytest.approx(
-        metrics(tmp_path / "one")[0]["loss"], rel=1e-4
-    )
 
 
 def test_data_of_another_tokenizer_is_refused(tmp_path):

@@ -22,6 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 GROUPED_SDPA = "coral_sdpa"
+BLOCK = 512
+"""Rows for which `attend_from` has a mask in memory at a time."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
@@ -58,6 +60,24 @@ def _fold(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | N
     return attended.reshape(batch, heads, rows, -1).transpose(1, 2)
 
 
+def attend_from(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float | None = None) -> Tensor:
+    """`attend` for whole sequences, q [B,H,L,d], where row r sees the columns first[r] .. r.
+
+    Packed documents and sliding windows are such a mask. It is never made for all rows at once, so memory
+    grows linearly with the length.
+
+    Args:
+        first: int64 [B,1,1,L], nowhere falling.
+    """
+    pieces, column = [], torch.arange(q.shape[2], device=q.device)
+    for top in range(0, q.shape[2], BLOCK):
+        rows = slice(top, top + BLOCK)
+        columns = slice(int(first[..., top].min()), min(top + BLOCK, q.shape[2]))
+        allowed = (column[columns] <= column[rows, None]) & (column[columns] >= first[..., rows].mT)
+        pieces.append(attend(q[:, :, rows], k[:, :, columns], v[:, :, columns], allowed, scale))
+    return torch.cat(pieces, 1)
+
+
 def grouped_sdpa(
     module: nn.Module,
     query: Tensor,
@@ -67,7 +87,9 @@ def grouped_sdpa(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers; see `attend`."""
+    """An attention function of transformers; see `attend`, and `attend_from` for a mask of integers."""
+    if attention_mask is not None and attention_mask.dtype == torch.int64:
+        return attend_from(query, key, value, attention_mask, scaling), None
     if attention_mask is None and query.shape[2] > 1:  # what that means depends on transformers' own cache
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
     return attend(query, key, value, attention_mask, scaling), None

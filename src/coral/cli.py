@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -147,23 +148,45 @@ def train(
         int | None, typer.Option(help="Stop after this many updates, instead of limits.epochs.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run in --output, if there is one.")] = True,
+    tracker: Annotated[
+        str | None, typer.Option(help="Also log to tensorboard, wandb, trackio, or all that are installed.")
+    ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    shard_target: Annotated[
+        bool,
+        typer.Option(
+            "--shard-target",
+            help="Spread the target over the processes of accelerate launch. The acceptance length is then "
+            "not measured on the way.",
+        ),
+    ] = False,
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Train a drafter for a target. Features are computed on the way, unless --data holds them."""
+    """Train a drafter for a target. Features are computed on the way, unless --data holds them.
+
+    `accelerate launch -m coral train ...` trains in several processes, on one machine or more.
+    """
     from coral.data import shards
     from coral.decoding.measure import acceptance
+    from coral.training import parallel
     from coral.training.loop import train as run
     from coral.training.recipe import load_recipe
 
     limits = {"minutes": minutes, "updates": updates}
     given = [f"limits.{name}={value}" for name, value in limits.items() if value is not None]
     instead = ["limits.epochs=null"] if given else []  # first, so that --set limits.epochs=3 still counts
+    given += [f"reports.tracker={tracker}"] if tracker else []
     config = load_recipe(recipe, [*instead, *(set_ or ()), *given])
     rows = shards.load(data)
-    loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows)
+    device = parallel.join(device, device_map)
+    # A target that is to be sharded goes to the devices layer by layer.
+    place = None if shard_target else device
+    loaded = options.load_target(target, dtype, place, revision, trust_remote_code, rows, device_map)
+    if shard_target:
+        parallel.shard_target(loaded)
     prompts = [p for p in rows.held_out_prompts if len(p) < loaded.context_length - 64][:16]
     outcome = run(
         loaded,
@@ -208,5 +231,8 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
+    if int(os.environ.get("RANK", 0)):
+        # What all processes have to say the first one says; its end ends this one meanwhile.
+        time.sleep(3)
     print(f"coral: {message}", file=sys.stderr)
     sys.exit(2)

@@ -33,6 +33,13 @@ Drafter = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="Device, for example cuda. Default: where it fits.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="Place a target that is too large for one device: auto spreads it over the GPUs, then the CPU's "
+        "memory (or balanced, sequential)."
+    ),
+]
 Tree = Annotated[
     str | None,
     typer.Option(
@@ -124,6 +131,7 @@ def load_target(
     revision: str | None,
     trust_remote_code: bool,
     rows: PreparedData | None = None,
+    device_map: str | None = None,
 ) -> Target_:
     """The target that a command works on, by default the shipped one; `rows` must have been prepared for it.
 
@@ -139,6 +147,7 @@ def load_target(
         target or EMBEDDED / "target",
         dtype=dtype,
         device=device,
+        device_map=device_map,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )

@@ -68,9 +68,11 @@ class Target:
                 f"attention {model.config._attn_implementation!r} takes no arbitrary mask, which trees need; "
                 f"load the model with attn_implementation='sdpa' or 'eager'."
             )
-        if any(parameter.is_meta for parameter in model.parameters()):
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        if any(parameter.is_meta for end in ends for parameter in end.parameters()):
             raise CoralError(
-                "parts of the model are offloaded to the CPU or disk; use a device map without offload."
+                "the model's embedding or LM head is offloaded to the CPU or disk; only layers may be: use a "
+                "device map that keeps these two on a device."
             )
         self.model = model.eval().requires_grad_(False) if freeze else model
         self.tokenizer, self.config = tokenizer, model.config
@@ -106,6 +108,8 @@ class Target:
 
         Args:
             dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+            device_map: placement of the parts by accelerate, for a model that does not fit on one device:
+                "auto" or another strategy, or a device for each part. Layers may be offloaded.
             attention: "sdpa" or "eager".
 
         Raises:
@@ -151,7 +155,8 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        return self.embedding_weight.device
+        """Where ids go in and features come out: the LM head's device, if several hold the model."""
+        return self.head_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -184,11 +189,11 @@ class Target:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Frozen token embeddings, [...] int64 -> [..., h]."""
-        return F.embedding(ids, self.embedding_weight)
+        return F.embedding(ids.to(self.embedding_weight.device), self.embedding_weight).to(self.device)
 
     def head(self, features: Tensor) -> Tensor:
         """[..., h] -> [..., V] logits, exactly as the model computes them."""
-        return self._head(features.to(self.head_weight.device))
+        return self._head(features)
 
     @torch.no_grad()
     def features(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
@@ -202,16 +207,19 @@ class Target:
         Returns:
             [B, L, h] in the model's dtype.
         """
-        batch, length = input_ids.shape
-        positions = torch.arange(length, device=input_ids.device).expand(batch, length)
-        if document_starts is None:
-            return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-        starts = torch.where(document_starts, positions, 0).cummax(-1).values
-        allowed = (starts[:, :, None] == starts[:, None, :]) & (
-            positions[:, :, None] >= positions[:, None, :]
-        )
-        positions = positions - starts
-        return self._forward(input_ids, positions, allowed, positions, cache=None)
+        rows = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+        if document_starts is None and (self._window is None or len(rows[0]) <= self._window):
+            return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state.to(self.device)
+        starts = torch.zeros_like(rows)
+        if document_starts is not None:
+            starts = torch.where(document_starts, rows, 0).cummax(-1).values
+        positions = rows - starts
+        if self.config._attn_implementation != GROUPED_SDPA:
+            allowed = (starts[:, :, None] == starts[:, None, :]) & (rows[:, :, None] >= rows[:, None, :])
+            return self._forward(input_ids, positions, allowed, positions, cache=None)
+        near = starts if self._window is None else torch.maximum(starts, rows - self._window + 1)
+        mask = self._for_layers(starts[:, None, None], near[:, None, None])
+        return self._run(input_ids, positions, mask, cache=None)
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty KV cache with room for `capacity` rows (it grows when that is not enough)."""
@@ -299,26 +307,35 @@ class Target:
         cache: Any,
     ) -> Tensor:
         """Features [B, N, h]; `allowed` [B, N, keys] bool says who attends to whom, before any window."""
-        window = getattr(self.config, "sliding_window", None)
-        if not getattr(self.config, "use_sliding_window", True):
-            window = None
+        window = self._window
         if allowed is None and window is not None and int(positions.max()) >= window:
             key_positions = torch.arange(int(positions.max()) + 1, device=ids.device)[None]
             allowed = torch.ones(1, 1, key_positions.shape[1], dtype=torch.bool, device=ids.device)
         mask: Any = None
         if allowed is not None:
             assert key_positions is not None
-            mask = self._mask(allowed)
+            mask = full = self._mask(allowed)
             if window is not None:
                 near = positions[:, :, None] - key_positions[:, None, :] < window
-                windowed = self._mask(allowed & near)
-                kinds = getattr(self.config, "layer_types", None)
-                one_mask = self.config.model_type in ("mistral", "phi3")
-                mask = (
-                    windowed
-                    if one_mask or kinds is None
-                    else {"full_attention": mask, "sliding_attention": windowed}
-                )
+                mask = self._for_layers(full, self._mask(allowed & near))
+        return self._run(ids, positions, mask, cache)
+
+    @property
+    def _window(self) -> int | None:
+        """The sliding window of the layers that have one; None where none has."""
+        used = getattr(self.config, "use_sliding_window", True)
+        return getattr(self.config, "sliding_window", None) if used else None
+
+    def _for_layers(self, full: Tensor, windowed: Tensor) -> Any:
+        """Masks of layers without and with a window as the model's family takes them."""
+        if self._window is None:
+            return full
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds is None or self.config.model_type in ("mistral", "phi3"):
+            return windowed
+        return {"full_attention": full, "sliding_attention": windowed}
+
+    def _run(self, ids: Tensor, positions: Tensor, mask: Any, cache: Any) -> Tensor:
         output = self.decoder(
             input_ids=ids,
             position_ids=positions,
@@ -326,7 +343,7 @@ class Target:
             past_key_values=cache,
             use_cache=cache is not None,
         )
-        return output.last_hidden_state
+        return output.last_hidden_state.to(self.device)
 
     def _forward_and_score(
         self,

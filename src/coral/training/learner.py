@@ -1,6 +1,6 @@
 """One forward pass of training: unroll, gather the trained rows, compare with the target."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,7 @@ from coral.training.losses import draft_losses
 from coral.training.recipe import TrainConfig
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """A batch's loss, summed over its trained rows, and what it is made of."""
 
     loss: Tensor
@@ -45,35 +44,35 @@ class Learner(nn.Module):
         if config.noise:
             noise = torch.rand(features.shape, generator=generator).to(features.device)
             read = features + (2 * noise - 1) * config.noise
-        drafts, wanted, kept, sequence, row = draft(
-            self.drafter,
-            batch,
-            config.steps,
-            read=read,
-            detach=config.detach,
-            checkpoint_steps=config.checkpoint_steps,
-        )
+        with torch.autocast(features.device.type, torch.bfloat16, config.precision == "bfloat16"):
+            drafts, wanted, kept, sequence, row = draft(
+                self.drafter,
+                batch,
+                config.steps,
+                read=read,
+                detach=config.detach,
+                checkpoint_steps=config.checkpoint_steps,
+            )
         tokens = batch.input_ids[sequence, row + 2]
         follows = (sequence[1:] == sequence[:-1]) & (row[1:] == row[:-1] + 1)
         before = torch.where(pad(follows, (1, 0)), torch.arange(len(row), device=row.device), 0) - 1
-        with torch.autocast(features.device.type, enabled=False):
-            losses = draft_losses(
-                drafts,
-                wanted,
-                kept,
-                tokens,
-                before,
-                head_weight,
-                head_bias,
-                config.loss,
-                config.head_chunk,
-            )
-            loss = losses.total.sum()
-            aligned = torch.zeros((), device=drafts.device)
-            if config.alignment.kind != "none":
-                views = (drafts, wanted, kept, sequence, tokens)
-                aligned = alignment_loss(*views, config.alignment, generator) * len(row)
-                loss = loss + config.alignment.weight * aligned
+        losses = draft_losses(
+            drafts,
+            wanted,
+            kept,
+            tokens,
+            before,
+            head_weight,
+            head_bias,
+            config.loss,
+            config.head_chunk,
+        )
+        loss = losses.total.sum()
+        aligned = torch.zeros((), device=drafts.device)
+        if config.alignment.kind != "none":
+            views = (drafts, wanted, kept, sequence, tokens)
+            aligned = alignment_loss(*views, config.alignment, generator) * len(row)
+            loss = loss + config.alignment.weight * aligned
         parts = (losses.rows, losses.correct, losses.regression, losses.cross_entropy, losses.top_k)
         sums = torch.stack([*(part.float() for part in parts), aligned.detach().expand(config.steps)], dim=1)
         return Outcome(loss, sums)

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from rich.console import Console
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from coral.data.shards import refuse_other_target
 from coral.drafter import checkpoint, eagle
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.errors import CoralError
+from coral.training import parallel, trackers
 from coral.training import state as run_state
 from coral.training.learner import Learner
 from coral.training.losses import trained_rows
@@ -81,14 +81,15 @@ def train(
 
     Args:
         acceptance: measures the drafter's real acceptance length; called in the main process, every
-            `reports.acceptance_every` updates and at the end.
+            `reports.acceptance_every` updates and at the end. Not where the target is sharded: there no
+            process can decode alone.
         resume: go on with the run in `output`, if there is one; otherwise it is replaced.
         console: where progress is shown; standard error if not given.
 
     Raises:
         CoralError: a bad configuration, an output that is something else, another configuration or other
-            data than the run in `output` had, no data, features of another target, or `PATIENCE` updates in
-            a row that are not finite.
+            data than the run in `output` had, no data, features of another target, a tracker that is not
+            installed, processes that see different runs, or `PATIENCE` updates in a row that are not finite.
     """
     check(config)
     output = Path(output)
@@ -97,44 +98,42 @@ def train(
     if len(dataset) == 0:
         raise CoralError("the prepared data holds no rows; prepare it from other conversations.")
     refuse_other_target(dataset, target)
-    AcceleratorState._reset_state()  # one process may train twice, each time at its own precision
-    accelerator = Accelerator(
-        cpu=target.device.type == "cpu", mixed_precision="bf16" if config.precision == "bfloat16" else "no"
+    accelerator = parallel.new_accelerator(
+        target.device, log_with=trackers.make(config.reports.tracker, output) or None
     )
     resumed = resume and (output / "coral" / "config.json").exists()
-    accelerator.wait_for_everyone()  # before the main process writes there
+    _refuse_different(accelerator, resumed=resumed, rows=len(dataset))  # before the main process writes
+    if parallel.is_sharded(target):
+        acceptance = None
     record = checkpoint.TargetRecord.of(target)
     drafter = checkpoint.load(output, target) if resumed else new_drafter(target, config)
     drafter = drafter.to(device=target.device, dtype=torch.float32).train().requires_grad_(True)
-    options = config.optimiser
-    optimiser: Any = torch.optim.AdamW(
-        drafter.parameters(),
-        lr=0.0,
-        betas=(options.beta1, options.beta2),
-        weight_decay=options.weight_decay,
+    learner = parallel.distribute(accelerator, Learner(drafter, config))
+    options, parameters = config.optimiser, list(drafter.parameters())
+    optimiser = torch.optim.AdamW(
+        parameters, lr=0.0, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay
     )
-    state = run_state.RunState()
+    state = run_state.RunState(processes=accelerator.num_processes)
     if resumed:
-        state, moments = run_state.load(output, config, len(dataset))
-        optimiser.load_state_dict(moments)
-    learner: Any
-    learner, optimiser = accelerator.prepare(Learner(drafter, config), optimiser)
+        state, moments = run_state.load(output, config, len(dataset), accelerator.num_processes)
+        parallel.load_moments(optimiser, moments)
     rows_per_update = config.batch_size * config.accumulate * accelerator.num_processes
     peak = options.learning_rate or 0.25 / target.hidden_size
 
     def save() -> None:
+        gathered, moments = parallel.whole_drafter(drafter), parallel.whole_moments(optimiser)
         if accelerator.is_main_process:
-            moments = optimiser.state_dict()
-            run_state.save(output, drafter, record, config, moments, state, len(dataset))
+            run_state.save(output, gathered, record, config, moments, state, len(dataset))
         accelerator.wait_for_everyone()
 
     def measure(reporter: Reporter) -> None:
+        gathered = parallel.whole_drafter(drafter)
         if acceptance is not None and accelerator.is_main_process:
             paused = reporter.pause()
-            drafter.eval()
+            gathered.eval()
             with torch.no_grad():
-                state.acceptance = acceptance(drafter)
-            drafter.train()
+                state.acceptance = acceptance(gathered)
+            gathered.train()
             reporter.go_on(paused)
             reporter.write({"update": state.update, "acceptance": state.acceptance})
             shown = "  ".join(
@@ -143,17 +142,24 @@ def train(
             reporter.say(f"update {state.update}  acceptance length: {shown}")
         accelerator.wait_for_everyone()
 
+    def track(line: dict[str, Any]) -> None:
+        accelerator.log(trackers.flat(line), step=line["update"])
+
+    if config.reports.tracker != "none":
+        accelerator.init_trackers(trackers.PROJECT, trackers.flat({**asdict(config), "target": target.name}))
     if not resumed:
         save()  # so that a full or read-only disk is found now, not after hours
     started = time.monotonic() - state.seconds
-    saved, broken, measured = time.monotonic(), 0, -1
+    saved, broken, measured = state.seconds, 0, -1
     with (
-        Reporter(output, not accelerator.is_main_process, console) as reporter,
+        Reporter(output, not accelerator.is_main_process, console, track) as reporter,
         run_state.stop_signals() as stop,
     ):
         if resumed:
             reporter.forget_after(state.update)
             reporter.say(f"going on after update {state.update}")
+        if accelerator.num_processes > 1:
+            reporter.say(f"{accelerator.num_processes} processes, {rows_per_update} rows in an update")
         while True:
             # All processes follow the main one's clock, and all stop when one is told to.
             clock = time.monotonic() - started if accelerator.is_main_process else 0.0
@@ -166,8 +172,8 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = rate
             rows = _order(config.seed, len(dataset), state.update * rows_per_update, rows_per_update)
-            loss, sums = _accumulate(accelerator, learner, target, dataset, rows, state.update)
-            norm = float(accelerator.clip_grad_norm_(learner.parameters(), options.gradient_clip))
+            loss, sums = _accumulate(accelerator, learner, config, target, dataset, rows, state.update)
+            norm = parallel.clip(parameters, options.gradient_clip)
             state.update += 1
             if math.isfinite(norm) and math.isfinite(loss):
                 broken = 0
@@ -198,11 +204,12 @@ def train(
             if every and state.update % every == 0:
                 measure(reporter)
                 measured = state.update
-            if time.monotonic() - saved > 60 * config.reports.checkpoint_minutes and not broken:
+            # By the shared clock, since all processes must save together.
+            if state.seconds - saved > 60 * config.reports.checkpoint_minutes and not broken:
                 paused = reporter.pause()
                 save()
                 reporter.go_on(paused)
-                saved = time.monotonic()
+                saved = state.seconds
         if fraction >= 1 and measured != state.update:
             measure(reporter)
         save()
@@ -214,25 +221,42 @@ def train(
     return TrainOutcome(state.update, fraction >= 1, state.skipped, state.seconds, state.acceptance)
 
 
+def _refuse_different(accelerator: Accelerator, *, resumed: bool, rows: int) -> None:
+    """Raise CoralError unless all processes see the same run and as much data."""
+    own = torch.tensor([[int(resumed), rows]], device=accelerator.device)
+    seen = accelerator.gather(own)
+    if (seen != own).any():
+        raise CoralError(
+            f"processes see different runs: [goes on, rows of data] are {seen.tolist()}; give every machine "
+            "the same data, and an output directory that they share."
+        )
+
+
 def _accumulate(
-    accelerator: Accelerator, learner: Any, target: TrainTarget, dataset: Rows, rows: list[int], update: int
+    accelerator: Accelerator,
+    learner: Any,
+    config: TrainConfig,
+    target: TrainTarget,
+    dataset: Rows,
+    rows: list[int],
+    update: int,
 ) -> tuple[float, Tensor]:
-    """Leave the gradient of the mean loss over `rows` in the learner; the summed loss and sums [S,6]."""
-    config: TrainConfig = accelerator.unwrap_model(learner).config
-    rank, world = accelerator.process_index, accelerator.num_processes
-    mine = rows[rank::world]
-    batches = [
-        feature_batch(target, dataset, mine[start : start + config.batch_size])
-        for start in range(0, len(mine), config.batch_size)
-    ]
+    """Leave the gradient of the mean loss over `rows` in the learner; the summed loss and sums [S,6].
+
+    Batch n of an update is the same, with the same random draws, whichever process reads it. So N processes
+    that accumulate A batches learn what one does that accumulates N x A.
+    """
+    rank, world, size = accelerator.process_index, accelerator.num_processes, config.batch_size
+    numbers = range(rank, config.accumulate * world, world)  # of the update's batches: those of this process
+    batches = [feature_batch(target, dataset, rows[n * size : (n + 1) * size]) for n in numbers]
     trained = torch.stack([trained_rows(b.loss_mask, b.document_starts, 1).sum() for b in batches]).sum()
     count = accelerator.reduce(trained.float()).clamp(min=1)
-    loss = torch.zeros((), device=accelerator.device)
-    sums = torch.zeros(config.steps, 6, device=accelerator.device)
-    for index, batch in enumerate(batches):
-        last = index == len(batches) - 1
-        with nullcontext() if last else accelerator.no_sync(learner):
-            generator = run_state.random_generator(config.seed, 2, update, rank, index)
+    loss = torch.zeros((), device=target.device)
+    sums = torch.zeros(config.steps, 6, device=target.device)
+    for number, batch in zip(numbers, batches, strict=True):
+        last = number == numbers[-1]
+        with nullcontext() if last else parallel.without_exchange(accelerator, learner):
+            generator = run_state.random_generator(config.seed, 2, update, 0, number)
             outcome = learner(batch, target.head_weight, target.head_bias, generator)
             # The mean is over the rows of all processes, but gradients are averaged over processes.
             accelerator.backward(outcome.loss * world / count)
@@ -262,6 +286,8 @@ def new_drafter(target: TrainTarget, config: TrainConfig) -> Drafter:
         drafter = Drafter(wanted)
     if options.init_layer is not None:
         layers = target.model.get_decoder().layers
+        if parallel.is_sharded(target):
+            raise CoralError("drafter.init_layer needs a layer of the target whole; do not shard the target.")
         if not -len(layers) <= options.init_layer < len(layers):
             raise CoralError(
                 f"drafter.init_layer is {options.init_layer}, but the target has {len(layers)} layers."

@@ -4,6 +4,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,13 +19,19 @@ _COLUMNS = ("correct", "regression", "cross_entropy", "top_k", "alignment")
 
 
 class Reporter:
-    """Averages the sums of several updates into one line of metrics, and shows it. Mute in all but one
-    process.
+    """Averages the sums of several updates into one line of metrics, shows it, and hands it to `track`. Mute
+    in all but one process.
     """
 
-    def __init__(self, output: Path, mute: bool, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        output: Path,
+        mute: bool,
+        console: Console | None = None,
+        track: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
         self.path = folder(output) / "metrics.jsonl"
-        self.mute = mute
+        self.mute, self.track = mute, track
         self.console = console or Console(stderr=True)
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -114,6 +121,8 @@ class Reporter:
         if not self.mute:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+            if self.track is not None:
+                self.track(line)
 
 
 def elapsed_text(seconds: float) -> str:

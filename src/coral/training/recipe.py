@@ -63,7 +63,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Reports:
-    """How often to log, measure and save. They may change when a run is resumed."""
+    """How often to log, measure and save, and where to. They may change when a run is resumed."""
 
     log_every: int = 10
     """Updates between two lines of metrics.jsonl."""
@@ -71,6 +71,8 @@ class Reports:
     """Updates between two measurements of the real acceptance length; 0 never measures."""
     checkpoint_minutes: float = 5.0
     """Minutes between two checkpoints."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio", "all"] = "none"
+    """Where metrics go beside metrics.jsonl; all: to every one that is installed."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import io
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from coral.errors import CoralError
 from coral.files import atomic_directory
 from coral.training.recipe import TrainConfig
 
-MAY_CHANGE = {"limits", "reports", "checkpoint_steps", "head_chunk"}
-"""Keys that leave every update what it was (but for rounding, for the last two)."""
+MAY_CHANGE = {"limits", "reports", "checkpoint_steps", "head_chunk", "accumulate"}
+"""Keys that leave every update what it was (but for rounding, for some; of `accumulate` the product with the
+number of processes must stay).
+"""
 
 
 @dataclass
@@ -35,6 +37,7 @@ class RunState:
     seconds: float = 0.0
     skipped: int = 0
     acceptance: dict[str, Any] = field(default_factory=dict)
+    processes: int = 1
 
 
 def random_generator(seed: int, *place: int) -> torch.Generator:
@@ -72,15 +75,18 @@ def save(
         (folder(aside) / "metrics.jsonl").write_bytes(lines)
 
 
-def load(output: Path, config: TrainConfig, examples: int) -> tuple[RunState, dict[str, Any]]:
-    """The state of the run in `output` and its optimiser's.
+def load(
+    output: Path, config: TrainConfig, examples: int, processes: int = 1
+) -> tuple[RunState, dict[str, Any]]:
+    """The state of the run in `output`, for it to go on in so many processes, and its optimiser's.
 
     Raises:
-        CoralError: no state there, or the run was started with another configuration or other data.
+        CoralError: no state there, or the run was started with another configuration, other data, or
+            another number of batches in an update.
     """
     path = folder(output) / "state.pt"
     try:
-        stored = torch.load(path, weights_only=True)
+        stored = torch.load(path, map_location="cpu", weights_only=True)
         state = RunState(**stored["state"])
     except FileNotFoundError as error:
         raise CoralError(
@@ -94,7 +100,15 @@ def load(output: Path, config: TrainConfig, examples: int) -> tuple[RunState, di
             f"the run in {output} was started on {stored['examples']} rows of data, now there are "
             f"{examples}; use the old data, or choose another output directory."
         )
-    return state, stored["optimiser"]
+    before = state.processes * stored["config"]["accumulate"]
+    if before != processes * config.accumulate:
+        fitting = f"accumulate={before // processes}" if before % processes == 0 else "another number of them"
+        raise CoralError(
+            f"the run in {output} was started with {before} batches in an update, but {processes} processes "
+            f"with accumulate={config.accumulate} have {processes * config.accumulate}; use {fitting}, or "
+            "choose another output directory."
+        )
+    return replace(state, processes=processes), stored["optimiser"]
 
 
 @contextmanager

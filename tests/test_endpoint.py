@@ -342,6 +342,18 @@ def test_when_no_endpoint_is_left_the_rest_fails_at_once_and_is_asked_again(tmp_
     assert accounted(source, tmp_path / "out.jsonl", result) == {} and result.written == 30
 
 
+def test_a_server_that_has_gone_is_left_out_by_its_first_record(tmp_path: Path) -> None:
+    """Stops: each of a million records waiting out its tries at an address where nobody listens."""
+    source = conversations(tmp_path / "c.jsonl", [[f"turn {i}"] for i in range(30)])
+    with serving() as server:
+        servers = connect([server.url], concurrency=1, retries=2, first_wait=0.001)
+    answer = answer_over_http(servers, max_new_tokens=8)
+    result = regenerate([source], tmp_path / "out.jsonl", answer, settings={"seed": 0})
+    failed = accounted(source, tmp_path / "out.jsonl", result)
+    assert failed == {"the endpoint cannot be reached": 1, "no endpoint answers any more": 29}
+    assert result.again == 30 and not servers.alive
+
+
 def test_ctrl_c_loses_nothing_that_was_finished(tmp_path: Path) -> None:
     """Stops: answers that were paid for and are asked for again, and an account that says nothing of them."""
     import signal

@@ -26,6 +26,7 @@ LONGEST_WAIT = 60.0  # seconds between two tries, unless the server asks for mor
 LONGEST_RETRY_AFTER = 600.0
 CONNECT = 10.0  # seconds
 _HEALS = {408, 409, 425, 429}  # and all of 5xx
+_UNREACHABLE = "the endpoint cannot be reached"
 _OF_THE_ENDPOINT = {401, 404}  # no key, no such model: what one request is told is true of all
 
 
@@ -56,7 +57,8 @@ class Servers:
     first_wait: float = 1.0
     """Seconds before the first retry, about; each later wait is twice as long."""
     patience: float = 30.0
-    """An endpoint is left out after three failures or more, for so many seconds, with no answer between."""
+    """An endpoint is left out after three failures or more with no answer between, when they have gone on for
+    so many seconds, or when it was not there at the last try of a request."""
     console: Console | None = None
 
     @property
@@ -199,6 +201,8 @@ async def _request(
         try:
             sent = client.post(f"{endpoint.url}/chat/completions", json=body)
             answer = _read(await asyncio.wait_for(sent, servers.timeout))
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            failure = _FailedError(_UNREACHABLE, str(error))
         except (asyncio.TimeoutError, httpx2.TimeoutException):
             failure = _FailedError("timed out")
         except httpx2.HTTPError as error:
@@ -213,13 +217,13 @@ async def _request(
         if not failure.heals:
             endpoint.strikes = 0  # it is well; the request was not
             raise failure
-        _strike(servers, endpoint, failure)
+        _strike(servers, endpoint, failure, last=wait is None)
         if wait is not None:
             await asyncio.sleep(max(failure.wait, min(wait, LONGEST_WAIT) * random.uniform(0.5, 1.0)))
     raise failure
 
 
-def _strike(servers: Servers, endpoint: Endpoint, failure: _FailedError) -> None:
+def _strike(servers: Servers, endpoint: Endpoint, failure: _FailedError, last: bool) -> None:
     """Count a failure of the endpoint itself, and leave it out when there is no more hope."""
     if failure.status == 429:  # it is busy, not broken
         return
@@ -228,7 +232,9 @@ def _strike(servers: Servers, endpoint: Endpoint, failure: _FailedError) -> None
     now = time.monotonic()
     endpoint.failing_since = endpoint.failing_since if endpoint.strikes else now
     endpoint.strikes += 1
-    if endpoint.strikes >= 3 and now - endpoint.failing_since > servers.patience:
+    # A request may be the cause of what it meets, but not of a server that is not there.
+    gone = last and failure.problem == _UNREACHABLE
+    if endpoint.strikes >= 3 and (gone or now - endpoint.failing_since > servers.patience):
         servers.leave_out(endpoint, f"{endpoint.strikes} failures and no answer, the last: {failure.problem}")
 
 

@@ -120,7 +120,7 @@ MISTAKES = {
     BENCH + "--deepen 1": "deepen",
     REGENERATE + "--temperature -1": "temperatures must be",
     FEATURES + "--shard 3/2": "cannot read --shard '3/2'; write it as I/N",
-    FEATURES + "--store float16": "cannot be stored as 'float16'; use bfloat16 or float32",
+    FEATURES + "--store float16": "cannot be stored as 'float16'; use bfloat16, float32, fp8",
     # outputs
     FEATURES.replace("{out}", "{file}"): "is a file, but a directory is to be written there; choose another",
     FEATURES.replace("{out}", "{full}"): "holds other files; choose an empty or new directory",

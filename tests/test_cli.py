@@ -38,7 +38,8 @@ OPTIONS = {
         "--preview", "--seed", "--revision", "--trust-remote-code",
     },
     "data regenerate": {
-        "--output", "--target", "--temperature", "--max-new-tokens", "--batch-size", "--limit", "--max-turns",
+        "--output", "--target", "--temperature", "--max-new-tokens", "--batch-size", "--endpoint", "--model",
+        "--concurrency", "--retries", "--timeout", "--api-key-env", "--limit", "--max-turns",
         "--keep-unfinished", "--drop-unfinished", "--seed", "--dtype", "--device", "--revision",
         "--trust-remote-code",
     },

@@ -1,16 +1,20 @@
 """Stored features: training from them is training live, and a stopped job goes on or says why not."""
 
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from test_train import CONFIG, interrupt_at_first, run, weights
 from tiny_training import tiny_data, tiny_target
 
-from coral.data import prepared, shards
+from coral.data import fp8, prepared, shards
 from coral.data.features import feature_batch
 from coral.data.prepared import PreparedData
 from coral.errors import CoralError
@@ -29,6 +33,10 @@ def store(output, rows=24, seed=0, target=None, **options):
 
 def contents(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def shard_contents(directory):
+    return {path.name: path.read_bytes() for path in directory.rglob("*.safetensors")}
 
 
 class WithoutLayers:
@@ -177,13 +185,89 @@ def test_several_writers_share_the_work(tmp_path):
     """Stops: shards that two processes write or none, and a folder that depends on who wrote it."""
     store(tmp_path / "one")
     store(tmp_path / "three", part=(2, 3))
-    with pytest.raises(CoralError, match=r"lacks 3 of its 5 shards, features-00001.*-00003.*-00004"):
+    with pytest.raises(CoralError, match=r"lacks 3 of.*-00001.*-00003.*-00004.*\(of --shard 1/3, 3/3\)"):
         shards.load(tmp_path / "three")
     for i in (1, 3):
         store(tmp_path / "three", part=(i, 3))
-    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+    assert shard_contents(tmp_path / "three") == shard_contents(tmp_path / "one")
     with pytest.raises(CoralError, match="part 3/2 within 1/2"):
         store(tmp_path / "three", part=(3, 2))
+
+
+def test_writers_may_run_at_once_and_have_the_same_process_id(tmp_path):
+    """Stops: processes of two containers, both number 7, that take each other's file away while it is
+    written.
+    """
+    target = tiny_target()
+    with ThreadPoolExecutor(4) as pool:  # of one process id
+        jobs = [
+            pool.submit(store, tmp_path / "four", target=target, shard_rows=1, part=(i, 4))
+            for i in (1, 2, 3, 4)
+        ]
+        for job in jobs:
+            job.result()
+    store(tmp_path / "one", target=target, shard_rows=1)
+    assert shard_contents(tmp_path / "four") == shard_contents(tmp_path / "one")
+
+
+def test_parts_in_directories_of_their_own_are_one(tmp_path):
+    """Stops: nodes without a common disk that cannot share the work, and parts of two jobs taken for one."""
+    store(tmp_path / "one")
+    for i in (1, 2, 3):
+        store(tmp_path / "all" / f"node-{i}", part=(i, 3))
+    assert len(shard_contents(tmp_path / "all" / "node-2")) == 2
+    whole, merged = (shards.load(tmp_path / name) for name in ("one", "all"))
+    assert (merged.held_out_prompts, merged.info) == (whole.held_out_prompts, whole.info)
+    for row in range(24):
+        assert torch.equal(merged.dataset[row]["features"], whole.dataset[row]["features"])
+    run(tmp_path / "o", replace(CONFIG, limits=Limits(updates=1)), data=merged)
+    shutil.rmtree(tmp_path / "all" / "node-1")
+    with pytest.raises(CoralError, match=r"all lacks 2 of its 5 shards.*-00001.*-00004.*\(of --shard 1/3\)"):
+        shards.load(tmp_path / "all")
+    store(tmp_path / "all" / "other", dtype="float32", part=(1, 3))
+    with pytest.raises(CoralError, match=r"other were begun with dtype float32, here it is bfloat16; move"):
+        shards.load(tmp_path / "all")
+    with pytest.raises(CoralError, match="no prepared data directory"):
+        (tmp_path / "empty").mkdir()
+        shards.load(tmp_path / "empty")
+
+
+def test_a_part_needs_room_for_itself_alone(tmp_path, monkeypatch):
+    """Stops: a node that refuses its quarter because the whole does not fit on its disk."""
+    store(tmp_path / "measured")
+    used = sum(map(len, contents(tmp_path / "measured").values()))
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: SimpleNamespace(free=used * 0.6))
+    store(tmp_path / "node", part=(2, 2))
+    with pytest.raises(CoralError, match="make room"):
+        store(tmp_path / "features")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.floats(-12, 12), st.integers(1, 300))
+def test_fp8_keeps_every_token_at_its_own_size(seed, power, width):
+    """Stops: one scale for all tokens, or none: a small token becomes zeros, a large one infinite."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.tensor([1.0, 10.0**power, 0.0])
+    features = torch.randn(3, width, generator=generator) * sizes[:, None]
+    back = fp8.restore(*fp8.quantise(features))
+    largest = features.abs().amax(-1, keepdim=True)
+    bound = torch.maximum(features.abs() * 2**-4, largest * 2**-18) * 1.001
+    assert bool(((back - features).abs() <= bound).all())
+
+
+def test_training_from_fp8(tmp_path):
+    """Stops: quantised numbers that are read without their scales, and a file that is no smaller."""
+    target, exact = tiny_target(hidden_size=64), tmp_path / "exact"
+    for dtype, name in (("float32", "exact"), ("fp8", "fp8")):
+        store(tmp_path / name, dtype=dtype, target=target)
+    rows, near = (shards.load(tmp_path / name).dataset for name in ("exact", "fp8"))
+    for row in range(24):
+        error = (near[row]["features"] - rows[row]["features"]).norm() / rows[row]["features"].norm()
+        assert 0.005 < error < 0.04 and near[row]["features"].dtype == torch.float32
+    sizes = [sum(map(len, shard_contents(path).values())) for path in (exact, tmp_path / "fp8")]
+    tokens = sum(len(row["input_ids"]) for row in near)
+    assert sizes[0] - sizes[1] == pytest.approx(tokens * (64 * 3 - 4), rel=0.05)
+    run(tmp_path / "o", replace(CONFIG, limits=Limits(updates=1)), target, shards.load(tmp_path / "fp8"))
 
 
 @pytest.mark.parametrize(
@@ -193,8 +277,8 @@ def test_several_writers_share_the_work(tmp_path):
         ({"target": tiny_target(hidden_size=20)}, "those of the target tiny"),
         ({"rows": 23}, "features of other data \\(24 rows, here are 23"),
         ({"seed": 1}, "features of other data"),
-        ({"dtype": "float32"}, "begun with dtype bfloat16, now it is float32"),
-        ({"shard_rows": 6}, "begun with shard_rows 5, now it is 6"),
+        ({"dtype": "float32"}, "begun with dtype bfloat16, here it is float32"),
+        ({"shard_rows": 6}, "begun with shard_rows 5, here it is 6"),
         ({"dtype": "float8"}, "cannot be stored as 'float8'"),
     ],
 )
@@ -276,7 +360,8 @@ def test_the_commands_work_together(coral, models, tmp_path):
     for shard in ("1/2", "2/2"):
         result = coral(*command, "--shard-rows", 2, "--shard", shard)
         assert result.code == 0 and "features of 6 rows in 3 shards" in result.out, result.err
-        assert " to write, " in result.err and " free" in result.err
+        assert " to write (all parts: " in result.err or " to write, " in result.err
+        assert " free: " in result.err
     assert "write it as I/N" in coral(*command, "--shard", "2").err
     assert "other weights" in coral(*command[:4], models / "other", *command[5:], "--shard-rows", 2).err
     common = ("--data", tmp_path / "features", "--target", target, "--updates", 2)

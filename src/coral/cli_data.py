@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from coral import options
+from coral.errors import CoralError
 
 data = typer.Typer(no_args_is_help=True, help="Turn conversations into training data.")
+
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        help="Files of conversations (.jsonl, .jsonl.gz, .parquet), directories of them, or "
+        "hub:ORG/NAME[/CONFIG][@REVISION][:SPLIT], which is streamed."
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        help="This many conversations, drawn evenly from all that the sources hold: they are read to their "
+        "end once, and those drawn stand in memory."
+    ),
+]
 
 
 @data.command()
 def prepare(
-    sources: Annotated[list[Path], typer.Argument(help="JSONL files of conversations, .gz too.")],
+    sources: Sources,
     tokenizer: Annotated[str, typer.Option(help="The target (or its tokenizer): a directory or hub id.")],
     output: Annotated[Path, typer.Option(help="Directory to write.")],
     max_length: Annotated[int, typer.Option(help="Cut (or pack) rows at this many tokens.", min=8)] = 2048,
@@ -24,9 +41,7 @@ def prepare(
     held_out: Annotated[
         int, typer.Option(help="Opening prompts to set aside, never trained on.", min=0)
     ] = 60,
-    limit: Annotated[
-        int | None, typer.Option(help="This many conversations, drawn from all sources.")
-    ] = None,
+    limit: Limit = None,
     last_turn_only: Annotated[
         bool,
         typer.Option(
@@ -68,17 +83,33 @@ def prepare(
 
 @data.command()
 def regenerate(
-    sources: Annotated[list[Path], typer.Argument(help="JSONL files of conversations or prompts, .gz too.")],
+    sources: Sources,
     output: Annotated[Path, typer.Option(help="JSONL file to write; a stopped run goes on there.")],
     target: options.Target = None,
     temperature: Annotated[
         list[float] | None, typer.Option(help="Records take these in turn. Default: 0 and 0.8, half each.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 512,
-    batch_size: Annotated[int, typer.Option(help="Conversations answered at once.", min=1)] = 64,
-    limit: Annotated[
-        int | None, typer.Option(help="This many conversations, drawn from all sources.")
+    batch_size: Annotated[
+        int, typer.Option(help="Conversations answered at once, without --endpoint.", min=1)
+    ] = 64,
+    endpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Base address of an OpenAI-compatible server that answers instead (vLLM, SGLang), as "
+            "http://localhost:8000/v1; may be given again, servers share the work."
+        ),
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Its name there. Default: the only one that is served.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests under way, over all endpoints.", min=1)] = 64,
+    retries: Annotated[int, typer.Option(help="Tries of a request after the first.", min=0)] = 5,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take.", min=0.01)] = 600.0,
+    api_key_env: Annotated[
+        str, typer.Option(help="Environment variable with the API key, if there is one.")
+    ] = "OPENAI_API_KEY",
+    limit: Limit = None,
     max_turns: Annotated[int | None, typer.Option(help="Answer only the first N user turns.")] = None,
     keep_unfinished: Annotated[
         bool, typer.Option("--keep-unfinished/--drop-unfinished", help="Keep answers that were cut.")
@@ -89,35 +120,70 @@ def regenerate(
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Let the target write the answers itself: a drafter learns best from its own target's text."""
+    """Let the target write the answers itself: a drafter learns best from its own target's text.
+
+    Beside OUTPUT.jsonl stand OUTPUT.account.json, where every record went, and OUTPUT.failed.jsonl.
+    """
     from rich.console import Console
 
     from coral.data.regenerate import regenerate as run
-    from coral.decoding.batch import write
-    from coral.decoding.sampling import Sampling
 
-    loaded = options.load_target(target, dtype, device, revision, trust_remote_code)
+    console = Console(stderr=True)
+    settings: dict[str, Any] = {"seed": seed, "max_new_tokens": max_new_tokens}
+    servers = None
+    if endpoint:
+        from coral.data.endpoint import answer_over_http, connect
 
-    def answer(prompts: list[list[int]], temperatures: list[float], ids: list[int]) -> list[list[int]]:
-        return write(loaded, prompts, [Sampling(t, seed=seed) for t in temperatures], ids, max_new_tokens)
+        if target is not None:
+            raise CoralError("--target and --endpoint exclude each other; the endpoint runs its own model.")
+        servers = connect(
+            endpoint,
+            model,
+            api_key=os.environ.get(api_key_env),
+            console=console,
+            concurrency=concurrency,
+            retries=retries,
+            timeout=timeout,
+        )
+        settings["model"] = servers.model
+        answer = answer_over_http(
+            servers, max_new_tokens=max_new_tokens, seed=seed, keep_unfinished=keep_unfinished
+        )
+    else:
+        from coral.data.batches import answer_in_batches
+        from coral.decoding.batch import write
+        from coral.decoding.sampling import Sampling
 
-    assert loaded.tokenizer is not None  # it was loaded from a directory or the hub
+        loaded = options.load_target(target, dtype, device, revision, trust_remote_code)
+        assert loaded.tokenizer is not None  # it was loaded from a directory or the hub
+
+        def answers(prompts: list[list[int]], at: list[float], ids: list[int]) -> list[list[int]]:
+            return write(loaded, prompts, [Sampling(t, seed=seed) for t in at], ids, max_new_tokens)
+
+        answer = answer_in_batches(
+            loaded.tokenizer,
+            answers,
+            context_length=loaded.context_length,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            keep_unfinished=keep_unfinished,
+        )
     result = run(
         sources,
         output,
-        loaded.tokenizer,
         answer,
-        context_length=loaded.context_length,
-        max_new_tokens=max_new_tokens,
+        settings=settings,
         temperatures=temperature or (0.0, 0.8),
-        batch_size=batch_size,
-        seed=seed,
         limit=limit,
         max_turns=max_turns,
-        keep_unfinished=keep_unfinished,
-        console=Console(stderr=True),
+        console=console,
     )
     print(result)
+    if servers and not servers.alive:
+        why = ", ".join(f"{each.url}: {each.dead}" for each in servers.endpoints)
+        raise CoralError(
+            f"no endpoint answers any more ({why}); start one, and run the same command to go on."
+        )
 
 
 @data.command()
@@ -125,11 +191,17 @@ def features(
     data: Annotated[Path, typer.Argument(help="Directory that `coral data prepare` wrote.")],
     output: Annotated[Path, typer.Option(help="Directory to write; a stopped run goes on there.")],
     target: options.Target = None,
-    store: Annotated[str, typer.Option(help="Stored as bfloat16 or float32.")] = "bfloat16",
+    store: Annotated[
+        str, typer.Option(help="Stored as bfloat16, float32 or fp8 (half the disk).")
+    ] = "bfloat16",
     shard_rows: Annotated[int, typer.Option(help="Rows in a file.", min=1)] = 64,
     batch_size: Annotated[int, typer.Option(help="Rows that the target reads at once.", min=1)] = 8,
     shard: Annotated[
-        str, typer.Option(help="I/N: of N processes that write into one directory, this is number I.")
+        str,
+        typer.Option(
+            help="I/N: of N processes this is number I; they write into one directory, or each into its own "
+            "beside the others', and train reads the one above."
+        ),
     ] = "1/1",
     dtype: options.Dtype = "auto",
     device: options.Device = None,

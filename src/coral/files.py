@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from coral.errors import CoralError
 
@@ -56,7 +57,7 @@ def atomic_text(path: Path, text: str) -> None:
 def atomic_bytes(path: Path, content: bytes) -> None:
     """Replace the file at `path` with `content` in one step; raises CoralError when the disk refuses."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.{uuid4().hex}")  # process ids repeat on other nodes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Read conversations from JSONL, and turn each into token ids with a mask of what the target is to write.
+"""Read conversations, and turn each into token ids with a mask of what the target is to write.
 
 The chat template of the tokenizer is the only authority on the format; there is no table of templates.
 Where an answer starts and ends is found by rendering prefixes of the conversation:
@@ -12,15 +12,14 @@ it (the newline after `<|im_end|>`, the end-of-text token of Phi-3) is not writt
 of the next prompt or of nothing, and never trained. Without such a token the whole addition is trained.
 """
 
-import gzip
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from coral.data import sources as sources_
+from coral.data.sources import COLUMNS, Source
 from coral.errors import CoralError
 
 if TYPE_CHECKING:
@@ -35,7 +34,14 @@ _PROBE = "coral-probe-answer"
 
 
 class BadRecordError(Exception):
-    """One record cannot be used; the message is the reason, the same for all records with the same fault."""
+    """One record cannot be used; the message is the reason, the same for all records with the same fault.
+
+    `detail` is what only this record has to say of it.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
 
 
 @dataclass
@@ -46,10 +52,10 @@ class Dropped:
     counts: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, where: str, reason: str) -> None:
+    def add(self, where: str, reason: str, detail: str = "") -> None:
         self.counts[reason] += 1
         if self.counts[reason] <= self.keep:
-            self.notes.append(f"{where}: {reason}")
+            self.notes.append(f"{where}: {reason}{detail and f' ({detail})'}")
 
     @property
     def total(self) -> int:
@@ -78,56 +84,47 @@ class Example:
 
 
 def read(
-    sources: Sequence[str | Path], dropped: Dropped, *, prompts_only: bool = False
+    sources: Sequence[Source], dropped: Dropped, *, prompts_only: bool = False
 ) -> Iterator[Conversation]:
-    """Yield the conversations of `.jsonl` and `.jsonl.gz` files in order; bad records go to `dropped`.
+    """Yield the conversations of all sources (see `coral.data.sources`) in order, one at a time.
 
-    With `prompts_only` nothing needs to be answered yet: a conversation may end with a user turn.
-
-    Raises:
-        CoralError: a source is missing, not a file, or not readable as (compressed) lines.
-    """
-    for source in map(Path, sources):
-        for number, line in enumerate(_lines(source), start=1):
-            if not line.strip():
-                continue
-            where = f"{source}:{number}"
-            try:
-                yield Conversation(where, parse(line, prompts_only=prompts_only))
-            except BadRecordError as error:
-                dropped.add(where, str(error))
-
-
-def _lines(source: Path) -> Iterator[bytes]:
-    if not source.is_file():
-        problem = "is not a file" if source.exists() else "does not exist"
-        raise CoralError(f"{source} {problem}; name .jsonl or .jsonl.gz files of conversations.")
-    try:
-        with gzip.open(source) if source.suffix == ".gz" else source.open("rb") as lines:
-            yield from lines
-    except (OSError, EOFError, zlib.error) as error:
-        raise CoralError(f"{source} cannot be read to its end ({error}); check or fetch it again.") from error
-
-
-def parse(line: bytes | str, *, prompts_only: bool = False) -> list[Message]:
-    """Messages of one JSON line in either format, cut after the last answer unless `prompts_only`.
+    Bad records go to `dropped`. With `prompts_only` nothing needs to be answered yet: a conversation may end
+    with a user turn.
 
     Raises:
-        BadRecordError: the line is no conversation that can be trained on.
+        CoralError: a source is missing, cannot be read to its end, or has no column of conversations.
     """
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadRecordError("unreadable JSON") from error
+    for where, record in sources_.records(sources):
+        try:
+            yield Conversation(where, parse(record, prompts_only=prompts_only))
+        except BadRecordError as error:
+            dropped.add(where, str(error), error.detail)
+
+
+def parse(record: Any, *, prompts_only: bool = False) -> list[Message]:
+    """Messages of one record (or its JSON), cut after the last answer unless `prompts_only`.
+
+    A record holds `messages` (role, content), `conversations` (from, value; as in ShareGPT), or a `prompt`: a
+    text that the user says, or messages. Other columns are not read, and null is as good as absent.
+
+    Raises:
+        BadRecordError: it is no conversation that can be trained on.
+    """
+    if isinstance(record, bytes | str):
+        try:
+            record = json.loads(record)
+        except (ValueError, RecursionError) as error:
+            raise BadRecordError("unreadable JSON") from error
     if not isinstance(record, dict):
         raise BadRecordError("not a JSON object")
-    if "messages" in record:
-        turns, role_key, content_key = record["messages"], "role", "content"
-    else:
-        turns, role_key, content_key = record.get("conversations"), "from", "value"
+    column = next((name for name in COLUMNS if record.get(name) is not None), None)
+    turns = record[column] if column else None
+    if column == "prompt" and isinstance(turns, str):
+        turns = [{"role": "user", "content": turns}]
     if not isinstance(turns, list):
-        raise BadRecordError("no list under 'messages' or 'conversations'")
-    messages = [_message(turn, role_key, content_key) for turn in turns]
+        raise BadRecordError("no list under 'messages' or 'conversations', and no 'prompt'", _keys(record))
+    keys = ("from", "value") if column == "conversations" else ("role", "content")
+    messages = [_message(turn, *keys) for turn in turns]
     while messages and messages[-1]["role"] != "assistant" and not prompts_only:
         messages.pop()
     start = int(messages[:1] != [] and messages[0]["role"] == "system")
@@ -139,24 +136,28 @@ def parse(line: bytes | str, *, prompts_only: bool = False) -> list[Message]:
     return messages
 
 
+def _keys(record: dict[str, Any]) -> str:
+    return f"it has {', '.join(map(repr, list(record)[:8])) or 'nothing'}"
+
+
 def _message(turn: Any, role_key: str, content_key: str) -> Message:
     if not isinstance(turn, dict):
         raise BadRecordError("a message is not a JSON object")
-    role, content, finished = turn.get(role_key), turn.get(content_key), turn.get("finished", True)
+    role, content, finished = turn.get(role_key), turn.get(content_key), turn.get("finished")
     if not isinstance(role, str) or role.lower() not in _ROLES:
         raise BadRecordError("a role is not system, user (human) or assistant (gpt)")
     if not isinstance(content, str):
         raise BadRecordError("a content is not a string")
     if not content.strip():
         raise BadRecordError("a content is empty")
-    if not isinstance(finished, bool):
+    if not isinstance(finished, bool | None):
         raise BadRecordError("'finished' is not true or false")
     try:
         content.encode()
     except UnicodeEncodeError as error:
         raise BadRecordError("a content is not valid Unicode") from error
     message: Message = {"role": _ROLES[role.lower()], "content": content}
-    return message if finished else message | {"finished": False}
+    return message | {"finished": False} if finished is False else message
 
 
 class ChatFormat:

@@ -7,18 +7,28 @@ DIR/held_out.json   prompts (token ids) set aside: never trained on, used to mea
 """
 
 import hashlib
+import heapq
 import json
-import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from coral.data.conversations import BadRecordError, ChatFormat, Conversation, Dropped, Example, read
-from coral.data.progress import bar
+from coral.data.conversations import (
+    BadRecordError,
+    ChatFormat,
+    Conversation,
+    Dropped,
+    Example,
+    Message,
+    read,
+)
+from coral.data.progress import bar, counted
+from coral.data.sources import Source, size
 from coral.errors import CoralError
 from coral.files import atomic_directory
 
@@ -50,7 +60,7 @@ class Row:
 
 
 def prepare(
-    sources: Sequence[str | Path],
+    sources: Sequence[Source],
     tokenizer: "PreTrainedTokenizerBase",
     output: str | Path,
     *,
@@ -64,8 +74,10 @@ def prepare(
 ) -> dict[str, Any]:
     """Write the prepared directory `output` and return its info; progress goes to `console` (None: silent).
 
-    `held_out` different opening prompts are drawn with `seed`; every conversation that opens with one of them
-    is kept from training. `limit` trains on that many of the others, drawn with `seed` from all sources.
+    The sources are read once, one conversation at a time. `held_out` different opening prompts are drawn with
+    `seed`; every conversation that opens with one of them is kept from training. `limit` trains on that many
+    of the others, drawn with `seed` from all of them, which stand in memory together. What is drawn depends
+    on the conversations, not on their order.
 
     Raises:
         CoralError: no usable conversation, fewer opening prompts than `held_out` asks for, an unreadable
@@ -77,47 +89,39 @@ def prepare(
         raise CoralError("max_length must be at least 2, held_out at least 0 and limit at least 1.")
     chat = ChatFormat(tokenizer)
     dropped = Dropped()
+    aside: dict[bytes, list[Conversation]] = {}
+    total = size(sources)
 
-    # First pass, text only: which conversations there are, and which of them are set aside.
-    openings = [_opening(conversation) for conversation in read(sources, dropped)]
-    if not openings:
-        raise CoralError(f"no usable conversation in {_names(sources)}{_because(dropped)}")
-    chooser = random.Random(seed)
-    different = list(dict.fromkeys(openings))
-    if held_out >= len(different):
-        raise CoralError(
-            f"{held_out} prompts are to be held out, but the conversations open with only {len(different)} "
-            "different ones; lower held_out (--held-out) or add data."
-        )
-    aside = set(chooser.sample(different, held_out))
-    rest = [i for i, opening in enumerate(openings) if opening not in aside]
-    trained = set(rest if limit is None or limit >= len(rest) else chooser.sample(rest, limit))
-
-    # Second pass: render, tokenize, truncate or pack, write.
-    prompts: dict[bytes, list[int]] = {}
-
-    def examples() -> Iterator[Example]:
-        with bar(console, "preparing", len(trained)) as advance:
-            for i, conversation in enumerate(read(sources, Dropped(keep=0))):
-                try:
-                    if openings[i] in aside and openings[i] not in prompts:
-                        first = conversation.answers[0]
-                        prompts[openings[i]] = chat.prompt(conversation.messages[:first])
-                    elif i in trained:
-                        advance()
-                        yield _truncate(chat.encode(conversation, last_turn_only=last_turn_only), max_length)
-                except BadRecordError as error:
-                    dropped.add(conversation.where, str(error))
+    def examples(conversations: Iterable[Conversation]) -> Iterator[Example]:
+        for conversation in conversations:
+            try:
+                yield _truncate(chat.encode(conversation, last_turn_only=last_turn_only), max_length)
+            except BadRecordError as error:
+                dropped.add(conversation.where, str(error))
 
     with atomic_directory(output) as directory:
-        rows = (
-            packed(examples(), max_length)
-            if pack
-            else (Row(e.input_ids, e.loss_mask, [0]) for e in examples())
-        )
-        counts = _write_rows(rows, directory)
+        chosen = set_aside(read(sources, dropped), held_out, seed, aside)
+        if (first := next(chosen, None)) is None:
+            if not aside:
+                raise CoralError(f"no usable conversation in {_names(sources)}{_because(dropped)}")
+            raise CoralError(
+                f"{held_out} prompts are to be held out, but the conversations open with only {len(aside)} "
+                "different ones; lower held_out (--held-out) or add data."
+            )
+        chosen = chain([first], chosen)
+        if limit is not None:
+            with bar(console, "drawing", total) as advance:
+                drawn = draw(counted(chosen, advance), limit, seed)
+            chosen, total = iter(drawn), len(drawn)
+        with bar(console, "preparing", total) as advance:
+            encoded = examples(counted(chosen, advance))
+            rows = (
+                packed(encoded, max_length) if pack else (Row(e.input_ids, e.loss_mask, [0]) for e in encoded)
+            )
+            counts = _write_rows(rows, directory)
         if not counts["examples"]:
             raise CoralError(f"no conversation in {_names(sources)} can be trained on{_because(dropped)}")
+        prompts = _prompts(aside, chat, dropped)
         info = {
             "format_version": FORMAT_VERSION,
             "tokenizer": tokenizer.name_or_path,
@@ -129,14 +133,55 @@ def prepare(
             "seed": seed,
             **counts,
             "held_out": len(prompts),
-            "kept_from_training": len(openings) - len(rest),
+            "kept_from_training": sum(map(len, aside.values())),
             "dropped": dict(dropped.counts.most_common()),
             "dropped_notes": dropped.notes,
             "source": [str(source) for source in sources],
         }
-        (directory / "held_out.json").write_text(json.dumps(list(prompts.values())), encoding="utf-8")
+        (directory / "held_out.json").write_text(json.dumps(prompts), encoding="utf-8")
         (directory / "coral.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     return info
+
+
+def set_aside(
+    conversations: Iterable[Conversation], count: int, seed: int, aside: dict[bytes, list[Conversation]]
+) -> Iterator[Conversation]:
+    """Yield the conversations but for those that open with one of `count` prompts, which end up in `aside`.
+
+    The prompts are those with the smallest keyed digests, so one pass is enough: what waits in `aside` is
+    handed on as soon as its prompt is no longer among them.
+    """
+    for conversation in conversations:
+        key = _digest(conversation.messages[: conversation.answers[0]], seed)
+        if key in aside:
+            aside[key].append(conversation)
+        elif len(aside) < count:
+            aside[key] = [conversation]
+        elif count and key < (largest := max(aside)):
+            aside[key] = [conversation]
+            yield from aside.pop(largest)
+        else:
+            yield conversation
+
+
+def draw(conversations: Iterable[Conversation], count: int, seed: int) -> list[Conversation]:
+    """`count` of the conversations, or all if there are fewer, drawn evenly in one pass."""
+    return heapq.nsmallest(count, conversations, key=lambda each: _digest(each.messages, seed))
+
+
+def _digest(messages: Sequence[Message], seed: int) -> bytes:
+    return hashlib.blake2b(f"{seed} {json.dumps(messages)}".encode(), digest_size=12).digest()
+
+
+def _prompts(aside: dict[bytes, list[Conversation]], chat: ChatFormat, dropped: Dropped) -> list[list[int]]:
+    """Token ids of the prompts set aside."""
+    prompts = []
+    for _, (first, *_) in sorted(aside.items()):
+        try:
+            prompts.append(chat.prompt(first.messages[: first.answers[0]]))
+        except BadRecordError as error:
+            dropped.add(first.where, str(error))
+    return prompts
 
 
 def report(info: dict[str, Any]) -> str:
@@ -243,7 +288,7 @@ def _write_rows(rows: Iterator[Row], directory: Path) -> dict[str, int]:
     counts = dict.fromkeys(("examples", "rows", "tokens", "trained_tokens"), 0)
     stream = directory / "stream" / "rows.arrow"  # copied by save_to_disk, which adds its description
     stream.parent.mkdir()
-    writer = ArrowWriter(path=str(stream), features=features)
+    writer = ArrowWriter(path=str(stream), features=features, writer_batch_size=100)
     for row in rows:
         writer.write(vars(row))
         counts["examples"] += len(row.document_starts)
@@ -261,22 +306,16 @@ def _write_rows(rows: Iterator[Row], directory: Path) -> dict[str, int]:
     return counts
 
 
-def _opening(conversation: Conversation) -> bytes:
-    """Digest of what comes before the first answer: conversations with the same one open with one prompt."""
-    messages = conversation.messages[: conversation.answers[0]]
-    return hashlib.blake2b(json.dumps(messages).encode(), digest_size=12).digest()
-
-
 def _refuse_foreign(output: Path) -> None:
     if output.is_dir() and any(output.iterdir()) and not (output / "coral.json").is_file():
         raise CoralError(f"{output} holds other files and will not be replaced; choose another output.")
 
 
-def _names(sources: Sequence[str | Path]) -> str:
+def _names(sources: Sequence[Source]) -> str:
     return ", ".join(map(str, sources)) or "an empty list of sources"
 
 
 def _because(dropped: Dropped) -> str:
     if not dropped.total:
-        return "; name .jsonl or .jsonl.gz files of conversations."
+        return "; name .jsonl, .jsonl.gz or .parquet files of conversations."
     return f": {dropped.total} records dropped, the first is {dropped.notes[0]}."

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
 from coral.data.conversations import BadRecordError, ChatFormat, Dropped, Example, read
+from coral.data.sources import Source
 from coral.errors import CoralError
 
 if TYPE_CHECKING:
@@ -33,17 +33,17 @@ def preview(examples: Iterable[Example], tokenizer: "PreTrainedTokenizerBase", c
 
 
 def preview_sources(
-    sources: Sequence[str | Path],
+    sources: Sequence[Source],
     tokenizer: "PreTrainedTokenizerBase",
     console: Console,
     *,
     count: int = 3,
     last_turn_only: bool = False,
 ) -> None:
-    """Print the first `count` usable conversations of JSONL files as `prepare` would train on them.
+    """Print the first `count` usable conversations of the sources as `prepare` would train on them.
 
     Raises:
-        CoralError: a file cannot be read, or none of them holds a usable conversation.
+        CoralError: a source cannot be read, or none of them holds a usable conversation.
     """
     chat = ChatFormat(tokenizer)
 

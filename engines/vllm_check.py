@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ from coral.decoding.tree import DEFAULT, Budget
 from coral.memory import keep_freed_memory
 from coral.options import quiet_transformers
 from coral.target import Target
+from coral.vllm_plugin import ARCHITECTURE
 
 HERE = Path(__file__).parent
 NGRAM = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}
@@ -144,7 +146,11 @@ def export(drafter: Path, head: str, directory: Path) -> Path:
     """The drafter as vLLM reads it, with its full head or, through our plug-in, another one."""
     if head == "full":
         return drafter.resolve()
-    raise NotImplementedError(head)
+    shutil.copytree(drafter, directory)
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | {"architectures": [ARCHITECTURE], "coral_head": head}
+    path.write_text(json.dumps(config))
+    return directory
 
 
 def run_vllm(python: Path, job: dict[str, Any]) -> dict[str, Any]:

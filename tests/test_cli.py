@@ -66,6 +66,8 @@ OPTIONS = {
         "--fallback", "--no-fallback", "--max-new-tokens", "--tree", "--note", "--seed", "--device",
     },
     "bench compare": set(),
+    "export": {"--to", "--output", "--target", "--dtype", "--revision", "--trust-remote-code"},
+    "import": {"--target", "--output", "--revision", "--drafter-revision", "--trust-remote-code"},
 }  # fmt: skip
 
 # What the issue promises of every row of results.json.

@@ -93,6 +93,19 @@ def test_several_layers_and_no_embedding(tmp_path):
     assert read.config.num_layers == 2 and set(read.state_dict()) == set(tensors)
 
 
+@pytest.mark.parametrize("claim", [{}, {"bias": False}])
+def test_a_trained_bias_of_fc_is_kept(tmp_path, claim):
+    """Stops: published drafters for Llama 2 and Vicuna, which have one, that are refused or lose it, at once
+    or when training goes on from them.
+    """
+    bias = torch.linspace(-1, 1, 16).half()
+    directory = write(tmp_path / "e", published() | {"fc.bias": bias}, **claim)
+    read = eagle.read(directory, tiny_target())
+    assert read.config.fc_bias and torch.equal(read.fc.bias, bias)
+    config = replace(CONFIG, drafter=DrafterOptions(init_drafter=str(directory)))
+    assert torch.equal(new_drafter(tiny_target(), config).fc.bias, bias.float())
+
+
 def odd(**changes):
     tensors = published()
     for name, tensor in changes.items():
@@ -111,7 +124,6 @@ def odd(**changes):
         (odd(lm_head__weight=torch.ones(31, 16)), "no place for: lm_head.weight; "),
         (odd(norm=torch.ones(16)), "no place for: layers.0.input_layernorm.weight"),
         (odd(fc__weight=None, d2t=torch.ones(4)), "lacks the tensors fc.weight and holds .*: d2t;"),
-        (odd(fc__bias=torch.full((16,), 0.1)), "fc.bias is not zero, but .* trained without it"),
         (odd(layers__0__self_attn__q_proj__bias=torch.ones(24)), "q_proj.bias is not zero"),
         (odd(fc__weight=torch.ones(16, 48)), r"fc.weight has shape \(16, 48\)"),
         (odd(fc__weight=torch.ones(20, 40)), "has hidden size 20, but the target tiny has 16"),
@@ -136,6 +148,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, tensors, message):
         ({"num_attention_heads": 0}, r"config.json cannot be read"),
         ({"hidden_act": "swosh"}, r"config.json cannot be read"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary type 'dynamic'; a drafter's must be"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rotary type 'yarn'; a drafter's must be"),
         ({"rope_scaling": "linear"}, r"config.json cannot be read"),
     ],
 )
@@ -143,6 +156,14 @@ def test_a_config_that_cannot_be_used_is_refused(tmp_path, claims, message):
     """Stops: a traceback, or heads of the wrong width, from a config that is not the tensors'."""
     with pytest.raises(CoralError, match=message):
         eagle.read(write(tmp_path / "e", **claims), tiny_target())
+
+
+def test_heads_that_fit_the_tensors_but_not_llama_are_refused(tmp_path):
+    """Stops: a traceback from transformers, whose Llama has a hidden size that is a multiple of the heads."""
+    names = ("layers__0__self_attn__k_proj__weight", "layers__0__self_attn__v_proj__weight")
+    tensors = odd(**{name: torch.ones(8, 16) for name in names})  # 3 heads of 8, of which 1 has keys
+    with pytest.raises(CoralError, match=r"config\.json cannot be read"):
+        eagle.read(write(tmp_path / "e", tensors, num_attention_heads=3), tiny_target())
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):

@@ -12,6 +12,7 @@ import typer
 from coral import options
 from coral.cli_bench import bench
 from coral.cli_data import data
+from coral.cli_export import export, import_
 from coral.cli_heads import train_head
 from coral.cli_tune import tune
 from coral.errors import CoralError
@@ -27,6 +28,8 @@ app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
 app.command()(train_head)
 app.command()(tune)
+app.command()(export)
+app.command("import")(import_)
 
 
 @app.callback()

@@ -127,8 +127,8 @@ def write(
     }
     (directory / "coral").mkdir(exist_ok=True)
     (directory / "model.safetensors").write_bytes(serialise(tensors, metadata={"format": "pt"}))
-    _write_json(directory / "config.json", _engine_config(drafter))
-    _write_json(directory / "coral" / "config.json", ours)
+    write_json(directory / "config.json", engine_config(drafter.config, drafter.fc.weight.dtype))
+    write_json(directory / "coral" / "config.json", ours)
 
 
 def load(
@@ -176,7 +176,10 @@ def read_config(directory: Path) -> dict[str, Any]:
         version, kind, feature = ours["format_version"], ours["kind"], ours["feature"]
         ours["drafter"], ours["target"]
     except FileNotFoundError as error:
-        raise CoralError(f"{directory} is not a CORAL drafter: {path} is missing; check the path.") from error
+        raise CoralError(
+            f"{directory} is not a CORAL drafter: {path} is missing; check the path, or take in a drafter of "
+            "another format with `coral import`."
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CoralError(f"{path} cannot be read ({error!r}); copy the drafter again.") from error
     if version != FORMAT_VERSION or kind not in KINDS or feature != FEATURE:
@@ -248,15 +251,17 @@ def check_tensors(file: Path, expected: dict[str, torch.Size], found: dict[str, 
             )
 
 
-def _engine_config(drafter: Drafter) -> dict[str, Any]:
-    """What vLLM and SGLang read. `bias` is the EAGLE code's word for fc's bias; others read it as attention
-    bias.
+def engine_config(config: DrafterConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What vLLM and SGLang read: the config.json of a plain EAGLE directory.
+
+    `bias` is the EAGLE code's word for fc's bias, which other engines read as attention bias: it is always
+    false here. A drafter that has an fc bias has the architecture of SGLang, which uses the bias; vLLM, which
+    would drop it, does not know that architecture and refuses.
     """
-    config = drafter.config
     rope = dict(config.rope_parameters)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": ["LlamaForCausalLMEagle" if config.fc_bias else "LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -273,10 +278,11 @@ def _engine_config(drafter: Drafter) -> dict[str, Any]:
         "rope_scaling": None if rope["rope_type"] == "default" else scaling,
         "tie_word_embeddings": False,
         "bias": False,
-        "dtype": str(drafter.fc.weight.dtype).removeprefix("torch."),
-        "torch_dtype": str(drafter.fc.weight.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that people read, too."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,9 +1,8 @@
 """The drafter: (feature of a token, embedding of the next one) -> feature of the next one.
 
 The layout is plain EAGLE (arXiv 2401.15077), so that vLLM, SGLang and the EAGLE code load what is trained
-here: `fc` without bias joins the embedding and the feature, then Llama-style layers follow, of which the
-first has no input norm; nothing is normalised at the end. Embedding and LM head are the target's and are not
-stored.
+here: `fc` joins the embedding and the feature, then Llama-style layers follow, of which the first has no
+input norm; nothing is normalised at the end. Embedding and LM head are the target's and are not stored.
 
 Shapes: B sequences, N rows, M rows that are attended to, h hidden size, H heads, K key/value heads, d head
 size.
@@ -28,7 +27,11 @@ _FIXED_ROTARY = {"default", "linear", "llama3", "yarn"}
 
 @dataclass(frozen=True)
 class DrafterConfig:
-    """The sizes of a drafter. `for_target` fills them in."""
+    """The sizes of a drafter. `for_target` fills them in.
+
+    fc_bias: `fc` has a bias, as in some published EAGLE drafters; ours are trained without, since vLLM would
+    drop it.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -44,6 +47,7 @@ class DrafterConfig:
     )
     max_position_embeddings: int = 2048
     normalised_feedback: bool = False
+    fc_bias: bool = False
 
     @classmethod
     def for_target(cls, target_config: Any, **options: Any) -> "DrafterConfig":
@@ -167,7 +171,7 @@ class Drafter(nn.Module):
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.config = config
-        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
         self.layers = nn.ModuleList(DraftLayer(config, index) for index in range(config.num_layers))
         self.rotary = Rotary(
             LlamaConfig(
@@ -181,6 +185,8 @@ class Drafter(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def inputs(self, embeddings: Tensor, features: Tensor) -> Tensor:
         """Join embeddings [B,N,h] (of token t+1) and features [B,N,h] (of token t) into rows [B,N,h]."""

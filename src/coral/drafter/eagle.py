@@ -7,10 +7,12 @@ the rotary frequencies, the norm's epsilon and the activation.
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,8 +20,9 @@ from coral.drafter.checkpoint import TargetLike, check_names, check_tensors
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.errors import CoralError
 
-# Rotary types whose frequencies do not depend on max_position_embeddings, which is set to the target's.
-_ROTARY = ("default", "linear", "llama3")
+# Rotary types whose frequencies do not depend on max_position_embeddings, which is set to the
+# target's. Yarn's do unless the length that is stretched is given.
+_ROTARY = ("default", "linear", "llama3", "yarn")
 
 
 class EagleTarget(TargetLike, Protocol):
@@ -33,15 +36,24 @@ class EagleTarget(TargetLike, Protocol):
 
 
 def read(directory: Path, target: EagleTarget) -> Drafter:
-    """The drafter in a plain EAGLE directory, in its stored dtype, ready to run with `target`.
+    """The drafter in a plain EAGLE directory; see `open_` and `build`."""
+    return build(open_(directory), target)
 
-    The prefixes `model.` and `module.` are taken off the tensors' names. Biases that are zero are dropped, as
-    is an embedding that is the target's.
+
+@dataclass(frozen=True)
+class Stored:
+    """A directory as it was found: the file of tensors, those by their names without prefix, config.json."""
+
+    file: Path
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+
+
+def open_(directory: Path) -> Stored:
+    """What a directory holds. The prefixes `model.` and `module.` are taken off the tensors' names.
 
     Raises:
-        CoralError: an unreadable file; a tensor that is missing, left over or of another shape; a bias that
-            is not zero; another hidden size or embedding than the target's; a rotary type that changes with
-            the length.
+        CoralError: a file that is missing or cannot be read, a tensor that is there twice.
     """
     file = next((f for f in map(directory.joinpath, _READERS) if f.is_file()), None)
     if file is None or not (directory / "config.json").is_file():
@@ -49,13 +61,27 @@ def read(directory: Path, target: EagleTarget) -> Drafter:
             f"{directory} holds no drafter: neither one of ours (coral/config.json) nor config.json with "
             f"{' or '.join(_READERS)}; check the path."
         )
-    tensors = _read_tensors(file)
+    return Stored(file, _read_tensors(file), _read_config(directory / "config.json"))
+
+
+def build(stored: Stored, target: EagleTarget) -> Drafter:
+    """The drafter that is stored in the plain EAGLE layout, in its dtype, ready to run with `target`.
+
+    Biases that are zero are dropped, as is an embedding that is the target's.
+
+    Raises:
+        CoralError: a tensor that is missing, left over or of another shape; a bias that is not zero, but for
+            fc's; another hidden size or embedding than the target's; a rotary type that changes with the
+            length.
+    """
+    file, tensors = stored.file, dict(stored.tensors)
     _drop_biases(file, tensors)
     embedding = tensors.pop("embed_tokens.weight", None)
-    num_layers = len({match[1] for name in tensors if (match := re.match(r"layers\.(\d+)\.", name))})
-    smallest = DrafterConfig(2, 2, 1, 1, 2, 2, num_layers=max(1, num_layers))  # its tensors' names are all's
+    num_layers = max(1, len({match[1] for name in tensors if (match := re.match(r"layers\.(\d+)\.", name))}))
+    bias = "fc.bias" in tensors
+    smallest = DrafterConfig(2, 2, 1, 1, 2, 2, num_layers=num_layers, fc_bias=bias)  # has all's names
     check_names(file, Drafter(smallest).state_dict().keys(), tensors.keys())
-    drafter = _empty_drafter(directory / "config.json", tensors, target)
+    drafter = _empty_drafter(file.with_name("config.json"), stored.config, tensors, target)
     check_tensors(file, {name: t.shape for name, t in drafter.state_dict().items()}, tensors)
     if embedding is not None:
         _check_embedding(file, embedding, target)
@@ -88,16 +114,27 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CoralError(f"{path} cannot be read ({error!r}); copy the drafter again.") from error
+
+
 def _drop_biases(file: Path, tensors: dict[str, Tensor]) -> None:
     for name in [name for name in tensors if name.endswith(".bias")]:
-        if tensors.pop(name).any():
+        if not tensors[name].any():
+            del tensors[name]
+        elif name != "fc.bias":
             raise CoralError(
-                f"{file}: {name} is not zero, but a drafter of ours has no bias there, since engines drop it "
-                "without a word; use a drafter that was trained without it."
+                f"{file}: {name} is not zero, but a drafter of ours has no bias there; use one that "
+                "was trained without it."
             )
 
 
-def _empty_drafter(path: Path, tensors: dict[str, Tensor], target: EagleTarget) -> Drafter:
+def _empty_drafter(
+    path: Path, given: dict[str, Any], tensors: dict[str, Tensor], target: EagleTarget
+) -> Drafter:
     """A drafter of the tensors' sizes, with random weights."""
     rows = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in tensors.items()}
     query, key = rows["layers.0.self_attn.q_proj.weight"], rows["layers.0.self_attn.k_proj.weight"]
@@ -107,15 +144,16 @@ def _empty_drafter(path: Path, tensors: dict[str, Tensor], target: EagleTarget) 
             f"has {target.hidden_size}; use the target that it was trained for."
         )
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
         heads = int(given["num_attention_heads"])
         rope = dict(given.get("rope_parameters") or given.get("rope_scaling") or {})
         legacy = rope.pop("type", "default")
         rope = {"rope_theta": given.get("rope_theta") or 10000.0, "rope_type": legacy, **rope}
-        if rope["rope_type"] not in _ROTARY:
+        stretched = rope["rope_type"] == "yarn" and "original_max_position_embeddings" not in rope
+        if rope["rope_type"] not in _ROTARY or stretched:
             raise CoralError(
                 f"{path} asks for rotary type {rope['rope_type']!r}; a drafter's must be one of "
-                f"{', '.join(_ROTARY)}, whose frequencies are the same at every length."
+                f"{', '.join(_ROTARY)} (with original_max_position_embeddings), whose frequencies are the "
+                "same at every length."
             )
         head_dim = query // heads
         kv_heads = key // head_dim
@@ -137,9 +175,10 @@ def _empty_drafter(path: Path, tensors: dict[str, Tensor], target: EagleTarget) 
                 hidden_act=given.get("hidden_act", "silu"),
                 rope_parameters=rope,
                 max_position_embeddings=target.config.max_position_embeddings,
+                fc_bias="fc.bias" in tensors,
             )
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise CoralError(f"{path} cannot be read ({error!r}); copy the drafter again.") from error
 
 

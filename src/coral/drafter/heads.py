@@ -12,7 +12,8 @@ are made from the target alone.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,7 +76,7 @@ def save(directory: Path, kind: str, tensors: Mapping[str, Tensor], **numbers: i
         CoralError: the disk refuses.
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    path = directory / _FOLDER / f"{kind}.safetensors"
+    path = _file(directory, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_bytes(path, serialise(stored, {name: str(number) for name, number in numbers.items()}))
     atomic_text(directory / _FOLDER / _OWN, kind + "\n")
@@ -95,21 +96,39 @@ def resolve(directory: Path, which: str) -> str:
     return own.read_text().strip() if own.exists() else "full"
 
 
-def save_token_map(directory: Path, ids: Tensor) -> Path:
-    """Write the ids of a static head [K] as SGLang reads them (`--speculative-token-map`): a list of ids, of
-    which the i-th is the target's id of draft id i.
+def made(directory: Path) -> list[str]:
+    """The kinds of the heads that were made for a drafter."""
+    return [kind for kind in KINDS if _file(directory, kind).exists()]
 
-    Returns:
-        Where it is.
+
+def static_ids(directory: Path) -> Tensor | None:
+    """The ids of a drafter's static head, int64 [K]; None where it has none.
+
+    Raises:
+        CoralError: it cannot be read.
+    """
+    path = _file(directory, "static")
+    with _refuse_corrupt(path):
+        return _read(path)[0]["ids"].long() if path.exists() else None
+
+
+def save_token_map(directory: Path, ids: Tensor) -> Path:
+    """Write the ids of a static head [K] into a drafter's directory, see `write_token_map`; where it is."""
+    path = directory / _FOLDER / _TOKEN_MAP
+    write_token_map(path, ids)
+    return path
+
+
+def write_token_map(path: Path, ids: Tensor) -> None:
+    """Write ids [K] as SGLang reads them (`--speculative-token-map`): a list whose i-th is the target's id
+    of draft id i.
 
     Raises:
         CoralError: the disk refuses.
     """
     buffer = io.BytesIO()  # torch.save hides the reason of a failed write
     torch.save(ids.tolist(), buffer)
-    path = directory / _FOLDER / _TOKEN_MAP
     atomic_bytes(path, buffer.getvalue())
-    return path
 
 
 def load(
@@ -133,16 +152,31 @@ def load(
         return FullHead(target)
     if which == "in_context":
         return InContextHead(target)
-    path = directory / _FOLDER / f"{which}.safetensors"
+    path = _file(directory, which)
     if not path.exists():
         raise CoralError(
             f"the drafter {source} has no {which} head; make one with `coral train-head {source} "
             f"--kind {which}`."
         )
-    try:
-        with safe_open(path, "pt") as file:
-            numbers, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with _refuse_corrupt(path):
+        tensors, numbers = _read(path)
         return _build(target, which, tensors, active, numbers)
+
+
+def _file(directory: Path, kind: str) -> Path:
+    return directory / _FOLDER / f"{kind}.safetensors"
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A head's tensors and numbers."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+@contextmanager
+def _refuse_corrupt(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError, KeyError, ValueError, IndexError, RuntimeError) as error:
         raise CoralError(f"{path} cannot be read ({str(error).strip()}); make it again.") from error
 

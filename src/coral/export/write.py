@@ -1,0 +1,144 @@
+"""Write a drafter as another engine loads it, or refuse it: engines rarely say what they miss or drop."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Set
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from coral import __version__
+from coral.drafter import checkpoint, heads
+from coral.drafter.checkpoint import TargetRecord
+from coral.drafter.drafter import Drafter, DrafterConfig
+from coral.errors import CoralError
+from coral.export import eagle, sglang, speculators, vllm
+from coral.files import atomic_directory
+from coral.target import Target
+
+_RECORD = Path("coral") / "export.json"  # engines do not look into folders
+_TOKEN_MAP = "token_map.pt"
+
+
+class Format(Protocol):
+    """What a module of a format says of it."""
+
+    FILE: str
+    """The file of tensors."""
+    KEYS: frozenset[str]
+    """The keys of config.json, all and no other."""
+    READS_TARGET: bool
+    """Whether `tensors` or `config_json` needs the target."""
+    READS_TOKEN_MAP: bool
+    """Whether the engine drafts with the ids of a static head."""
+
+    def names(self, config: DrafterConfig) -> set[str]:
+        """The tensors that such a drafter has in this format, all and no other."""
+        ...
+
+    def lacks(self, config: DrafterConfig) -> list[str]:
+        """What the format cannot carry of such a drafter, in words."""
+        ...
+
+    def tensors(self, drafter: Drafter, target: Target | None) -> dict[str, Tensor]: ...
+    def config_json(
+        self, config: DrafterConfig, dtype: torch.dtype, record: TargetRecord, target: Target | None
+    ) -> dict[str, Any]: ...
+    def command(self, target: str, directory: Path, token_map: Path | None) -> str | None:
+        """What serves the drafter; None: nothing does."""
+        ...
+
+
+FORMATS: dict[str, Format] = {"vllm": vllm, "sglang": sglang, "eagle": eagle, "speculators": speculators}
+
+
+class Exported(NamedTuple):
+    """left_out: heads that the format has no place for; token_map: where the static head went."""
+
+    left_out: list[str]
+    token_map: Path | None
+    command: str | None
+
+
+def find(name: str) -> Format:
+    """Raises CoralError when there is no such format."""
+    if name not in FORMATS:
+        raise CoralError(f"format {name!r} is not known; use {', '.join(FORMATS)}.")
+    return FORMATS[name]
+
+
+def export(
+    directory: Path,
+    to: str,
+    output: Path,
+    *,
+    served: str,
+    target: Target | None = None,
+    dtype: torch.dtype | None = None,
+) -> Exported:
+    """Write the drafter in `directory` in the format `to`, in one step.
+
+    Args:
+        output: new, empty, or an older export, which is replaced.
+        served: the target's directory or hub id, for the command.
+        target: given if the format `READS_TARGET`.
+        dtype: of the tensors; None: as stored.
+
+    Raises:
+        CoralError: not a drafter of ours, or one of another target; a feature that the format cannot carry,
+            which is named; an output that holds other files; a disk that refuses.
+    """
+    format, ours = find(to), checkpoint.read_config(directory)
+    output = output.absolute()
+    _refuse_foreign(output)
+    config = DrafterConfig(**ours["drafter"])
+    if lacks := format.lacks(config):
+        raise CoralError(
+            f"{to} cannot carry {' and '.join(lacks)}, which this drafter has; use another format, or train "
+            "a drafter without."
+        )
+    drafter = checkpoint.load(directory, target, dtype=dtype)
+    record, stored = TargetRecord(**ours["target"]), drafter.fc.weight.dtype
+    tensors = {name: t.detach().cpu().contiguous() for name, t in format.tensors(drafter, target).items()}
+    content = format.config_json(config, stored, record, target)
+    _check(to, "tensors", format.names(config), tensors.keys())
+    _check(to, "keys", format.KEYS, content.keys())
+    ids = heads.static_ids(directory) if format.READS_TOKEN_MAP else None
+    with atomic_directory(output) as aside:
+        _write_tensors(aside / format.FILE, tensors)
+        checkpoint.write_json(aside / "config.json", content)
+        if ids is not None:
+            heads.write_token_map(aside / _TOKEN_MAP, ids)
+        (aside / _RECORD).parent.mkdir()
+        checkpoint.write_json(
+            aside / _RECORD, {"format": to, "version": __version__, "target": asdict(record)}
+        )
+    token_map = None if ids is None else output / _TOKEN_MAP
+    left_out = [kind for kind in heads.made(directory) if ids is None or kind != "static"]
+    return Exported(left_out, token_map, format.command(served, output, token_map))
+
+
+def _check(to: str, what: str, expected: Set[str], found: Set[str]) -> None:
+    if odd := sorted(expected ^ found):
+        raise CoralError(
+            f"{to} and this drafter differ in the {what} {', '.join(odd)}; use another format for it."
+        )
+
+
+def _refuse_foreign(directory: Path) -> None:
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / _RECORD).exists():
+        raise CoralError(f"{directory} holds files that are not an export; choose an empty or new directory.")
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    if path.suffix == ".safetensors":
+        path.write_bytes(serialise(tensors, metadata={"format": "pt"}))
+    else:
+        buffer = io.BytesIO()  # torch.save hides the reason of a failed write
+        torch.save(tensors, buffer)
+        path.write_bytes(buffer.getvalue())

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,10 +33,10 @@ from coral.decoding.proposers.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
 from coral.decoding.tree import DEFAULT, Budget
+from coral.export import write
 from coral.memory import keep_freed_memory
 from coral.options import quiet_transformers
 from coral.target import Target
-from coral.vllm_plugin import ARCHITECTURE
 
 HERE = Path(__file__).parent
 NGRAM = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}
@@ -144,12 +143,8 @@ def chains(
 
 def export(drafter: Path, head: str, directory: Path) -> Path:
     """The drafter as vLLM reads it, with its full head or, through our plug-in, another one."""
-    if head == "full":
-        return drafter.resolve()
-    shutil.copytree(drafter, directory)
-    path = directory / "config.json"
-    config = json.loads(path.read_text()) | {"architectures": [ARCHITECTURE], "coral_head": head}
-    path.write_text(json.dumps(config))
+    to = "vllm" if head == "full" else "vllm-coral"
+    write.export(drafter, to, directory, served="", head=head)
     return directory
 
 

@@ -66,7 +66,7 @@ OPTIONS = {
         "--fallback", "--no-fallback", "--max-new-tokens", "--tree", "--note", "--seed", "--device",
     },
     "bench compare": set(),
-    "export": {"--to", "--output", "--target", "--dtype", "--revision", "--trust-remote-code"},
+    "export": {"--to", "--head", "--output", "--target", "--dtype", "--revision", "--trust-remote-code"},
     "import": {"--target", "--output", "--revision", "--drafter-revision", "--trust-remote-code"},
 }  # fmt: skip
 

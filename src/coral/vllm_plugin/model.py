@@ -49,14 +49,13 @@ class LMHead:
 class EagleCoralLlamaForCausalLM(EagleLlamaForCausalLM):
     """Drafts with the checkpoint's routed, static or low-rank head; ids that it leaves out get -inf.
 
-    The head is the directory's own, or what `coral_head` in its config.json names.
+    The head is the directory's own, as `coral export --to vllm-coral` writes it.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         draft = vllm_config.speculative_config.draft_model_config
         self._source, self._revision = draft.model, draft.revision
-        self._which = getattr(self.config, "coral_head", "auto")
         self._head: Any = None
 
     def forward(
@@ -83,10 +82,10 @@ class EagleCoralLlamaForCausalLM(EagleLlamaForCausalLM):
 
     def _load_head(self) -> Any:
         target: Any = LMHead.of(self.lm_head, self.config.vocab_size)
-        found = heads.load(self._source, target, self._which, revision=self._revision)
+        found = heads.load(self._source, target, revision=self._revision)
         if not hasattr(found, "log_probs") or isinstance(found, heads.FullHead):
             raise CoralError(
-                f"the drafter {self._source} has no routed, static or low-rank head to serve; make one with "
-                "`coral train-head`, or export it with `--to vllm`."
+                f"the drafter {self._source} holds no head to serve; write it with `coral export --to "
+                "vllm-coral`."
             )
         return found

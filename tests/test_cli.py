@@ -72,11 +72,11 @@ OPTIONS = {
         "--fallback", "--no-fallback", "--max-new-tokens", "--tree", "--note", "--seed", "--device",
     },
     "bench compare": set(),
-    "export": {"--to", "--output", "--target", "--dtype", "--revision", "--trust-remote-code"},
+    "export": {"--to", "--head", "--output", "--target", "--dtype", "--revision", "--trust-remote-code"},
     "import": {"--target", "--output", "--revision", "--trust-remote-code"},
 }  # fmt: skip
 
-# What every row has of results.json.
+# What every row of results.json has.
 ROW = {
     "kind", "drafter", "suite", "temperature", "dtype", "tokens", "cycles", "seconds", "tokens_per_second",
     "speedup", "speedup_over_hf", "tau", "tau_unrepeated", "repeat_share", "acceptance_by_depth",

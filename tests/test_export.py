@@ -371,7 +371,7 @@ def test_a_published_drafter_is_imported(coral, models, target, tmp_path, monkey
 
 
 MISTAKES = {
-    "export {drafter} --to tensorrt --output {out}": "format 'tensorrt' is not known; use vllm, sglang",
+    "export {drafter} --to tensorrt --output {out}": "format 'tensorrt' is not known; use vllm, vllm-coral",
     "export {drafter} --to vllm --output {out} --dtype int8": "dtype 'int8' is not known; use auto",
     "export {target} --to vllm --output {out}": "is not a CORAL drafter",
     "export /nowhere --to vllm --output {out}": "there is no drafter directory /nowhere",

@@ -13,7 +13,7 @@ from coral.errors import CoralError
 
 def export(
     drafter: Annotated[str, typer.Argument(help="Drafter that `coral train` wrote: a directory or hub id.")],
-    to: Annotated[str, typer.Option(help="vllm, sglang, eagle or speculators.")],
+    to: Annotated[str, typer.Option(help="vllm, vllm-coral, sglang, eagle or speculators.")],
     output: Annotated[Path, typer.Option(help="Directory to write: new, empty or an older export.")],
     target: Annotated[
         str | None,
@@ -25,6 +25,9 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="Store as auto (as it is), float32, bfloat16 or float16.")
     ] = "auto",
+    head: Annotated[
+        str, typer.Option(help="For vllm-coral: routed, static, low_rank, or auto for its own.")
+    ] = "auto",
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
 ) -> None:
@@ -32,6 +35,9 @@ def export(
 
     \b
     vllm         vLLM, method eagle: drafts a chain with the full LM head.
+    vllm-coral   The same with a cheaper head, which needs this package in
+                 vLLM's environment (pip install --no-deps coral-drafter).
+                 Experimental.
     sglang       SGLang, algorithm EAGLE: drafts a tree. A static head (coral
                  train-head --kind static) goes along as its token map.
     eagle        The EAGLE code base: pytorch_model.bin with the target's
@@ -61,10 +67,12 @@ def export(
     if format.READS_TARGET:
         loaded = options.load_target(target, "auto", None, revision, trust_remote_code)
     asked = None if dtype == "auto" else getattr(torch, dtype)
-    done = write.export(directory, to, output, served=target, target=loaded, dtype=asked)
+    done = write.export(directory, to, output, served=target, target=loaded, dtype=asked, head=head)
     print(f"drafter for {to}: {output}")
     if done.token_map is not None:
         print(f"static head: written as the token map {done.token_map}")
+    if done.head is not None:
+        print(f"{done.head} head: goes along; run `pip install --no-deps coral-drafter` beside vLLM")
     if done.left_out:
         heads = ", ".join(done.left_out)
         print(f"left out: heads ({heads}); {to} has no place for them, so drafting costs more there")

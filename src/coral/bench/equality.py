@@ -50,14 +50,15 @@ def compare(
     return "near_tie" if tie else "wrong"
 
 
-def references(target: Target) -> tuple[Logits, Logits] | None:
-    """Logits after a prefix in the run's own dtype and in float32; None in float32: nothing is forgiven.
+def references(target: Target, exact: torch.dtype = torch.float32) -> tuple[Logits, Logits] | None:
+    """Logits after a prefix in the run's own dtype and in `exact`; None if they are one: nothing is forgiven.
 
-    The float32 copy of the model is made when the first texts differ.
+    Another engine rounds float32 in its own way: judge its texts with torch.float64. The copy of the model in
+    `exact` is made when the first texts differ.
     """
-    if target.dtype == torch.float32:
+    if target.dtype == exact:
         return None
-    return _last_row(lambda: target.model), _last_row(cache(lambda: copy.deepcopy(target.model).float()))
+    return _last_row(lambda: target.model), _last_row(cache(lambda: copy.deepcopy(target.model).to(exact)))
 
 
 def _last_row(model: Callable[[], Any]) -> Logits:
@@ -65,7 +66,7 @@ def _last_row(model: Callable[[], Any]) -> Logits:
     def logits(prefix: list[int]) -> Tensor:
         owner = model()
         ids = torch.tensor([prefix], device=owner.device)
-        return owner(ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+        return owner(ids, use_cache=False, logits_to_keep=1).logits[0, -1].double()
 
     return logits
 

@@ -12,6 +12,7 @@ are made from the target alone.
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,6 +100,14 @@ def resolve(directory: Path, which: str) -> str:
 def made(directory: Path) -> list[str]:
     """The kinds of the heads that were made for a drafter."""
     return [kind for kind in KINDS if _file(directory, kind).exists()]
+
+
+def copy(source: Path, directory: Path, kind: str) -> None:
+    """Put a head of the drafter `source` into another directory, as its own and only one."""
+    path = _file(directory, kind)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(_file(source, kind), path)
+    atomic_text(directory / _FOLDER / _OWN, kind + "\n")
 
 
 def static_ids(directory: Path) -> Tensor | None:

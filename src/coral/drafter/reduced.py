@@ -36,7 +36,7 @@ class StaticHead:
         return self.ids[best], values - logits.logsumexp(-1, keepdim=True)
 
     def log_probs(self, features: Tensor) -> Tensor:
-        """[N, V] float32, for tests."""
+        """[N, V] float32; ids that are left out have -inf."""
         dense = torch.full((len(features), self.vocab_size), float("-inf"), device=features.device)
         dense[:, self.ids] = self.rows(features).float().log_softmax(-1)
         return dense
@@ -65,8 +65,13 @@ class LowRankHead:
         return ids.gather(1, best), values - logits.logsumexp(-1, keepdim=True)
 
     def log_probs(self, features: Tensor) -> Tensor:
-        """[N, V] float32, for tests."""
-        return self._scores(features, 1)[0].log_softmax(-1)
+        """[N, V] float32; as in `topk`, no id comes before those that met their real row."""
+        logits, ids = self._scores(features, 1)
+        mass = logits.logsumexp(-1, keepdim=True)
+        if self.rescored:
+            real = logits.gather(1, ids)
+            logits = logits.clamp(max=real.amin(1, keepdim=True)).scatter(1, ids, real)
+        return logits - mass
 
     def _scores(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Scores of all ids [N, V], and the ids among which the best are to be found [N, >= k]."""

@@ -58,7 +58,8 @@ class RoutedHead:
         weight, bias = target.head_weight, target.head_bias
         self.router = router.to(weight.device, weight.dtype).eval().requires_grad_(False)
         self.ids, self.active = ids.to(weight.device), min(active, len(ids))
-        self.core = outside(self.ids, len(weight))
+        self.vocab_size = len(weight)
+        self.core = outside(self.ids, self.vocab_size)
         self.core_rows = rows_of(target, self.core) if len(self.core) else None
         absent, there = self.ids < 0, self.ids.clamp(min=0)
         if bias is not None or absent.any():
@@ -71,15 +72,28 @@ class RoutedHead:
         pack_linears(self.router)
 
     def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
+        ids, logits, offset = self._active(features, scores)
+        values, best = logits.topk(min(k, logits.shape[-1]), dim=-1)
+        return ids[best].clamp(min=0), values + offset
+
+    def log_probs(self, features: Tensor) -> Tensor:
+        """[N, V] float32, of nodes that are equally likely; ids of groups that are left out have -inf."""
+        ids, logits, offset = self._active(features, features.new_zeros(len(features)))
+        dense = logits.new_full((len(features), self.vocab_size + 1), float("-inf"))
+        dense[:, ids] = logits + offset  # where a group is filled up, its id -1 is the last place
+        return dense[:, :-1]
+
+    def _active(self, features: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The active ids [A] (-1 where a group is filled up), their logits [N, A] float32, and what [N, 1] to
+        add to make these log-probabilities.
+        """
         mass, chosen = self.choose(features, scores)
         logits = self.product(features, chosen)  # [N, active * R]
         if self.core_rows is not None:
             logits = torch.cat([self.core_rows(features), logits], 1)
         logits = logits.float()
-        values, best = logits.topk(min(k, logits.shape[-1]), dim=-1)
         looked_at = torch.cat([mass[:, chosen], mass[:, len(self.ids) :]], 1).logsumexp(-1, keepdim=True)
-        ids = self.active_ids(chosen)[best].clamp(min=0)
-        return ids, values - logits.logsumexp(-1, keepdim=True) + looked_at
+        return self.active_ids(chosen), logits, looked_at - logits.logsumexp(-1, keepdim=True)
 
     def choose(self, features: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The log-mass [N, G] of each group (one more for the core), and the groups [active] worth most to

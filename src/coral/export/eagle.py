@@ -22,6 +22,7 @@ FILE = "pytorch_model.bin"
 KEYS = plain.KEYS - {"head_dim", "rope_parameters", "dtype"}
 READS_TARGET = True
 READS_TOKEN_MAP = False
+READS_HEAD = False
 
 
 def names(config: DrafterConfig) -> set[str]:

@@ -23,6 +23,7 @@ FILE = "model.safetensors"
 KEYS = plain.KEYS
 READS_TARGET = False
 READS_TOKEN_MAP = True
+READS_HEAD = False
 
 
 def names(config: DrafterConfig) -> set[str]:

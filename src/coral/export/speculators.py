@@ -29,6 +29,7 @@ KEYS = frozenset(
 )  # fmt: skip
 READS_TARGET = True
 READS_TOKEN_MAP = False
+READS_HEAD = False
 VERSION = "0.6.0.2"  # the last that reads it
 
 # A drafter's name -> the name there.

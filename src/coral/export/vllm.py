@@ -22,6 +22,7 @@ FILE = "model.safetensors"
 KEYS = plain.KEYS
 READS_TARGET = False
 READS_TOKEN_MAP = False
+READS_HEAD = False
 CHAIN = 4  # draft tokens of a cycle, which vLLM drafts one behind the other
 
 

@@ -17,7 +17,7 @@ from coral.drafter import checkpoint, heads
 from coral.drafter.checkpoint import TargetRecord
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.errors import CoralError
-from coral.export import eagle, sglang, speculators, vllm
+from coral.export import eagle, sglang, speculators, vllm, vllm_coral
 from coral.files import atomic_directory
 from coral.target import Target
 
@@ -36,6 +36,8 @@ class Format(Protocol):
     """Whether `tensors` or `config_json` needs the target."""
     READS_TOKEN_MAP: bool
     """Whether the engine drafts with the ids of a static head."""
+    READS_HEAD: bool
+    """Whether the engine drafts with a head as we store it."""
 
     def names(self, config: DrafterConfig) -> set[str]:
         """The tensors that such a drafter has in this format, all and no other."""
@@ -54,12 +56,19 @@ class Format(Protocol):
         ...
 
 
-FORMATS: dict[str, Format] = {"vllm": vllm, "sglang": sglang, "eagle": eagle, "speculators": speculators}
+FORMATS: dict[str, Format] = {
+    "vllm": vllm,
+    "vllm-coral": vllm_coral,
+    "sglang": sglang,
+    "eagle": eagle,
+    "speculators": speculators,
+}
 
 
 class Exported(NamedTuple):
-    """left_out: heads that the format has no place for; token_map: where the static head went."""
+    """head: the one that goes along; left_out: those that do not; token_map: where the static head went."""
 
+    head: str | None
     left_out: list[str]
     token_map: Path | None
     command: str | None
@@ -80,6 +89,7 @@ def export(
     served: str,
     target: Target | None = None,
     dtype: torch.dtype | None = None,
+    head: str = "auto",
 ) -> Exported:
     """Write the drafter in `directory` in the format `to`, in one step.
 
@@ -88,10 +98,11 @@ def export(
         served: the target's directory or hub id, for the command.
         target: given if the format `READS_TARGET`.
         dtype: of the tensors; None: as stored.
+        head: which goes along if the format `READS_HEAD`, see `heads.resolve`.
 
     Raises:
         CoralError: not a drafter of ours, or one of another target; a feature that the format cannot carry,
-            which is named; an output that holds other files; a disk that refuses.
+            which is named; a head that was not made; an output that holds other files; a disk that refuses.
     """
     format, ours = find(to), checkpoint.read_config(directory)
     output = output.absolute()
@@ -101,6 +112,12 @@ def export(
         raise CoralError(
             f"{to} cannot carry {' and '.join(lacks)}, which this drafter has; use another format, or train "
             "a drafter without."
+        )
+    kind = heads.resolve(directory, head) if format.READS_HEAD else None
+    if kind is not None and kind not in heads.made(directory):
+        raise CoralError(
+            f"{to} needs a head, but {directory} has no {kind} one that was made for it; make one with "
+            "`coral train-head`, name another, or export to vllm, which drafts with the full head."
         )
     drafter = checkpoint.load(directory, target, dtype=dtype)
     record, stored = TargetRecord(**ours["target"]), drafter.fc.weight.dtype
@@ -115,12 +132,15 @@ def export(
         if ids is not None:
             heads.write_token_map(aside / _TOKEN_MAP, ids)
         (aside / _RECORD).parent.mkdir()
+        if kind is not None:
+            heads.copy(directory, aside, kind)
         checkpoint.write_json(
             aside / _RECORD, {"format": to, "version": __version__, "target": asdict(record)}
         )
     token_map = None if ids is None else output / _TOKEN_MAP
-    left_out = [kind for kind in heads.made(directory) if ids is None or kind != "static"]
-    return Exported(left_out, token_map, format.command(served, output, token_map))
+    kept = {kind, None if ids is None else "static"}
+    left_out = [made for made in heads.made(directory) if made not in kept]
+    return Exported(kind, left_out, token_map, format.command(served, output, token_map))
 
 
 def _check(to: str, what: str, expected: Set[str], found: Set[str]) -> None:

@@ -3,7 +3,7 @@ BIN := .venv/bin
 # vLLM has an environment of its own: it pins what it needs, and nothing here depends on it.
 ENGINES ?= .venv-engines
 
-.PHONY: demo test lint install test-engines
+.PHONY: demo test lint install test-engines test-endpoint
 # One file marks the installed environment; it is remade when the dependencies change.
 install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
@@ -26,6 +26,9 @@ lint: install
 
 test-engines: install $(ENGINES)/installed  ## the shipped drafter in a real vLLM; docs/vllm.md
 	HF_HUB_OFFLINE=1 PYTHONPATH=benchmarks $(BIN)/python engines/vllm_check.py --engine $(ENGINES)/bin/python $(ARGS)
+
+test-endpoint: install $(ENGINES)/installed  ## a real vLLM server writes training answers; docs/data.md
+	HF_HUB_OFFLINE=1 $(BIN)/python engines/regenerate_check.py --engine $(ENGINES)/bin/python $(ARGS)
 
 $(ENGINES)/installed: engines/requirements.py
 	$(PYTHON) -m venv $(ENGINES)

@@ -25,6 +25,7 @@ SMALL = {
     "tune": ["--prompts", "1", "--max-new-tokens", "6"],
     "bench": ["--no-compile", "--limit", "1", "--max-new-tokens", "4", "--suite", "questions.jsonl"],
     "bench compare": [],
+    "export": [],
 }
 
 

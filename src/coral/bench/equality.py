@@ -58,7 +58,8 @@ def references(target: Target, exact: torch.dtype = torch.float32) -> tuple[Logi
     """
     if target.dtype == exact:
         return None
-    return _last_row(lambda: target.model), _last_row(cache(lambda: copy.deepcopy(target.model).to(exact)))
+    model: Any = target.model
+    return _last_row(lambda: model), _last_row(cache(lambda: copy.deepcopy(model).to(exact)))
 
 
 def _last_row(model: Callable[[], Any]) -> Logits:

@@ -26,13 +26,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # its tables cut long option names
     help="Make a Hugging Face LLM write faster without changing a word of its output.",
 )
-app.add_typer(data, name="data")
-app.add_typer(bench, name="bench")
-app.command()(train_head)
-app.command()(tune)
-app.command()(export)
-app.command("import")(import_)
-app.command()(push)
 
 
 @app.callback()
@@ -198,6 +191,16 @@ def train(
     )
     if not outcome.finished:
         raise typer.Exit(2)  # the loop has said so, and what to do
+
+
+# Help lists commands in this order.
+app.add_typer(data, name="data")
+app.add_typer(bench, name="bench")
+app.command()(train_head)
+app.command()(tune)
+app.command()(export)
+app.command("import")(import_)
+app.command()(push)
 
 
 def main() -> None:

@@ -216,7 +216,8 @@ def ways(
 
     def own(drafter: str | Path | None, head: str, budget: Budget) -> float:
         write_text = ours(compiled, make_proposer(compiled, drafter, head=head), budget)
-        write_text(job["prompts"][0], Sampling(), 0, options.tokens)  # compile
+        for prompt in job["prompts"][:: options.prompts]:  # compile, for several lengths
+            write_text(prompt, Sampling(), 0, options.tokens)
         begin = perf_counter()
         for prompt in job["prompts"]:
             write_text(prompt, Sampling(), 0, options.tokens)

@@ -13,8 +13,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -57,6 +58,8 @@ def main() -> int:
     parser.add_argument("--speed", action="store_true", help="time both sides, compiled, instead")
     parser.add_argument("--output", type=Path, help="where results.json and results.md go")
     options = parser.parse_args()
+    if options.speed and not options.output:
+        parser.error("--speed keeps what it has measured, and goes on there: name a directory with --output")
     keep_freed_memory()
     quiet_transformers()
     target = Target.load(options.target, dtype="float32")
@@ -79,18 +82,24 @@ def main() -> int:
         results = header() | {"command": f"make test-engines ARGS='{arguments()}'"}
         results["settings"] = {name: str(value) for name, value in vars(options).items()}
         if options.speed:
-            results["tokens_per_second"] = measure(options, target, job, served)
-            table = speeds(results)
-            print(table)
-        else:
-            results["checks"] = {
-                head: compare_with_vllm(options, target, head, {**job, "speculative": speculative})
-                for head, speculative in served.items()
-            }
-            table = shares(results)
+            path = options.output / "results.json"
+            results["tokens_per_second"] = found = (
+                json.loads(path.read_text())["tokens_per_second"] if path.exists() else {}
+            )
+            for name, write_all in ways(options, target, job, served).items():
+                if name not in found:
+                    found[name] = options.tokens * len(job["prompts"]) / write_all()
+                    print(f"{name}: {found[name]:.1f} tokens/s", flush=True)
+                    save(options.output, results, speeds(results))
+            return 0
+        checks = {
+            head: compare_with_vllm(options, target, head, {**job, "speculative": speculative})
+            for head, speculative in served.items()
+        }
     if options.output:
-        save(options.output, results, table)
-    return int(any(check["failed"] for check in results.get("checks", {}).values()))
+        results["checks"] = checks
+        save(options.output, results, shares(results))
+    return int(any(check["failed"] for check in checks.values()))
 
 
 def compare_with_vllm(
@@ -191,40 +200,38 @@ def counted(answer: dict[str, Any]) -> tuple[int, list[int]]:
     return int(cycles), [int(number) for number in accepted]
 
 
-def measure(
+def ways(
     options: argparse.Namespace, target: Target, job: dict[str, Any], served: dict[str, dict[str, Any]]
-) -> dict[str, float]:
-    """Tokens per second with prefill, one prompt at a time, by way of writing; vLLM and ours compiled."""
-    total = options.tokens * len(job["prompts"])
-    configs: dict[str, dict[str, Any] | None] = {
-        "vLLM, plain": None,
-        "vLLM, n-gram": NGRAM | {"num_speculative_tokens": options.draft_tokens},
-        **{f"vLLM, our drafter, {head} head": config for head, config in served.items()},
-    }
-    found = {}
-    for name, config in configs.items():
-        answer = run_vllm(options.engine, {**job, "speculative": config, "eager": False, "at_once": 1})
-        found[name] = total / answer["seconds"]
-        print(f"{name}: {found[name]:.1f} tokens/s", file=sys.stderr, flush=True)
+) -> dict[str, Callable[[], float]]:
+    """What --speed measures: functions that write all prompts, one after the other, and return the seconds
+    that it took, prefill included. vLLM and ours are compiled.
+    """
     chain = Budget(top_k=1, max_depth=options.draft_tokens, num_nodes=options.draft_tokens)
     lookup = Budget(top_k=2, max_depth=10, num_nodes=DEFAULT.num_nodes)
     compiled = target.compiled((1, chain.num_nodes + 1, DEFAULT.num_nodes + 1))
-    ways: dict[str, tuple[Proposer, Budget]] = {
-        "ours, plain": (Plain(), chain),
-        "ours, n-gram": (make_proposer(compiled, "ngram"), lookup),
+
+    def vllm(config: dict[str, Any] | None) -> float:
+        asked = {**job, "speculative": config, "eager": False, "at_once": 1}
+        return float(run_vllm(options.engine, asked)["seconds"])
+
+    def own(drafter: str | Path | None, head: str, budget: Budget) -> float:
+        write_text = ours(compiled, make_proposer(compiled, drafter, head=head), budget)
+        for _ in range(2):  # a text of another length may still compile something in the first go
+            begin = perf_counter()
+            for prompt in job["prompts"]:
+                write_text(prompt, Sampling(), 0, options.tokens)
+        return perf_counter() - begin
+
+    found: dict[str, Callable[[], float]] = {
+        "vLLM, plain": partial(vllm, None),
+        "vLLM, n-gram": partial(vllm, NGRAM | {"num_speculative_tokens": options.draft_tokens}),
+        "ours, plain": partial(own, None, "auto", chain),
+        "ours, n-gram": partial(own, "ngram", "auto", lookup),
     }
-    for head in served:
-        proposer = make_proposer(compiled, options.drafter, head=head)
-        ways[f"ours, drafter, {head} head, chain"] = proposer, chain
-        ways[f"ours, drafter, {head} head, tree"] = proposer, DEFAULT
-    for name, (proposer, budget) in ways.items():
-        write_text = ours(compiled, proposer, budget)
-        write_text(job["prompts"][0], Sampling(), 0, 32)
-        begin = perf_counter()
-        for prompt in job["prompts"]:
-            write_text(prompt, Sampling(), 0, options.tokens)
-        found[name] = total / (perf_counter() - begin)
-        print(f"{name}: {found[name]:.1f} tokens/s", file=sys.stderr, flush=True)
+    for head, config in served.items():
+        found[f"vLLM, our drafter, {head} head"] = partial(vllm, config)
+        found[f"ours, drafter, {head} head, chain"] = partial(own, options.drafter, head, chain)
+        found[f"ours, drafter, {head} head, tree"] = partial(own, options.drafter, head, DEFAULT)
     return found
 
 

@@ -75,7 +75,12 @@ def export(
         print(f"{done.head} head: goes along; run `pip install --no-deps coral-drafter` beside vLLM")
     if done.left_out:
         heads = ", ".join(done.left_out)
-        print(f"left out: heads ({heads}); {to} has no place for them, so drafting costs more there")
+        why = (
+            f"{to} has no place for them, so drafting costs more there"
+            if done.head is None
+            else "name another one to go along with --head"
+        )
+        print(f"left out: heads ({heads}); {why}")
     if format.READS_TOKEN_MAP and done.token_map is None:
         print(
             "no token map: for drafting with fewer ids, run `coral train-head "

@@ -26,17 +26,21 @@ if [ ! -e coral-routed ]; then
 fi
 # The draft model of Hugging Face's assisted generation.
 [ -e assistant ] || OMP_NUM_THREADS=1 "$BIN/python" "$HERE/draft_model.py" "$DATA" assistant
-FIRST="--limit 40" GREEDY=16 SAMPLED=12
-[ -z "${FULL:-}" ] || { FIRST="" GREEDY=128 SAMPLED=128; }
-DRAFTERS="--drafter eagle2=recipes/eagle2-0 --drafter hass=recipes/hass-0 --drafter coral=recipes/coral-0"
-DRAFTERS="$DRAFTERS --drafter coral+router=coral-routed --drafter shipped=$OWN+static"
-MORE="--drafter shipped+router=$OWN+routed --drafter shipped+lookup=$OWN+static+ngram --assistant assistant"
-BENCH="$BIN/coral bench --deepen 32 --dtype float32"
-$BENCH $FIRST $DRAFTERS $MORE --temperature 0 --max-new-tokens $GREEDY --output float32-greedy
-$BENCH $FIRST $DRAFTERS --temperature 1 --uncoupled --no-peers --max-new-tokens $SAMPLED --output float32-sampled
 # The six suites of Spec-Bench, whose licences forbid shipping it: SPEC_BENCH is the path of its questions.
-[ -z "${SPEC_BENCH:-}" ] || $BENCH $FIRST $DRAFTERS $MORE --suite "$SPEC_BENCH" \
-  --temperature 0 --max-new-tokens $GREEDY --output spec-bench
+SUITES=${SPEC_BENCH:+"--suite humaneval,gsm8k,$SPEC_BENCH"}
+FIRST="--limit 6" FIRST_40="--limit 40" TOKENS=24 FEW=12
+[ -z "${FULL:-}" ] || { FIRST="" FIRST_40="" TOKENS=128 FEW=128; }
+RECIPES="--drafter eagle2=recipes/eagle2-0+full --drafter hass=recipes/hass-0+full --drafter coral=recipes/coral-0+full"
+SHIPPED="--drafter shipped=$OWN+static --drafter shipped+in_context=$OWN+in_context"
+SHIPPED="$SHIPPED --drafter shipped+lookup=$OWN+static+ngram --assistant assistant"
+BENCH="$BIN/coral bench --deepen 32 --dtype float32"
+$BENCH $SUITES $FIRST $RECIPES --drafter shipped+full=$OWN+full $SHIPPED --max-new-tokens $TOKENS --output greedy
+$BENCH $SUITES $FIRST --drafter coral=recipes/coral-0+full $SHIPPED --temperature 1 --max-new-tokens $TOKENS --output sampled
+# Coupled and uncoupled drafting, and the paper's router, on more prompts.
+ROUTED="--drafter coral+router=coral-routed --drafter shipped=$OWN+static"
+MORE="--drafter shipped+router=$OWN+routed --drafter shipped+lookup=$OWN+static+ngram"
+$BENCH $FIRST_40 $RECIPES $ROUTED $MORE --max-new-tokens 16 --output float32-greedy
+$BENCH $FIRST_40 $RECIPES $ROUTED --temperature 1 --uncoupled --no-peers --max-new-tokens $FEW --output float32-sampled
 
 # What the parts cost, and where a cycle's time goes.
 "$BIN/python" "$HERE/heads.py" heads

@@ -156,7 +156,7 @@ def make_proposer(
     from coral.drafter.drafter import Drafter
 
     if isinstance(drafter, Drafter):
-        own = heads.of_target(target, "full" if head == "auto" else head)
+        own = heads.of_target(target, heads.UNMADE if head == "auto" else head)
         return Feature(_fitted(drafter, target), target, own, coupled)
     source, head, lookup = read_name(drafter, head)
     if source is None:

@@ -59,7 +59,7 @@ Head = Annotated[
     str,
     typer.Option(
         help="The drafter's LM head: full, in_context (ids of the text at hand; needs no training), routed, "
-        "static, low_rank, or auto for its own."
+        "static, low_rank, or auto: its own, else in_context."
     ),
 ]
 Coupled = Annotated[

@@ -33,6 +33,9 @@ from coral.target import Target
 
 KINDS = ("routed", "static", "low_rank")
 HEADS = ("auto", "full", "in_context", *KINDS)
+UNMADE = "in_context"
+"""The head of a drafter for which none was made: no slower than the others and not less accepted
+(benchmarks/README.md), and it needs no training."""
 _FOLDER = Path("coral") / "heads"
 _TOKEN_MAP = "token_map.pt"
 _OWN = "own"  # a file that names the head that is used if none is asked for
@@ -84,7 +87,8 @@ def save(directory: Path, kind: str, tensors: Mapping[str, Tensor], **numbers: i
 
 
 def resolve(directory: Path, which: str) -> str:
-    """The kind of head that `which` names in a drafter's directory; "auto" is the one made last, else full.
+    """The kind of head that `which` names in a drafter's directory; "auto" is the one made last, else
+    `UNMADE`.
 
     Raises:
         CoralError: an unknown head.
@@ -94,7 +98,7 @@ def resolve(directory: Path, which: str) -> str:
     own = directory / _FOLDER / _OWN
     if which != "auto":
         return which
-    return own.read_text().strip() if own.exists() else "full"
+    return own.read_text().strip() if own.exists() else UNMADE
 
 
 def made(directory: Path) -> list[str]:

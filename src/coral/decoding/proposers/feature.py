@@ -24,7 +24,7 @@ from coral.packed import pack_linears
 from coral.target import Target
 
 _POOL = 256  # ids per node that compete after the noise is added: the sampled id is rarely outside
-_STEP, _MOST = 8, 32  # a compiled draft step has 8, 16, 24 or 32 rows
+_STEP, _MOST = 8, 32  # a compiled draft step has 8, 16, 24 or 32 rows, as many as a level needs
 
 
 class Feature:
@@ -49,7 +49,7 @@ class Feature:
         self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
     ) -> list[DraftTree]:
         caches = [self._cache(state, budget) for state in states]
-        roots = self._read(caches, committed)
+        roots = self._read(caches, committed, budget)
         growths = [
             Growth(state.tokens[-1], cache.length, budget.within(state.remaining), self.target.device)
             for state, cache in zip(states, caches, strict=True)
@@ -62,7 +62,7 @@ class Feature:
                 growths[i].add(ids, scores, drafted)
             live = [i for i in live if growths[i].wants_more]
             if live:
-                features = self._forward([caches[i] for i in live], [growths[i].rows() for i in live])
+                features = self._forward([caches[i] for i in live], [growths[i].rows() for i in live], budget)
         for cache, growth in zip(caches, growths, strict=True):
             cache.keep(growth.length)
         return [growth.finish() for growth in growths]
@@ -73,7 +73,9 @@ class Feature:
             state.memory = KVCache(len(self.drafter.layers), state.max_length + room)
         return state.memory
 
-    def _read(self, caches: Sequence[KVCache], committed: Sequence[Committed]) -> dict[int, Tensor]:
+    def _read(
+        self, caches: Sequence[KVCache], committed: Sequence[Committed], budget: Budget
+    ) -> dict[int, Tensor]:
         """Feed the accepted pairs; the last row's output is the root's draft feature, [1, h] by sequence."""
         rows: dict[int, Rows] = {}
         for i, (cache, pairs) in enumerate(zip(caches, committed, strict=True)):
@@ -86,20 +88,24 @@ class Feature:
                 rows[i] = Rows(ids, pairs.features, positions, keys[None, :] <= positions[:, None])
         if not rows:
             return {}
-        features = self._forward([caches[i] for i in rows], [*rows.values()])
+        features = self._forward([caches[i] for i in rows], [*rows.values()], budget)
         pieces = features.split([len(row.ids) for row in rows.values()])
         return {i: piece[-1:] for i, piece in zip(rows, pieces, strict=True)}
 
-    def _forward(self, caches: Sequence[KVCache], rows: Sequence[Rows]) -> Tensor:
-        """Draft features [N, h] of all rows, sequence after sequence; the caches take their keys, values."""
+    def _forward(self, caches: Sequence[KVCache], rows: Sequence[Rows], budget: Budget) -> Tensor:
+        """Draft features [N, h] of all rows, sequence after sequence; the caches take their keys, values.
+
+        Compiled are the widths of one sequence's levels: to compile for a path that is longer once would
+        stop the text for seconds.
+        """
         if len(rows) == 1:
             ids, features, positions, allowed = rows[0]
         else:
             ids, features, positions = (torch.cat([row[part] for row in rows]) for part in range(3))
             allowed = torch.block_diag(*(row.allowed for row in rows)).bool()
         count = len(ids)
-        size = -(-count // _STEP) * _STEP
-        if self._compiled is None or len(rows) > 1 or size > _MOST or caches[0].length == 0:
+        size, widest = (-(-n // _STEP) * _STEP for n in (count, min(budget.top_k, _MOST)))
+        if self._compiled is None or len(rows) > 1 or size > widest or caches[0].length == 0:
             cache = pack(list(caches), [len(row.ids) for row in rows])
             return self._step(ids, features, positions, allowed[None], cache)
         padded, slots, storage = fix(caches[0], size, allowed[None])

@@ -139,7 +139,7 @@ def save(directory, router, ids, **numbers):
 def test_a_head_comes_back_from_its_directory(tmp_path, saved_drafter):
     """Stops a head that is loaded for another vocabulary, or silently replaced by the full one."""
     directory, target = saved_drafter
-    assert isinstance(heads.load(directory, target), FullHead)
+    assert isinstance(heads.load(directory, target), InContextHead)
     with pytest.raises(CoralError, match="no routed head; make one with `coral train-head"):
         heads.load(directory, target, "routed")
     ids = split("contiguous", 4, target.head_weight, torch.ones(V))

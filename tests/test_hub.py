@@ -87,7 +87,7 @@ def test_pushed_and_used(coral, hub: Hub, drafter: Path, models: Path, tmp_path:
     at_first = checkpoint.locate(f"{REPO}@{first}")
     assert heads.resolve(at_first, "auto") == "static" and (at_first / "coral" / "trees.json").exists()
     assert not (at_first / "coral" / "training").exists()
-    assert heads.resolve(checkpoint.locate(REPO), "auto") == "full"
+    assert heads.resolve(checkpoint.locate(REPO), "auto") == "in_context"
 
 
 def test_branches_and_private_repositories(coral, hub: Hub, drafter: Path, monkeypatch) -> None:

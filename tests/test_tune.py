@@ -172,17 +172,17 @@ def test_a_corrupt_file_says_to_delete_it(tmp_path: Path, text: str) -> None:
 
 @pytest.fixture
 def pair(models: Path, tmp_path: Path) -> tuple[Path, Target]:
-    """A drafter of its own, with a tree tuned for the head `full` and the tiny target."""
+    """A drafter of its own, with a tree tuned for the head `in_context` and the tiny target."""
     shutil.copytree(models / "drafter", tmp_path / "drafter")
     target = Target.load(models / "target")
-    tuned.save(tmp_path / "drafter", tuned.Place.of(target, "full", False), TREE, 1.5, 1.4)
+    tuned.save(tmp_path / "drafter", tuned.Place.of(target, "in_context", False), TREE, 1.5, 1.4)
     return tmp_path / "drafter", target
 
 
 def test_generate_uses_the_tuned_tree(coral, models: Path, pair: tuple[Path, Target]) -> None:
     """Stops a tuned tree that is written and never used, and one that overrules --tree."""
     drafter, target = pair
-    for name in (drafter, f"{drafter}+full", f"{drafter}+ngram"):
+    for name in (drafter, f"{drafter}+in_context", f"{drafter}+ngram"):
         loaded = library.load(target, name)
         assert (loaded.budget, loaded.budget_origin) == (TREE, "tuned")
         cycles = list(loaded.generate("the the the", max_new_tokens=12))
@@ -270,7 +270,7 @@ def test_a_new_drafter_or_head_drops_what_was_tuned(
     made = coral("train-head", drafter, "--data", tmp_path / "data", "--target", models / "target",
                  "--kind", "static", "--size", 12)  # fmt: skip
     assert made.code == 0 and tuned.find(drafter, static) is None
-    assert tuned.find(drafter, tuned.Place.of(target, "full", False)) == TREE
+    assert tuned.find(drafter, tuned.Place.of(target, "in_context", False)) == TREE
     assert heads.resolve(drafter, "auto") == "static"
     loaded = checkpoint.load(drafter, target)
     checkpoint.save(loaded, drafter, target=checkpoint.TargetRecord.of(target))
@@ -304,7 +304,7 @@ def test_tune_then_generate(coral, models: Path, tmp_path: Path) -> None:
     assert result.code == 0, result.err
     path = drafter / "coral" / "trees.json"
     (entry,) = json.loads(path.read_text())["trees"]
-    assert (entry["place"]["head"], entry["place"]["layers"]) == ("full", 3)
+    assert (entry["place"]["head"], entry["place"]["layers"]) == ("in_context", 3)
     assert entry["predicted_speedup"] > 0 < entry["achieved_speedup"]
     tree = str(Budget(**entry["budget"]))
     assert f"tree {tree}: {path}" in result.out

@@ -122,8 +122,9 @@ def main() -> None:
     count = len(cycles)
     tau, steps = acceptance_length(cycles), fmean(cycle.num_forwards for cycle in cycles)
     cycle_seconds = sum(cycle.seconds for cycle in cycles) / count
-    spent = {part: sum(seconds) / count for part, seconds in times.items()}
-    step = median(times["draft steps"]) + median(times["heads"])
+    spent = {part: sum(times[part]) / count for part in PARTS.values()}
+    # A head that is compiled with the drafter is not called here.
+    step = sum(median(times[part]) for part in ("draft steps", "heads") if times[part])
     ideal = bare[rows] + steps * step
     speed, sizes = (
         bandwidth(),
@@ -133,8 +134,8 @@ def main() -> None:
     other = cycle_seconds - spent["propose"] - spent["verify"] - spent["sample"] - spent["keep"]
     table = {
         "verification (target forward, masks and padding)": spent["verify"],
-        "draft steps (drafter forward)": spent["draft steps"],
-        "draft steps (head, log-softmax, top-k)": spent["heads"],
+        "draft steps (drafter, and a static or low-rank head)": spent["draft steps"],
+        "draft steps (any other head)": spent["heads"],
         "the rest of propose (growing, reading, pruning the tree)": spent["propose"]
         - spent["draft steps"]
         - spent["heads"],

@@ -32,6 +32,8 @@ from coral.target import Target
 class Missing:
     """The ids beside those that a head finds."""
 
+    compilable = False
+
     def __init__(self, head: Head, vocab_size: int) -> None:
         self.head, self.num_bytes, self.vocab_size = head, head.num_bytes, vocab_size
 

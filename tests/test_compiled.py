@@ -1,11 +1,13 @@
 """Compiled forwards of fixed shapes against the eager ones, their slow twins."""
 
+import os
 import shutil
 from functools import partial
 
 import pytest
 import torch
-from tiny import Bushes, Recorder, prompt_of, random_drafter, tiny_target, write
+from tiny import HEADS, Bushes, Recorder, prompt_of, random_drafter, tiny_target, write
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from coral.decoding.proposers.feature import Feature
 from coral.decoding.proposers.plain import Plain
@@ -40,6 +42,22 @@ def test_padded_forwards_write_the_same(kind, monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 3
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_drafts_the_same_compiled(head, monkeypatch):
+    """Stops a head in a compiled draft step that meets padding, keeps the number of ids it was traced with
+    (T > 0 wants more), or is compiled though it reads the text.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    target = tiny_target()
+    fast = target.compiled((1, BUDGET.num_nodes + 1))
+    drafter = random_drafter(target).drafter
+    eager, padded = (Recorder(Feature(drafter, t, HEADS[head](t))) for t in (target, fast))
+    for sampling in (Sampling(), Sampling(1.0, seed=3)):
+        for one, drafting in ((target, eager), (fast, padded)):
+            write(one, drafting, [prompt_of(9)], 24, sampling, BUDGET)
+    assert padded.trees == eager.trees
+
+
 def test_each_target_has_its_own_graphs(monkeypatch):
     """Stops a compiled forward that runs another model's graph, since guards on modules are dropped."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
@@ -64,3 +82,17 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch):
     monkeypatch.setattr("coral.compiled.shutil.which", lambda name: None)
     with pytest.raises(CoralError, match="install g\\+\\+, or do not compile"):
         tiny_target().compiled((1,))
+
+
+def test_kernels_outlive_the_machine(monkeypatch, tmp_path):
+    """Stops kernels in the directory for temporary files, which torch names in the environment by itself."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for named in (None, default_cache_dir()):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        if named:
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", named)
+        tiny_target().compiled((1,))
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "coral" / "compiled")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/chosen")
+    tiny_target().compiled((1,))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"

@@ -31,24 +31,23 @@ def test_mask_is_the_ancestor_closure(tree):
 @st.composite
 def pools(draw):
     """A pool without its root (parent -1), level by level, where no child scores above its parent."""
-    scores, depth, parents, level = [], [], [], [(-1, 0.0)]
-    for d in range(1, draw(st.integers(1, 4)) + 1):
+    scores, parents, level = [], [], [(-1, 0.0)]
+    for _ in range(draw(st.integers(1, 4))):
         following = []
         for parent, score in level:
             for drop in draw(st.lists(st.sampled_from([0.0, 0.0, 0.5, 1.0]), max_size=3)):
                 following.append((len(scores), score - drop))
                 scores.append(score - drop)
-                depth.append(d)
                 parents.append(parent)
         level = following
-    return torch.tensor(scores), torch.tensor(depth, dtype=torch.int64), parents
+    return torch.tensor(scores), parents
 
 
 @given(pools(), st.integers(0, 20))
 def test_best_nodes_are_closed_under_parents(pool, count):
     """Stops a child that is kept without its parent because their scores tie."""
-    scores, depth, parents = pool
-    kept = best_nodes(scores, depth, count).tolist()
+    scores, parents = pool
+    kept = best_nodes(scores, count).tolist()
     assert kept == sorted(set(kept)) and len(kept) == min(count, len(scores))
     assert all(parents[node] in kept for node in kept if parents[node] >= 0)
     left = [float(scores[node]) for node in range(len(scores)) if node not in kept]

@@ -16,26 +16,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
 
 from coral.cache import KVCache
 from coral.errors import CoralError
 
+_CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
 
-def compiled(method: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """A bound method compiled for fixed shapes; on the CPU its weights are frozen in and packed.
+
+def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """A function or bound method compiled for fixed shapes; on the CPU weights are frozen in and packed.
 
     Raises:
         CoralError: compiling for the CPU needs a C++ compiler, and there is none.
     """
     # The directory for temporary files, where compiled kernels go by default, does not outlive the machine.
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "coral" / "compiled"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    if os.environ.get(_CACHE_DIR, default_cache_dir()) == default_cache_dir():  # torch sets it when imported
+        os.environ[_CACHE_DIR] = str(cache)
     # Of the guards only those on tensors stay: those on the hundreds of modules took a tenth of a plain step.
     # Another model must then not find this one's graphs, which hang on the code object: hence one of its own.
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
-    run = torch.compile(_own_code(method), dynamic=False, options=options)
+    run = torch.compile(_own_code(function), dynamic=False, options=options)
     if device.type != "cpu":
         return run
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))):
@@ -47,19 +51,15 @@ def compiled(method: Callable[..., Any], device: torch.device) -> Callable[..., 
     # With weights frozen in, layers that read the same input become one product, and calling the products and
     # kernels from C++ saves the fifth of a plain step that Python took between them.
     settings = {"freezing": True, "cpp_wrapper": True, "cpp.enable_concat_linear": True}
-
-    def frozen(*inputs: Any) -> Any:
-        with torch._inductor.config.patch(settings):
-            return run(*inputs)
-
+    frozen: Callable[..., Any] = torch._inductor.config.patch(settings)(run)
     return frozen
 
 
-def _own_code(method: Any) -> Any:
-    """The same bound method with a code object that no other has."""
-    f = method.__func__
+def _own_code(function: Any) -> Any:
+    """The same function or bound method with a code object that no other has."""
+    f = getattr(function, "__func__", function)
     copy = FunctionType(f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__)
-    return MethodType(copy, method.__self__)
+    return copy if f is function else MethodType(copy, function.__self__)
 
 
 class FixedLayer(DynamicLayer):

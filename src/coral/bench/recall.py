@@ -52,6 +52,8 @@ def recall_by_depth(
 class _WatchedHead:
     """A routed head that remembers which groups it chose, level by level."""
 
+    compilable = False
+
     def __init__(self, head: RoutedHead) -> None:
         self.head, self.num_bytes, self.levels = head, head.num_bytes, list[Tensor]()
 

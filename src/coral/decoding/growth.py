@@ -5,6 +5,7 @@ n nodes of a level, k children each, h hidden size.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -31,66 +32,67 @@ class Growth:
 
     Args:
         root: the sequence's last token.
-        length: rows in the drafter's cache; those of the tree follow, level by level.
+        rows: what the first draft step reads, the root last.
 
     Attributes:
-        wants_more: whether `add` is to be called with the children of the frontier.
-        frontier_scores: path scores [n] of the nodes that are expanded next, the root at first.
+        rows: what the next draft step reads; the last ones are the frontier, whose children it finds.
+        scores: path scores [n] of the frontier, which is the root at first.
+        wants_more: whether the next draft step is to be made.
         depth: levels below the root so far.
     """
 
-    def __init__(self, root: int, length: int, budget: Budget, device: torch.device) -> None:
-        self.root, self.length, self.budget, self.device, self.depth = root, length, budget, device, 0
+    def __init__(self, root: int, rows: Rows, budget: Budget) -> None:
+        self.root, self.rows, self.budget, self.depth = root, rows, budget, 0
+        device = rows.ids.device
         self.wants_more = budget.max_depth > 0 and budget.num_nodes > 0
-        self.frontier = torch.zeros(1, dtype=torch.int64, device=device)  # indices among all nodes; root = 0
-        self.frontier_scores = torch.zeros(1, device=device)
-        self._tokens: list[Tensor] = []
-        self._parents: list[Tensor] = []
-        self._scores: list[Tensor] = []
-        self._reach = torch.zeros(
-            1, 0, dtype=torch.bool, device=device
-        )  # of the frontier, in the tree's rows
+        self.scores = torch.zeros(1, device=device)
+        self._frontier = torch.zeros(1, dtype=torch.int64, device=device)  # indices among all; the root is 0
+        self._count = 1  # nodes so far
+        self._levels: list[tuple[Tensor, Tensor, Tensor]] = []  # ids, scores and parents of the nodes
 
-    def add(self, ids: Tensor, scores: Tensor, features: Tensor) -> None:
-        """Add the frontier's children: ids and path scores [n, k], and the draft features [n, h] that made
-        them. The best top_k of them are the next frontier, unless they are too unlikely to be reached.
+    def add(self, ids: Tensor, log_probs: Tensor, features: Tensor) -> None:
+        """Add the frontier's children, if the budget has a level for them.
+
+        The best top_k of them are the next frontier, unless they are too unlikely to be reached. It is read
+        with what their parents predicted.
+
+        Args:
+            ids, log_probs: [n, k]. features: draft features [n, h] that made them.
         """
+        if not self.wants_more:
+            return
         n, k = ids.shape
-        first = 1 + sum(map(len, self._tokens))
-        ids, scores = ids.flatten(), scores.flatten()
-        self._tokens.append(ids)
-        self._parents.append(self.frontier.repeat_interleave(k))
-        self._scores.append(scores)
-        self.depth += 1
+        ids = ids.flatten()
+        # Rounding may lift a certain child above 0, hence above its parent: the total order forbids that.
+        scores = (self.scores[:, None] + log_probs.clamp(max=0)).flatten()
+        self._levels.append((ids, scores, self._frontier.repeat_interleave(k)))
         best = scores.topk(min(self.budget.top_k, n * k)).indices.sort().values
-        self.frontier, self.frontier_scores = best + first, scores[best]
-        row = best // k
-        self._next = ids[best], features[row], self._reach[row]
+        parents, self.scores, self._frontier = best // k, scores[best], best + self._count
+        self._count += n * k
+        self.depth += 1
         self.wants_more = self.depth < self.budget.max_depth and (
-            self.budget.min_gain == 0 or float(self.frontier_scores.exp().sum()) >= self.budget.min_gain
+            self.budget.min_gain == 0 or float(self.scores.exp().sum()) >= self.budget.min_gain
         )
-
-    def rows(self) -> Rows:
-        """The frontier as the next draft step reads it, each node with what its parent predicted."""
-        ids, features, reach = self._next
-        n = len(ids)
-        self._reach = torch.cat([reach, torch.eye(n, dtype=torch.bool, device=self.device)], 1)
-        committed = torch.ones(n, self.length, dtype=torch.bool, device=self.device)
-        positions = torch.full((n,), self.length + self.depth - 1, device=self.device)
-        return Rows(ids, features, positions, torch.cat([committed, self._reach], 1))
+        allowed = torch.cat([self.rows.allowed[-n:][parents], _eye(len(best), ids.device)], 1)
+        positions = (self.rows.positions[-1:] + 1).expand(len(best))
+        self.rows = Rows(ids[best], features[parents], positions, allowed)
 
     def finish(self) -> DraftTree:
         """Rerank all nodes and keep the best; indices are renumbered, parents first."""
-        if not self._tokens:
+        if not self._levels:
             return DraftTree.root(self.root)
-        depth = torch.cat([torch.full((len(level),), d) for d, level in enumerate(self._tokens, 1)])
-        tokens, parents, scores = (torch.cat(x).cpu() for x in (self._tokens, self._parents, self._scores))
-        kept = best_nodes(scores, depth, self.budget.num_nodes)
-        new_index = torch.zeros(len(scores) + 1, dtype=torch.int64)
+        ids, scores, parents = (torch.cat(parts).cpu() for parts in zip(*self._levels, strict=True))
+        kept = best_nodes(scores, self.budget.num_nodes)
+        new_index = torch.zeros(self._count, dtype=torch.int64)
         new_index[kept + 1] = torch.arange(1, len(kept) + 1)
         return DraftTree(
-            tokens=torch.cat([torch.tensor([self.root]), tokens[kept]]),
+            tokens=torch.cat([torch.tensor([self.root]), ids[kept]]),
             parents=torch.cat([torch.tensor([-1]), new_index[parents[kept]]]),
             scores=torch.cat([torch.zeros(1), scores[kept]]),
             num_forwards=self.depth,
         )
+
+
+@cache
+def _eye(n: int, device: torch.device) -> Tensor:
+    return torch.eye(n, dtype=torch.bool, device=device)

@@ -126,13 +126,13 @@ def merge(trees: Sequence[DraftTree], num_nodes: int) -> DraftTree:
     return DraftTree(torch.tensor(tokens), torch.tensor(parents), torch.tensor(scores), forwards)
 
 
-def best_nodes(scores: Tensor, depth: Tensor, count: int) -> Tensor:
-    """Indices, ascending, of the `count` best nodes in the total order (score, depth, index).
+def best_nodes(scores: Tensor, count: int) -> Tensor:
+    """Indices, ascending, of the `count` best of nodes [N] that stand level by level.
 
-    A parent precedes its child in that order whenever its score is not lower and its index is, so no child is
-    kept without its parent, ties included. `scores` [N] float32, `depth` [N] int64.
+    The order is total, by score and then by index, and a parent precedes its child in it whenever its score
+    is not lower, so no child is kept without its parent, ties included.
     """
-    return _best_first(scores, depth)[:count].sort().values
+    return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def _best_first(scores: Tensor, depth: Tensor) -> Tensor:

@@ -42,6 +42,14 @@ _OWN = "own"  # a file that names the head that is used if none is asked for
 
 
 class Head(Protocol):
+    """See above.
+
+    compilable: `topk` reads nothing but features and weights of its own, so it can be part of a compiled
+    draft step.
+    """
+
+    compilable: bool
+
     @property
     def num_bytes(self) -> int:
         """Bytes of weights that one level of a tree reads."""
@@ -53,7 +61,9 @@ class Head(Protocol):
 
 
 class FullHead:
-    """The target's own LM head, all rows."""
+    """The target's own LM head, all rows. Compiled, every width of a level would pack a copy of it."""
+
+    compilable = False
 
     def __init__(self, target: Target) -> None:
         self.target = target

@@ -32,6 +32,8 @@ class InContextHead:
         window: ids that may be drafted, V at most.
     """
 
+    compilable = False
+
     def __init__(self, target: Target, window: int = WINDOW) -> None:
         weight = target.head_weight
         self.target, self.size = target, min(window, len(weight))

@@ -24,6 +24,8 @@ class StaticHead:
         ids: int64 [K], the ids that may be drafted.
     """
 
+    compilable = True
+
     def __init__(self, target: Target, ids: Tensor) -> None:
         self.ids = ids.to(target.head_weight.device)
         self.rows = rows_of(target, self.ids)
@@ -50,6 +52,8 @@ class LowRankHead:
         up, down: [V, r] and [r, h].
         rescored: ids of each node that meet their real row; 0: none.
     """
+
+    compilable = True
 
     def __init__(self, target: Target, up: Tensor, down: Tensor, rescored: int = 0) -> None:
         weight = target.head_weight

@@ -54,6 +54,8 @@ class RoutedHead:
         active: groups whose rows are multiplied.
     """
 
+    compilable = False
+
     def __init__(self, target: Target, router: Router, ids: Tensor, active: int) -> None:
         weight, bias = target.head_weight, target.head_bias
         self.router = router.to(weight.device, weight.dtype).eval().requires_grad_(False)

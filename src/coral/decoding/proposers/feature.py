@@ -6,7 +6,8 @@ t + 1, whose head output proposes token t + 2. Its KV cache keeps only rows made
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,15 @@ _POOL = 256  # ids per node that compete after the noise is added: the sampled i
 _STEP, _MOST = 8, 32  # a compiled draft step has 8, 16, 24 or 32 rows, as many as a level needs
 
 
+class _Text(NamedTuple):
+    """One sequence while its tree grows; `length` rows of the drafter's cache are the text's."""
+
+    state: State
+    cache: KVCache
+    growth: Growth
+    length: int
+
+
 class Feature:
     """Proposes with a trained drafter; sequences that decode together share a forward a level.
 
@@ -42,87 +52,101 @@ class Feature:
         self.drafter, self.target, self.coupled = drafter.eval(), target, coupled
         self.head = head or FullHead(target)
         pack_linears(drafter)
-        self._compiled = compiled(self._fixed_step, target.device) if target.sizes else None
+        self._compiled: dict[int, Callable[..., Any]] = {}  # draft steps by the ids that a row is given
 
     @torch.inference_mode()
     def propose(
         self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
     ) -> list[DraftTree]:
-        caches = [self._cache(state, budget) for state in states]
-        roots = self._read(caches, committed, budget)
-        growths = [
-            Growth(state.tokens[-1], cache.length, budget.within(state.remaining), self.target.device)
-            for state, cache in zip(states, caches, strict=True)
-        ]
-        live = [i for i in roots if growths[i].wants_more]
-        features = torch.cat([roots[i] for i in live]) if live else torch.empty(0)
+        texts = [self._begin(*pair, budget) for pair in zip(states, committed, strict=True)]
+        live = [text for text in texts if len(text.growth.rows.ids)]
         while live:
-            levels = self._children([states[i] for i in live], [growths[i] for i in live], features, budget)
-            for i, (ids, scores), drafted in zip(live, levels, features.chunk(len(live)), strict=True):
-                growths[i].add(ids, scores, drafted)
-            live = [i for i in live if growths[i].wants_more]
-            if live:
-                features = self._forward([caches[i] for i in live], [growths[i].rows() for i in live], budget)
-        for cache, growth in zip(caches, growths, strict=True):
-            cache.keep(growth.length)
-        return [growth.finish() for growth in growths]
+            for text, children in zip(live, self._draft(live, budget), strict=True):
+                text.growth.add(*children)
+            live = [text for text in live if text.growth.wants_more]
+        for text in texts:
+            text.cache.keep(text.length)
+        return [text.growth.finish() for text in texts]
 
-    def _cache(self, state: State, budget: Budget) -> KVCache:
+    def _begin(self, state: State, pairs: Committed, budget: Budget) -> _Text:
+        """The first draft step reads the accepted pairs; the last row is the root."""
         if not isinstance(state.memory, KVCache):
             room = budget.top_k * budget.max_depth + _MOST
             state.memory = KVCache(len(self.drafter.layers), state.max_length + room)
-        return state.memory
+        cache = state.memory
+        cache.keep(min(cache.length, pairs.start))
+        growth = Growth(state.tokens[-1], _accepted(pairs, cache.length), budget.within(state.remaining))
+        return _Text(state, cache, growth, cache.length + len(pairs.tokens))
 
-    def _read(
-        self, caches: Sequence[KVCache], committed: Sequence[Committed], budget: Budget
-    ) -> dict[int, Tensor]:
-        """Feed the accepted pairs; the last row's output is the root's draft feature, [1, h] by sequence."""
-        rows: dict[int, Rows] = {}
-        for i, (cache, pairs) in enumerate(zip(caches, committed, strict=True)):
-            cache.keep(min(cache.length, pairs.start))
-            if pairs.tokens:
-                device = pairs.features.device
-                keys = torch.arange(cache.length + len(pairs.tokens), device=device)
-                positions = keys[cache.length :]
-                ids = torch.tensor(pairs.tokens, device=device)
-                rows[i] = Rows(ids, pairs.features, positions, keys[None, :] <= positions[:, None])
-        if not rows:
-            return {}
-        features = self._forward([caches[i] for i in rows], [*rows.values()], budget)
-        pieces = features.split([len(row.ids) for row in rows.values()])
-        return {i: piece[-1:] for i, piece in zip(rows, pieces, strict=True)}
+    def _draft(self, texts: Sequence[_Text], budget: Budget) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """One draft step: for the n frontier nodes of each sequence, which are its last rows, the ids and
+        log-probabilities [n, k] of their children, and the draft features [n, h] that they were found with.
 
-    def _forward(self, caches: Sequence[KVCache], rows: Sequence[Rows], budget: Budget) -> Tensor:
+        Coupled: these are log softmax(log q + T * noise), the posterior that a child is the target's sample
+        if target and drafter logits differ by a unit Gumbel; at T = 0 it is log q.
+        """
+        states, growths = [text.state for text in texts], [text.growth for text in texts]
+        coupled = self.coupled and any(state.sampling.temperature > 0 for state in states)
+        count, n = _POOL if coupled else budget.top_k, len(growths[0].scores)
+        rows = [growth.rows for growth in growths]
+        drafted, found = self._forward([text.cache for text in texts], rows, budget.top_k, count)
+        features = [piece[-n:] for piece in drafted.split([len(row.ids) for row in rows])]
+        if found:
+            ids, log_probs = (part[-n:] for part in found)
+        else:
+            scores = torch.cat([growth.scores for growth in growths])
+            ids, log_probs = self.head.topk(torch.cat(features), count, states, scores)
+        children = [*zip(ids.split(n), log_probs.split(n), strict=True)]
+        if coupled:
+            children = [
+                _best(state, growth.depth, *pool, budget.top_k)
+                for state, growth, pool in zip(states, growths, children, strict=True)
+            ]
+        return [(*pair, piece) for pair, piece in zip(children, features, strict=True)]
+
+    def _forward(
+        self, caches: Sequence[KVCache], rows: Sequence[Rows], top_k: int, count: int
+    ) -> tuple[Tensor, list[Tensor]]:
         """Draft features [N, h] of all rows, sequence after sequence; the caches take their keys, values.
 
-        Compiled are the widths of one sequence's levels: to compile for a path that is longer once would
-        stop the text for seconds.
+        With them what the head finds for all rows, `count` ids each, if it is compiled with the drafter.
+        Compiled are the widths of one sequence's levels: to compile for a path that is longer once would stop
+        the text for seconds.
         """
         if len(rows) == 1:
             ids, features, positions, allowed = rows[0]
         else:
             ids, features, positions = (torch.cat([row[part] for row in rows]) for part in range(3))
             allowed = torch.block_diag(*(row.allowed for row in rows)).bool()
-        count = len(ids)
-        size, widest = (-(-n // _STEP) * _STEP for n in (count, min(budget.top_k, _MOST)))
-        if self._compiled is None or len(rows) > 1 or size > widest or caches[0].length == 0:
+        n = len(ids)
+        size, widest = (-(-width // _STEP) * _STEP for width in (n, min(top_k, _MOST)))
+        if not self.target.sizes or len(rows) > 1 or size > widest or caches[0].length == 0:
             cache = pack(list(caches), [len(row.ids) for row in rows])
-            return self._step(ids, features, positions, allowed[None], cache)
+            return self._step(ids, features, positions, allowed[None], cache), []
         padded, slots, storage = fix(caches[0], size, allowed[None])
-        ids, positions = (pad(part, (0, size - count)) for part in (ids, positions))
-        features = pad(features, (0, 0, 0, size - count))
-        return self._compiled(ids, features, positions, padded, slots, *storage)[:count]
+        ids, positions = (pad(part, (0, size - n)) for part in (ids, positions))
+        features = pad(features, (0, 0, 0, size - n))
+        drafted, *found = self._fixed(count)(ids, features, positions, padded, slots, *storage)
+        return drafted[:n], [part[:n] for part in found]
 
-    def _fixed_step(
-        self,
-        ids: Tensor,
-        features: Tensor,
-        positions: Tensor,
-        allowed: Tensor,
-        slots: Tensor,
-        *storage: Tensor,
-    ) -> Tensor:
-        return self._step(ids, features, positions, allowed, fixed_cache(slots, storage))
+    def _fixed(self, count: int) -> Callable[..., Any]:
+        """The compiled draft step, with the head in it where that can be; as many ids, as many functions."""
+        with_head, key = self.head.compilable, count if self.head.compilable else 0
+        if key not in self._compiled:
+
+            def step(
+                ids: Tensor,
+                features: Tensor,
+                positions: Tensor,
+                allowed: Tensor,
+                slots: Tensor,
+                *storage: Tensor,
+            ) -> tuple[Tensor, ...]:
+                drafted = self._step(ids, features, positions, allowed, fixed_cache(slots, storage))
+                return drafted, *(self.head.topk(drafted, count, (), drafted[:, 0]) if with_head else ())
+
+            self._compiled[key] = compiled(step, self.target.device)
+        return self._compiled[key]
 
     def _step(
         self, ids: Tensor, features: Tensor, positions: Tensor, allowed: Tensor, cache: Cache
@@ -131,27 +155,14 @@ class Feature:
         output = self.drafter(embeddings, features[None], positions[None], cache, allowed)
         return self.drafter.feedback(output)[0]
 
-    def _children(
-        self, states: Sequence[State], growths: Sequence[Growth], features: Tensor, budget: Budget
-    ) -> list[tuple[Tensor, Tensor]]:
-        """The top_k children of each frontier node: ids and path scores, both [n, k], by sequence.
 
-        Coupled: the score of a child is log softmax(log q + T * noise), the posterior that it is the target's
-        sample if target and drafter logits differ by a unit Gumbel; at T = 0 it is log q.
-        """
-        above = [growth.frontier_scores for growth in growths]
-        coupled = self.coupled and any(state.sampling.temperature > 0 for state in states)
-        count = _POOL if coupled else budget.top_k
-        ids, log_probs = self.head.topk(features, count, states, torch.cat(above))
-        children = []
-        for i, (found, values) in enumerate(
-            zip(ids.chunk(len(states)), log_probs.chunk(len(states)), strict=True)
-        ):
-            if coupled:
-                found, values = _best(states[i], growths[i].depth, found, values, budget.top_k)
-            # Rounding may lift a certain child above 0, hence above its parent: the total order forbids that.
-            children.append((found, above[i][:, None] + values.clamp(max=0)))
-        return children
+def _accepted(pairs: Committed, length: int) -> Rows:
+    """Accepted pairs as a draft step reads them, behind the `length` rows that the drafter's cache holds."""
+    device = pairs.features.device
+    keys = torch.arange(length + len(pairs.tokens), device=device)
+    positions = keys[length:]
+    ids = torch.tensor(pairs.tokens, device=device)
+    return Rows(ids, pairs.features, positions, keys[None, :] <= positions[:, None])
 
 
 def _best(state: State, depth: int, ids: Tensor, log_probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

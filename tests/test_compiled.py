@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -96,3 +98,22 @@ def test_kernels_outlive_the_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/chosen")
     tiny_target().compiled((1,))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_the_next_process_finds_the_kernels(tmp_path):
+    """Stops source that differs from process to process, and so is compiled by each."""
+    code = (
+        "import torch; from coral.compiled import compiled; layer = torch.nn.Linear(64, 64)\n"
+        "with torch.inference_mode(): compiled(layer.forward, torch.device('cpu'))(torch.ones(2, 64))"
+    )
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
+    }
+    sources = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+        sources.append(sorted(path.name for path in tmp_path.rglob("*.main.cpp")))
+    assert sources[0] and sources[0] == sources[1]

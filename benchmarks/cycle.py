@@ -134,7 +134,7 @@ def main() -> None:
     other = cycle_seconds - spent["propose"] - spent["verify"] - spent["sample"] - spent["keep"]
     table = {
         "verification (target forward, masks and padding)": spent["verify"],
-        "draft steps (drafter, and a static or low-rank head)": spent["draft steps"],
+        "draft steps (drafter, and a static head)": spent["draft steps"],
         "draft steps (any other head)": spent["heads"],
         "the rest of propose (growing, reading, pruning the tree)": spent["propose"]
         - spent["draft steps"]

@@ -44,8 +44,8 @@ _OWN = "own"  # a file that names the head that is used if none is asked for
 class Head(Protocol):
     """See above.
 
-    compilable: `topk` reads nothing but features and weights of its own, so it can be part of a compiled
-    draft step.
+    compilable: `topk` reads nothing but features and weights of its own, and finds more ids if more are
+    wanted but no others, so it can be part of a compiled draft step.
     """
 
     compilable: bool

@@ -53,7 +53,7 @@ class LowRankHead:
         rescored: ids of each node that meet their real row; 0: none.
     """
 
-    compilable = True
+    compilable = False  # which ids are scored again depends on how many are wanted
 
     def __init__(self, target: Target, up: Tensor, down: Tensor, rescored: int = 0) -> None:
         weight = target.head_weight

@@ -25,7 +25,10 @@ from coral.packed import pack_linears
 from coral.target import Target
 
 _POOL = 256  # ids per node that compete after the noise is added: the sampled id is rarely outside
-_STEP, _MOST = 8, 32  # a compiled draft step has 8, 16, 24 or 32 rows, as many as a level needs
+_STEP, _MOST = (
+    8,
+    32,
+)  # a compiled draft step has 8, 16, 24 or 32 rows, as many as a level needs, and so its ids
 
 
 class _Text(NamedTuple):
@@ -92,7 +95,7 @@ class Feature:
         drafted, found = self._forward([text.cache for text in texts], rows, budget.top_k, count)
         features = [piece[-n:] for piece in drafted.split([len(row.ids) for row in rows])]
         if found:
-            ids, log_probs = (part[-n:] for part in found)
+            ids, log_probs = (part[-n:, :count] for part in found)
         else:
             scores = torch.cat([growth.scores for growth in growths])
             ids, log_probs = self.head.topk(torch.cat(features), count, states, scores)
@@ -109,9 +112,9 @@ class Feature:
     ) -> tuple[Tensor, list[Tensor]]:
         """Draft features [N, h] of all rows, sequence after sequence; the caches take their keys, values.
 
-        With them what the head finds for all rows, `count` ids each, if it is compiled with the drafter.
-        Compiled are the widths of one sequence's levels: to compile for a path that is longer once would stop
-        the text for seconds.
+        With them what the head finds for all rows, `count` ids each or more, if it is compiled with the
+        drafter. Compiled are the widths of one sequence's levels: to compile for a path that is longer once
+        would stop the text for seconds.
         """
         if len(rows) == 1:
             ids, features, positions, allowed = rows[0]
@@ -126,7 +129,8 @@ class Feature:
         padded, slots, storage = fix(caches[0], size, allowed[None])
         ids, positions = (pad(part, (0, size - n)) for part in (ids, positions))
         features = pad(features, (0, 0, 0, size - n))
-        drafted, *found = self._fixed(count)(ids, features, positions, padded, slots, *storage)
+        run = self._fixed(-(-count // _STEP) * _STEP)
+        drafted, *found = run(ids, features, positions, padded, slots, *storage)
         return drafted[:n], [part[:n] for part in found]
 
     def _fixed(self, count: int) -> Callable[..., Any]:

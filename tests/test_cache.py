@@ -179,3 +179,32 @@ def interrupted(method):
         raise KeyboardInterrupt
 
     return run
+
+
+def rows_of(layers, count, width=2):
+    """Keys and values of `count` rows for each layer, told apart by their numbers."""
+    return [
+        (
+            torch.arange(count).view(1, 1, -1, 1).expand(1, 2, -1, width) + 100.0 * i,
+            torch.ones(1, 2, count, width),
+        )
+        for i in range(layers)
+    ]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("unlike", [False, True])
+def test_a_path_is_kept_in_all_layers(apart, unlike):
+    """Stops layers that lie in one tensor, and are moved at once, from missing a move when they grow, or when
+    one of them has another shape and lies elsewhere.
+    """
+    cache = KVCache(3, 4, apart)
+    for length in (3, 7, 30):  # beyond the room twice
+        cache.keep(0)
+        for i, (layer, rows) in enumerate(zip(cache.layers, rows_of(3, length), strict=True)):
+            layer.update(*(part[..., :1] if unlike and i == 2 else part for part in rows))
+        assert (cache.buffer.whole is None) == (apart or unlike)
+        cache.keep(0, [0, 2])
+        for i, layer in enumerate(cache.layers):
+            assert layer.keys[0, 0, :2, 0].tolist() == [100.0 * i, 100.0 * i + 2]
+            assert layer.values[0, :, :2].eq(1).all() and cache.length == 2

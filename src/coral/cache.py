@@ -10,24 +10,56 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 from transformers.cache_utils import Cache, DynamicLayer
+
+
+class _Buffer:
+    """The keys and values of all layers, which are alike in shape, as one tensor [2 * layers, ...].
+
+    So a path is moved in all layers at once: 0.03 ms instead of 0.9 for 32 layers.
+
+    Attributes:
+        whole: that tensor; None while not all layers lie in it, or where they are not alike.
+    """
+
+    def __init__(self, count: int, apart: bool) -> None:
+        self.count, self.taken = count, -1 if apart else 0
+        self.rows = torch.empty(0)
+
+    @property
+    def whole(self) -> Tensor | None:
+        return self.rows if self.taken == self.count else None
+
+    def take(self, like: Tensor, capacity: int) -> Tensor:
+        """Zeros [B, kv_heads, capacity, head_dim], since a compiled forward reads free rows too, and a weight
+        of 0 does not cancel a NaN.
+        """
+        shape = (*like.shape[:2], capacity, like.shape[3])
+        if self.taken in (0, self.count):  # the first layer, or the first that grows
+            self.rows, self.taken = like.new_zeros((self.count, *shape)), 0
+        if self.rows.shape[1:] != shape or (self.rows.device, self.rows.dtype) != (like.device, like.dtype):
+            self.rows, self.taken = torch.empty(0), -1  # for good
+            return like.new_zeros(shape)
+        self.taken += 1
+        # A compiled forward copies layers out and back if it knows that they lie in one tensor.
+        return from_dlpack(self.rows[self.taken - 1])
 
 
 class KVLayer(DynamicLayer):
     """One layer's keys and values; `update` returns views, never copies of what is already there."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, buffer: _Buffer) -> None:
         super().__init__()
-        self.capacity, self.length = capacity, 0
+        self.capacity, self.length, self.buffer = capacity, 0, buffer
 
     keys: Tensor
     values: Tensor
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        # Zeros: a compiled forward reads free rows too, and a weight of 0 does not cancel a NaN.
-        self.keys = key_states.new_zeros((*key_states.shape[:2], self.capacity, key_states.shape[-1]))
-        self.values = value_states.new_zeros((*value_states.shape[:2], self.capacity, value_states.shape[-1]))
+        self.keys = self.buffer.take(key_states, self.capacity)
+        self.values = self.buffer.take(value_states, self.capacity)
         self.is_initialized = True
 
     def update(
@@ -58,12 +90,17 @@ class KVLayer(DynamicLayer):
 
 
 class KVCache(Cache):
-    """All layers of one sequence."""
+    """All layers of one sequence.
+
+    Args:
+        apart: each layer is a tensor of its own, as layers on several devices must be.
+    """
 
     layers: list[KVLayer]  # type: ignore[assignment]
 
-    def __init__(self, num_layers: int, capacity: int) -> None:
-        super().__init__(layers=[KVLayer(capacity) for _ in range(num_layers)])
+    def __init__(self, num_layers: int, capacity: int, apart: bool = False) -> None:
+        self.buffer = _Buffer(2 * num_layers, apart)
+        super().__init__(layers=[KVLayer(capacity, self.buffer) for _ in range(num_layers)])
 
     @property
     def length(self) -> int:
@@ -83,9 +120,9 @@ class KVCache(Cache):
         if rows and rows[-1] != len(rows) - 1:
             offsets = torch.tensor(rows) + start
             index = {device: offsets.to(device) for device in {layer.keys.device for layer in self.layers}}
-            storage = self.storage
-            moved = [tensor.index_select(2, index[tensor.device]) for tensor in storage]
-            torch._foreach_copy_([tensor[:, :, start : start + len(rows)] for tensor in storage], moved)
+            storage = self.storage if self.buffer.whole is None else [self.buffer.whole]
+            moved = [tensor.index_select(-2, index[tensor.device]) for tensor in storage]
+            torch._foreach_copy_([tensor[..., start : start + len(rows), :] for tensor in storage], moved)
         self.set_length(start + len(rows))
 
     def set_length(self, length: int) -> None:

@@ -223,7 +223,8 @@ class Target:
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty KV cache with room for `capacity` rows (it grows when that is not enough)."""
-        return KVCache(self.config.num_hidden_layers, capacity)
+        apart = hasattr(self.model, "hf_device_map")  # accelerate's, of several devices
+        return KVCache(self.config.num_hidden_layers, capacity, apart)
 
     @torch.inference_mode()
     def prefill(self, states: Sequence[State]) -> list[Committed]:

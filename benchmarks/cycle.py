@@ -123,8 +123,8 @@ def main() -> None:
     tau, steps = acceptance_length(cycles), fmean(cycle.num_forwards for cycle in cycles)
     cycle_seconds = sum(cycle.seconds for cycle in cycles) / count
     spent = {part: sum(times[part]) / count for part in PARTS.values()}
-    # A head that is compiled with the drafter is not called here.
-    step = sum(median(times[part]) for part in ("draft steps", "heads") if times[part])
+    parts = ("draft steps",) if proposer.head.compilable else ("draft steps", "heads")
+    step = sum(median(times[part]) for part in parts)
     ideal = bare[rows] + steps * step
     speed, sizes = (
         bandwidth(),

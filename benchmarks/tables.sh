@@ -36,6 +36,13 @@ SHIPPED="$SHIPPED --drafter shipped+lookup=$OWN+static+ngram --assistant assista
 BENCH="$BIN/coral bench --deepen 32 --dtype float32"
 $BENCH $SUITES $FIRST $RECIPES --drafter shipped+full=$OWN+full $SHIPPED --max-new-tokens $TOKENS --output greedy
 $BENCH $SUITES $FIRST --drafter coral=recipes/coral-0+full $SHIPPED --temperature 1 --max-new-tokens $TOKENS --output sampled
+# The shipped drafter with the tree that is tuned for this machine.
+[ -e tuned ] || cp -r "$OWN" tuned
+"$BIN/coral" tune tuned --deepen 32 --compile --dtype float32
+TREE="--tree ${TREE:-6,5,7,0.5}" # what it found
+TUNED="--drafter shipped+full=tuned+full --drafter shipped=tuned+static --drafter shipped+in_context=tuned+in_context"
+TUNED="$TUNED --drafter coral=recipes/coral-0+full --drafter shipped+lookup=tuned+static+ngram --assistant assistant"
+$BENCH $SUITES --limit 3 $TUNED $TREE --max-new-tokens 32 --output tuned-tree
 # Coupled and uncoupled drafting, and the paper's router, on more prompts.
 ROUTED="--drafter coral+router=coral-routed --drafter shipped=$OWN+static"
 MORE="--drafter shipped+router=$OWN+routed --drafter shipped+lookup=$OWN+static+ngram"
@@ -45,5 +52,5 @@ $BENCH $FIRST_40 $RECIPES $ROUTED --temperature 1 --uncoupled --no-peers --max-n
 # What the parts cost, and where a cycle's time goes.
 "$BIN/python" "$HERE/heads.py" heads
 "$BIN/python" "$HERE/dense.py" --output memory
-"$BIN/python" "$HERE/cycle.py" cycle
+"$BIN/python" "$HERE/cycle.py" cycle $TREE
 "$BIN/python" "$HERE/hostile.py" hostile

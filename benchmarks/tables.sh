@@ -39,7 +39,7 @@ $BENCH $SUITES $FIRST --drafter coral=recipes/coral-0+full $SHIPPED --temperatur
 # The shipped drafter with the tree that is tuned for this machine.
 [ -e tuned ] || cp -r "$OWN" tuned
 "$BIN/coral" tune tuned --deepen 32 --compile --dtype float32
-TREE="--tree ${TREE:-6,5,7,0.5}" # what it found
+TREE="--tree ${TREE:-6,5,7,0.5}" # what it found here; TREE=... for what it finds elsewhere
 TUNED="--drafter shipped+full=tuned+full --drafter shipped=tuned+static --drafter shipped+in_context=tuned+in_context"
 TUNED="$TUNED --drafter coral=recipes/coral-0+full --drafter shipped+lookup=tuned+static+ngram --assistant assistant"
 $BENCH $SUITES --limit 3 $TUNED $TREE --max-new-tokens 32 --output tuned-tree

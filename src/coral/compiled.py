@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
@@ -52,13 +51,15 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
 
     # With weights frozen in, layers that read the same input become one product, and calling the products and
     # kernels from C++ saves the fifth of a plain step that Python took between them.
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu  # not for commands that never compile
+
     CppWrapperCpu.write_constant = _write_constant  # type: ignore[method-assign]
     settings = {"freezing": True, "cpp_wrapper": True, "cpp.enable_concat_linear": True}
     frozen: Callable[..., Any] = torch._inductor.config.patch(settings)(run)
     return frozen
 
 
-def _write_constant(self: CppWrapperCpu, name: str, hashed: str) -> None:
+def _write_constant(self: Any, name: str, hashed: str) -> None:
     """Torch writes the address of each frozen weight into the source, so that graphs with other weights get
     other files; but so does every later process, which then compiles anew. The number of the weight in this
     process does the former alone: a third of the time until a compiled forward stands.

@@ -73,6 +73,8 @@ class Growth:
         self.wants_more = self.depth < self.budget.max_depth and (
             self.budget.min_gain == 0 or float(self.scores.exp().sum()) >= self.budget.min_gain
         )
+        if not self.wants_more:
+            return
         allowed = torch.cat([self.rows.allowed[-n:][parents], _eye(len(best), ids.device)], 1)
         positions = (self.rows.positions[-1:] + 1).expand(len(best))
         self.rows = Rows(ids[best], features[parents], positions, allowed)

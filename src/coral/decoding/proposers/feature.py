@@ -25,10 +25,8 @@ from coral.packed import pack_linears
 from coral.target import Target
 
 _POOL = 256  # ids per node that compete after the noise is added: the sampled id is rarely outside
-_STEP, _MOST = (
-    8,
-    32,
-)  # a compiled draft step has 8, 16, 24 or 32 rows, as many as a level needs, and so its ids
+# A compiled draft step has 8, 16, 24 or 32 rows, as many as a level needs, and finds a multiple of 8 ids.
+_STEP, _MOST = 8, 32
 
 
 class _Text(NamedTuple):
@@ -122,14 +120,14 @@ class Feature:
             ids, features, positions = (torch.cat([row[part] for row in rows]) for part in range(3))
             allowed = torch.block_diag(*(row.allowed for row in rows)).bool()
         n = len(ids)
-        size, widest = (-(-width // _STEP) * _STEP for width in (n, min(top_k, _MOST)))
+        size, widest = _padded(n), _padded(min(top_k, _MOST))
         if not self.target.sizes or len(rows) > 1 or size > widest or caches[0].length == 0:
             cache = pack(list(caches), [len(row.ids) for row in rows])
             return self._step(ids, features, positions, allowed[None], cache), []
         padded, slots, storage = fix(caches[0], size, allowed[None])
         ids, positions = (pad(part, (0, size - n)) for part in (ids, positions))
         features = pad(features, (0, 0, 0, size - n))
-        run = self._fixed(-(-count // _STEP) * _STEP)
+        run = self._fixed(_padded(count))
         drafted, *found = run(ids, features, positions, padded, slots, *storage)
         return drafted[:n], [part[:n] for part in found]
 
@@ -147,7 +145,11 @@ class Feature:
                 *storage: Tensor,
             ) -> tuple[Tensor, ...]:
                 drafted = self._step(ids, features, positions, allowed, fixed_cache(slots, storage))
-                return drafted, *(self.head.topk(drafted, count, (), drafted[:, 0]) if with_head else ())
+                if not with_head:
+                    return (drafted,)
+                return drafted, *self.head.topk(
+                    drafted, count, states=(), scores=drafted[:, 0]
+                )  # reads neither
 
             self._compiled[key] = compiled(step, self.target.device)
         return self._compiled[key]
@@ -158,6 +160,10 @@ class Feature:
         embeddings = self.target.embed(ids)[None]
         output = self.drafter(embeddings, features[None], positions[None], cache, allowed)
         return self.drafter.feedback(output)[0]
+
+
+def _padded(n: int) -> int:
+    return -(-n // _STEP) * _STEP
 
 
 def _accepted(pairs: Committed, length: int) -> Rows:

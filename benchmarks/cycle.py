@@ -1,10 +1,11 @@
 """Where the time of a cycle goes: `python benchmarks/cycle.py OUTPUT`.
 
-The shipped pair, deepened to 32 layers, compiled, float32. Verification and a draft step are timed bare, and
-then every part of real cycles of the same text; the ratio of a cycle to verification + S draft steps says
-what everything else costs. Beside them stands the floor: bytes of weights over the bandwidth with which this
-machine sums a large tensor. Writes OUTPUT/results.json and OUTPUT/results.md. Five minutes, most of them
-compiling, on a quiet machine.
+The shipped pair, deepened to 32 layers, compiled, float32. Plain steps, bare verifications and every part of
+real cycles are timed in turn, text after text, since a shared machine changes its speed from minute to
+minute; the ratio of a cycle to verification + S draft steps says what everything else costs. Times are means
+without the stalls, those above three times the median. Beside them stands the floor: bytes of weights over
+the bandwidth with which this machine sums a large tensor. Writes OUTPUT/results.json and OUTPUT/results.md.
+Five minutes, most of them compiling, on a quiet machine.
 """
 
 import argparse
@@ -69,12 +70,15 @@ def watched(owner: Any, name: str, times: list[float]) -> Callable[..., Any]:
     return original
 
 
-def write(pair: Pair, tokens: int, temperature: float) -> list[Cycle]:
-    cycles = []
-    for _, prompt in PROMPTS:
-        state = pair.start(prompt, max_new_tokens=tokens, temperature=temperature, ignore_eos=True)
-        cycles += list(pair.cycles(state))
-    return cycles
+def write(pair: Pair, prompt: str, tokens: int, temperature: float) -> list[Cycle]:
+    state = pair.start(prompt, max_new_tokens=tokens, temperature=temperature, ignore_eos=True)
+    return list(pair.cycles(state))
+
+
+def steady(seconds: list[float]) -> float:
+    """The mean without stalls of the machine."""
+    most = 3 * median(seconds)
+    return fmean(s for s in seconds if s <= most)
 
 
 def milliseconds(seconds: float) -> str:
@@ -85,7 +89,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=96, help="of each of six texts")
+    parser.add_argument("--tokens", type=int, default=96, help="of each of six texts, in all rounds")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--drafter", default=f"{EMBEDDED / 'drafter'}+static")
     parser.add_argument("--tree", default=None)
@@ -101,31 +106,36 @@ def main() -> None:
     target = loaded if options.eager else loaded.compiled((1, rows))
     proposer: Any = make_proposer(target, options.drafter)
     assert isinstance(proposer, Feature)
+    pair, plain = Pair(target, proposer, budget), Pair(target, Plain(), budget)
     begin = perf_counter()
-    prompt = Pair(target, Plain(), budget).encode(PROMPTS[1][1])
-    bare = verify_seconds(target, (1, rows), prompt)
-    pair = Pair(target, proposer, budget)
-    write(pair, 8, options.temperature)
+    for warm in (pair, plain):
+        write(warm, PROMPTS[0][1], 8, options.temperature)
     start = perf_counter() - begin
 
-    plain_cycles = write(Pair(target, Plain(), budget), options.tokens // 4, options.temperature)
-    plain = median(cycle.seconds for cycle in plain_cycles)
     owners = {"proposer": proposer, "head": proposer.head, "target": target, "sampling": Sampling}
     times: dict[str, list[float]] = defaultdict(list)
-    originals = [
-        (owners[o], name, watched(owners[o], name, times[part])) for (o, name), part in PARTS.items()
-    ]
-    cycles = write(pair, options.tokens, options.temperature)
-    for owner, name, original in originals:
-        setattr(owner, name, original)
+    bare: dict[int, list[float]] = {1: [], rows: []}
+    plain_steps, cycles = [], []
+    tokens = options.tokens // options.rounds
+    for _, prompt in PROMPTS * options.rounds:
+        plain_steps += [c.seconds for c in write(plain, prompt, tokens // 2, options.temperature)]
+        for size, seconds in verify_seconds(target, (1, rows), plain.encode(prompt)).items():
+            bare[size].append(seconds)
+        originals = [
+            (owners[o], name, watched(owners[o], name, times[part])) for (o, name), part in PARTS.items()
+        ]
+        cycles += write(pair, prompt, tokens, options.temperature)
+        for owner, name, original in originals:
+            setattr(owner, name, original)
 
-    count = len(cycles)
+    count, plain_step = len(cycles), steady(plain_steps)
+    bare_rows, bare_row = fmean(bare[rows]), fmean(bare[1])
     tau, steps = acceptance_length(cycles), fmean(cycle.num_forwards for cycle in cycles)
-    cycle_seconds = sum(cycle.seconds for cycle in cycles) / count
-    spent = {part: sum(times[part]) / count for part in PARTS.values()}
+    cycle_seconds = steady([cycle.seconds for cycle in cycles])
+    spent = {part: steady(times[part]) * len(times[part]) / count for part in PARTS.values()}
     parts = ("draft steps",) if proposer.head.compilable else ("draft steps", "heads")
-    step = sum(median(times[part]) for part in parts)
-    ideal = bare[rows] + steps * step
+    step = sum(steady(times[part]) for part in parts)
+    ideal = bare_rows + steps * step
     speed, sizes = (
         bandwidth(),
         (plain_bytes(target.model), num_bytes(proposer.drafter) + proposer.head.num_bytes),
@@ -146,16 +156,16 @@ def main() -> None:
     results = {
         **header(),
         "start_seconds": start,
-        "plain_seconds": plain,
-        "verify_seconds": bare,
+        "plain_seconds": plain_step,
+        "verify_seconds": {1: bare_row, rows: bare_rows},
         "draft_step_seconds": step,
         "cycle_seconds": cycle_seconds,
         "parts": table,
         "tau": tau,
         "draft_steps": steps,
         "cycle_over_ideal": cycle_seconds / ideal,
-        "speedup": tau * plain / cycle_seconds,
-        "speedup_over_tau": plain / cycle_seconds,
+        "speedup": tau * plain_step / cycle_seconds,
+        "speedup_over_tau": plain_step / cycle_seconds,
         "bandwidth": speed,
         "plain_bytes": sizes[0],
         "step_bytes": sizes[1],
@@ -169,12 +179,12 @@ def main() -> None:
         *(f"| {part} | {milliseconds(s)} | {s / cycle_seconds:.0%} |" for part, s in table.items()),
         f"| **cycle** | {milliseconds(cycle_seconds)} | 100% |",
         "",
-        f"- bare: verification of {rows} rows {milliseconds(bare[rows])} ms, of one row "
-        f"{milliseconds(bare[1])} ms, a draft step {milliseconds(step)} ms; a plain step with sampling "
-        f"{milliseconds(plain)} ms",
+        f"- bare: verification of {rows} rows {milliseconds(bare_rows)} ms, of one row "
+        f"{milliseconds(bare_row)} ms, a draft step {milliseconds(step)} ms; a plain step with sampling "
+        f"{milliseconds(plain_step)} ms",
         f"- cycle / (verification + {steps:.2f} draft steps): {cycle_seconds / ideal:.2f}",
-        f"- a cycle costs {cycle_seconds / plain:.2f} plain steps, so speedup / tau without prefill is "
-        f"{plain / cycle_seconds:.2f}, the speedup {tau * plain / cycle_seconds:.2f}x",
+        f"- a cycle costs {cycle_seconds / plain_step:.2f} plain steps, so speedup / tau without prefill is "
+        f"{plain_step / cycle_seconds:.2f}, the speedup {tau * plain_step / cycle_seconds:.2f}x",
         f"- floor: {sizes[0] / 2**20:.0f} MiB of weights a forward, {sizes[1] / 2**20:.0f} a draft step, at "
         f"{speed / 1e9:.1f} GB/s: a plain step {milliseconds(sizes[0] / speed)} ms, a cycle "
         f"{milliseconds(floor)} ms",

@@ -41,28 +41,26 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
     # Of the guards only those on tensors stay: those on the hundreds of modules took a tenth of a plain step.
     # Another model must then not find this one's graphs, which hang on the code object: hence one of its own.
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
-    run = torch.compile(_own_code(function), dynamic=False, options=options)
     if device.type != "cpu":
-        return run
+        return torch.compile(_own_code(function), dynamic=False, options=options)
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))):
         raise CoralError(
             "compiling needs a C++ compiler, and this machine has none; install g++, or do not compile "
             "(--no-compile)."
         )
-
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu  # not for commands that never compile
 
     CppWrapperCpu.write_constant = _write_constant  # type: ignore[method-assign]
-    ours = few_rows.load()
-    settings = {
-        "freezing": True,  # of weights, so that they can be packed, and
-        "cpp.enable_concat_linear": True,  # so that layers which read the same input become one product
-        "cpp.weight_prepack": not ours,  # torch's packing, for MKL
-        "post_grad_custom_post_pass": few_rows.use_in if ours else None,
+    if few_rows.load():
+        options |= {"cpp.weight_prepack": False, "post_grad_custom_post_pass": few_rows.use_in}
+    options |= {
+        "cpp.enable_concat_linear": True,  # layers that read the same input become one product
         "fx_graph_cache": False,  # it takes graphs for equal whose frozen weights have equal shapes
         "cpp_wrapper": True,  # Python between the products and kernels took a fifth of a plain step
     }
-    frozen: Callable[..., Any] = torch._inductor.config.patch(settings)(run)
+    run = torch.compile(_own_code(function), dynamic=False, options=options)
+    # While a graph is traced, too, it must be known that weights are frozen, which lets them be packed.
+    frozen: Callable[..., Any] = torch._inductor.config.patch(freezing=True)(run)
     return frozen
 
 

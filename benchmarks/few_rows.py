@@ -1,0 +1,143 @@
+"""What a verification's products and attention cost: `python benchmarks/few_rows.py OUTPUT`.
+
+The products of one forward of the shipped target, deepened to 32 layers (346 MiB of float32 weights), and
+the attention of its layers over 400 rows, by number of rows: torch, MKL's packed weights, `coral.few_rows`.
+Each finds the caches as a whole forward leaves them; they take turns, so that a slow moment of the machine
+hits all. Beside them stands the floor: reading the weights once at the bandwidth of summing a large tensor.
+Writes OUTPUT/results.json and OUTPUT/results.md. Two minutes on a quiet machine.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from cycle import bandwidth
+from publish import header, reproduce, save
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from coral import few_rows
+from coral.api import EMBEDDED
+from coral.bench.deepen import deepen
+from coral.memory import keep_freed_memory
+from coral.options import quiet_transformers
+from coral.target import Target
+
+ROWS = (1, 4, 8, 12, 16, 32)
+KEYS, QUERY_HEADS, KEY_HEADS, HEAD_SIZE = 400, 4, 2, 64
+mkl: Any = torch.ops.mkl
+
+
+def weights() -> list[Tensor]:
+    """Those of one forward, as a compiled one joins them."""
+    model = deepened().model
+    joined = []
+    for layer in model.get_decoder().layers:
+        a, mlp = layer.self_attn, layer.mlp
+        joined.append(torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]))
+        joined += [
+            a.o_proj.weight,
+            torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
+            mlp.down_proj.weight,
+        ]
+    return [weight.detach().clone() for weight in [*joined, model.get_output_embeddings().weight]]
+
+
+def deepened() -> Target:
+    target = Target.load(EMBEDDED / "target", dtype="float32")
+    deepen(target.model, 32)
+    return target
+
+
+def in_turn(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            begin = perf_counter()
+            call()
+            times[name].append(perf_counter() - begin)
+    return {name: median(seconds[1:]) for name, seconds in times.items()}
+
+
+def products(matrices: list[Tensor], rows: int, repeats: int) -> dict[str, float]:
+    inputs = {width: torch.randn(rows, width) for width in {matrix.shape[1] for matrix in matrices}}
+    theirs = [mkl._mkl_reorder_linear_weight(matrix, rows) for matrix in matrices]
+    ours = [few_rows.pack(matrix) for matrix in matrices]
+
+    def each(multiply: Callable[[Tensor, Tensor, Tensor], Tensor], packed: list[Tensor]) -> None:
+        for matrix, form in zip(matrices, packed, strict=True):
+            multiply(inputs[matrix.shape[1]], matrix, form)
+
+    return in_turn(
+        {
+            "torch": partial(each, lambda x, matrix, _: linear(x, matrix), matrices),
+            "MKL, packed": partial(
+                each, lambda x, matrix, p: mkl._mkl_linear(x, p, matrix, None, rows), theirs
+            ),
+            "coral": partial(
+                each, lambda x, matrix, p: torch.ops.coral.linear(x, p, None, len(matrix)), ours
+            ),
+        },
+        repeats,
+    )
+
+
+def attention(rows: int, repeats: int) -> dict[str, float]:
+    q = torch.randn(1, rows, QUERY_HEADS, HEAD_SIZE).transpose(1, 2)
+    caches = [torch.randn(2, 1, KEY_HEADS, KEYS, HEAD_SIZE) for _ in range(32)]
+    mask = torch.ones(1, 1, rows, KEYS, dtype=torch.bool).tril(KEYS - rows)
+    torch_attention = partial(scaled_dot_product_attention, attn_mask=mask, enable_gqa=True)
+
+    def each(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        for k, v in caches:
+            attend(q, k, v)
+
+    ours = partial(few_rows.attend, mask=mask, scale=HEAD_SIZE**-0.5)
+    return in_turn({"torch": partial(each, torch_attention), "coral": partial(each, ours)}, repeats)
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--repeats", type=int, default=40)
+    options = parser.parse_args()
+    keep_freed_memory()
+    quiet_transformers()
+    assert few_rows.load()
+    matrices = weights()
+    size, speed = sum(matrix.nbytes for matrix in matrices), bandwidth()
+    results = {
+        **header(),
+        "bytes": size,
+        "bandwidth": speed,
+        "products": {rows: products(matrices, rows, options.repeats) for rows in ROWS},
+        "attention": {rows: attention(rows, options.repeats) for rows in ROWS},
+    }
+    lines = []
+    for part in ("products", "attention"):
+        names = [*results[part][1]]
+        lines += [f"| {part} of one forward, ms | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+        for rows, seconds in results[part].items():
+            cells = (f"{1000 * seconds[n]:.1f} ({seconds[n] / results[part][1][n]:.2f})" for n in names)
+            lines.append(f"| {rows} row{'s' * (rows > 1)} | {' | '.join(cells)} |")
+        lines.append("")
+    lines += [
+        f"In brackets: over one row. Floor of the products: {size / 2**20:.0f} MiB at {speed / 1e9:.1f} GB/s "
+        f"take {1000 * size / speed:.1f} ms.",
+        "",
+        reproduce(results),
+        "",
+    ]
+    save(options.output, results, "\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

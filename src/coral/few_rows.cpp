@@ -27,7 +27,8 @@ constexpr int64_t kBlock = 256;                   // inputs at a time: 16 KiB of
 constexpr int64_t kStride = kBlock + kPanel;      // between copied rows; a power of two would crowd the L1 cache
 constexpr int64_t kTile = kLanes == 16 ? 16 : 4;  // rows whose sums the registers hold
 constexpr int64_t kAhead = 768;                   // weights that are fetched this long before they are needed
-constexpr int64_t kQueries = 4;                   // rows that attend together
+constexpr int64_t kQueries = 4;                   // rows that attend together,
+constexpr int64_t kKeys = 4;                      // and keys that they are multiplied with at a time
 
 // Products of `M` rows with one panel [depth, kPanel], added to what `out` holds, unless they are the first.
 template <int64_t M>
@@ -100,6 +101,26 @@ struct Block {
   float* outputs[kQueries];
 };
 
+// Columns c to c + C * kLanes of the outputs: values [end, size] weighed by the rows of `weights` [R, stride].
+template <int64_t R, int64_t C>
+void add_values(const Block& block, const float* weights, int64_t stride, const float* values, int64_t end,
+                int64_t size, int64_t c, const float* shares) {
+  Vec sums[R][C];
+  for (int64_t key = 0; key < end; key++)
+#pragma GCC unroll 2
+    for (int64_t part = 0; part < C; part++) {
+      const Vec value = Vec::loadu(values + key * size + c + part * kLanes);
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < R; r++)
+        sums[r][part] = at::vec::fmadd(value, Vec(weights[r * stride + key]), sums[r][part]);
+    }
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int64_t part = 0; part < C; part++)
+      (sums[r][part] * Vec(shares[r])).store(block.outputs[r] + c + part * kLanes);
+}
+
 // Keys and values [num_keys, size]; a row that may attend to nothing becomes 0.
 template <int64_t R>
 void attend_block(const Block& block, const float* keys, const float* values, int64_t num_keys, int64_t size,
@@ -116,15 +137,20 @@ void attend_block(const Block& block, const float* keys, const float* values, in
   float lanes[R][kLanes * kLanes], turned[kLanes * kLanes];
   for (int64_t first = 0; first < end; first += kLanes) {
     const int64_t count = std::min(kLanes, end - first);
-    for (int64_t i = 0; i < count; i++) {
-      Vec sums[R];
-      for (Vec& sum : sums) sum = Vec(0);
-      for (int64_t c = 0; c < size; c += kLanes) {
-        const Vec part = Vec::loadu(keys + (first + i) * size + c);
-        for (int64_t r = 0; r < R; r++)
-          sums[r] = at::vec::fmadd(part, Vec::loadu(block.queries[r] + c), sums[r]);
-      }
-      for (int64_t r = 0; r < R; r++) sums[r].store(lanes[r] + i * kLanes);
+    for (int64_t i = 0; i < count; i += kKeys) {
+      Vec sums[kKeys][R];
+      for (int64_t c = 0; c < size; c += kLanes)
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < kKeys; j++) {
+          const Vec part = Vec::loadu(keys + std::min(first + i + j, end - 1) * size + c);
+#pragma GCC unroll 4
+          for (int64_t r = 0; r < R; r++)
+            sums[j][r] = at::vec::fmadd(part, Vec::loadu(block.queries[r] + c), sums[j][r]);
+        }
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < kKeys; j++)
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < R; r++) sums[j][r].store(lanes[r] + (i + j) * kLanes);
     }
     for (int64_t r = 0; r < R; r++) {  // the lanes of all these keys are added at once, a key a lane
       at::vec::transpose_mxn<float, kLanes, kLanes>(lanes[r], kLanes, turned, kLanes);
@@ -149,18 +175,11 @@ void attend_block(const Block& block, const float* keys, const float* values, in
     const float all = total(sum);
     shares[r] = all > 0 ? 1 / all : 0;
   }
-  for (int64_t c = 0; c < size; c += kLanes) {
-    Vec sums[R];
-    for (Vec& sum : sums) sum = Vec(0);
-    for (int64_t key = 0; key < end; key++) {
-      const Vec part = Vec::loadu(values + key * size + c);
-      for (int64_t r = 0; r < R; r++)
-        sums[r] = at::vec::fmadd(part, Vec(weights[r * padded + key]), sums[r]);
-    }
-    for (int64_t r = 0; r < R; r++) (sums[r] * Vec(shares[r])).store(block.outputs[r] + c);
-  }
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= size; c += 2 * kLanes)
+    add_values<R, 2>(block, weights.data(), padded, values, end, size, c, shares);
+  if (c < size) add_values<R, 1>(block, weights.data(), padded, values, end, size, c, shares);
 }
-
 constexpr std::array kAttend{attend_block<1>, attend_block<2>, attend_block<3>, attend_block<4>};
 
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale) {

@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from publish import header, reproduce, save
+from publish import header, show
 
 from coral.api import EMBEDDED, Pair, make_proposer
 from coral.bench.costs import verify_seconds
@@ -190,12 +190,8 @@ def main() -> None:
         f"{milliseconds(floor)} ms",
         f"- {start:.0f} s from the loaded target to the end of a warm-up"
         + ("" if options.eager else ", compiling included"),
-        "",
-        reproduce(results),
-        "",
     ]
-    save(options.output, results, "\n".join(lines))
-    print("\n".join(lines))
+    show(options.output, results, lines)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from cycle import bandwidth
-from publish import header, reproduce, save
+from publish import header, show
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
@@ -131,12 +131,8 @@ def main() -> None:
     lines += [
         f"In brackets: over one row. Floor of the products: {size / 2**20:.0f} MiB at {speed / 1e9:.1f} GB/s "
         f"take {1000 * size / speed:.1f} ms.",
-        "",
-        reproduce(results),
-        "",
     ]
-    save(options.output, results, "\n".join(lines))
-    print("\n".join(lines))
+    show(options.output, results, lines)
 
 
 if __name__ == "__main__":

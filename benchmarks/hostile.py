@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from publish import header, reproduce, save
+from publish import header, show
 from torch import Tensor
 
 from coral.api import EMBEDDED, make_proposer
@@ -92,12 +92,8 @@ def main() -> None:
             f"{'yes' if texts[name] == texts['plain'] else 'NO'} |"
             for name in sides
         ),
-        "",
-        reproduce(results),
-        "",
     ]
-    save(options.output, results, "\n".join(lines))
-    print("\n".join(lines))
+    show(options.output, results, lines)
 
 
 if __name__ == "__main__":

@@ -28,3 +28,10 @@ def save(output: Path, results: dict[str, Any], markdown: str) -> None:
     output.mkdir(parents=True, exist_ok=True)
     atomic_text(output / "results.json", json.dumps(results, indent=1) + "\n")
     atomic_text(output / "results.md", markdown)
+
+
+def show(output: Path, results: dict[str, Any], lines: list[str]) -> None:
+    """Write the results with `lines` of markdown, end them with what regenerates them, and print them."""
+    markdown = "\n".join([*lines, "", reproduce(results), ""])
+    save(output, results, markdown)
+    print(markdown)

@@ -44,7 +44,7 @@ def test_attention_is_that_of_torch(batch, heads, rows, past, size, seed):
     torch.manual_seed(seed)
     q = torch.randn(batch, rows, heads[0], size).transpose(1, 2)  # as a projection leaves it
     k, v = torch.randn(2, batch, heads[1], past + rows, size)
-    mask = torch.rand(batch, 1, rows, past + rows) < 0.4
+    mask = torch.rand(batch if seed % 2 else 1, 1, rows, past + rows) < 0.4
     attended = few_rows.attend(q, k, v, mask, size**-0.5)
     expected = scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
     torch.testing.assert_close(attended, expected.nan_to_num(0), rtol=1e-4, atol=1e-5)
@@ -56,26 +56,33 @@ class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(48, 32, bias=False), nn.Linear(48, 32, bias=False)
-        self.biased = nn.Linear(32, 5)
+        self.biased, self.again = nn.Linear(32, 32), nn.Linear(32, 32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.biased(self.first(x).relu() * self.second(x))
+        return self.again(self.biased(self.first(x).relu() * self.second(x)).relu())
 
 
 def test_compiled_products_of_few_rows_are_ours(monkeypatch):
-    """Stops a torch release whose graphs the pass no longer recognises, which would only be slow; and a
-    compiled graph that is found again for another model of the same shape, with the first one's weights.
+    """Stops a torch release whose graphs the pass no longer recognises, which would only be slow; a compiled
+    graph that is found again for another model of the same shape, with the first one's weights; a copy of
+    the weights for each number of rows; and equal weights that become one, so that a deepened target costs
+    less than it weighs.
     """
-    ours = []
+    products, packed = [], []
 
-    def count(graph):
+    def watch(graph):
         use_in(graph)
-        ours.append(len(graph.find_nodes(op="call_function", target=torch.ops.coral.linear.default)))
+        products.append(graph.find_nodes(op="call_function", target=torch.ops.coral.linear.default))
+        packed.append([getattr(graph.owning_module, node.args[1].target) for node in products[-1]])
 
     use_in = few_rows.use_in
-    monkeypatch.setattr(few_rows, "use_in", count)
-    for rows in (3, 3, few_rows.MOST_ROWS + 1):
-        model, x = Two().requires_grad_(False).eval(), torch.randn(rows, 48)
+    monkeypatch.setattr(few_rows, "use_in", watch)
+    one, other = Two().requires_grad_(False).eval(), Two().requires_grad_(False).eval()
+    other.again.load_state_dict(other.biased.state_dict())
+    for model, rows in ((one, 3), (other, 3), (other, 5), (one, few_rows.MOST_ROWS + 1)):
+        x = torch.randn(rows, 48)
         with torch.inference_mode():
             torch.testing.assert_close(compiled(model.forward, x.device)(x), model(x), rtol=1e-5, atol=1e-5)
-    assert ours == [2, 2, 0]  # the two that read the same rows have become one
+    assert [len(nodes) for nodes in products] == [3, 3, 3, 0]  # two of the four read the same rows
+    assert [id(weight) for weight in packed[1]] == [id(weight) for weight in packed[2]]
+    assert len({id(weight) for weight in packed[0] + packed[1]}) == 6

@@ -1,7 +1,7 @@
 // Products and attention of a few float32 rows on the CPU; few_rows.py binds them and says what for.
 //
-// A row's sums are made in one order, whatever the number of rows beside it: a verification computes the row of
-// a node as a plain step would.
+// A row's sums are made in one order, whatever the number of rows beside it: in a verification the products of a
+// node's row are, bit for bit, those of a plain step.
 
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -183,8 +182,9 @@ void attend_block(const Block& block, const float* keys, const float* values, in
 constexpr std::array kAttend{attend_block<1>, attend_block<2>, attend_block<3>, attend_block<4>};
 
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale) {
-  const Tensor queries = q.contiguous(), keys = k.contiguous(), values = v.contiguous(), allowed = mask.contiguous();
+  const Tensor queries = q.contiguous(), keys = k.contiguous(), values = v.contiguous();
   const int64_t batch = q.size(0), heads = q.size(1), n = q.size(2), size = q.size(3);
+  const Tensor allowed = mask.expand({batch, 1, n, k.size(2)}).contiguous();
   const int64_t kv_heads = k.size(1), num_keys = k.size(2), rows = heads / kv_heads * n;  // rows of a k/v head
   Tensor output = at::empty({batch, n, heads, size}, q.options());
   const int64_t share = (batch * kv_heads * rows + at::get_num_threads() - 1) / at::get_num_threads();

@@ -8,8 +8,11 @@ kernels read each weight once, in the order in which it lies in memory, and keep
 
 from __future__ import annotations
 
+from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -23,6 +26,7 @@ aten = torch.ops.aten
 MOST_ROWS = 64
 """Above this, products are arithmetic, and libraries are better at it."""
 _PANEL, _BLOCK, _LANES = 16, 256, 16  # as in few_rows.cpp; lanes: the most there
+_packed: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
 
 
 def load() -> bool:
@@ -63,6 +67,23 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
+def _pack_once(weight: Tensor, met: Counter[Any]) -> Tensor:
+    """`pack`, shared by all graphs of this process that multiply with the same numbers.
+
+    Args:
+        met: weights of this graph so far. Those that are equal stay apart, as they are in the model: a
+            deepened target is to cost what it weighs.
+    """
+    contiguous = weight.contiguous()
+    content = weight.shape, sha256(contiguous.view(torch.uint8).numpy().data).digest()
+    met[content] += 1
+    key = content, met[content]
+    packed = _packed.get(key)
+    if packed is None:
+        packed = _packed[key] = pack(contiguous)
+    return packed
+
+
 def can_attend(q: Tensor) -> bool:
     """Whether `attend` takes queries [B,H,N,d] here: only in a compiled forward, for which it was built."""
     return (
@@ -76,7 +97,7 @@ def can_attend(q: Tensor) -> bool:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Grouped-query attention of q [B,H,N,d] over k, v [B,K,M,d] -> [B,N,H,d]; mask [B,1,N,M] bool.
+    """Grouped-query attention of q [B,H,N,d] over k, v [B,K,M,d] -> [B,N,H,d]; mask [B or 1,1,N,M] bool.
 
     A row that may attend to nothing becomes 0.
     """
@@ -88,15 +109,15 @@ def use_in(graph: Graph) -> None:
     """A pass of inductor: products of few rows with a frozen weight [K, N] become torch.ops.coral.linear."""
     module = graph.owning_module
     assert module is not None
+    met: Counter[Any] = Counter()
     for product in [aten.mm.default, aten.addmm.default]:
         for node in graph.find_nodes(op="call_function", target=product):
             *bias, rows, weight = node.args
             if not _fits(module, rows, weight, bias):
                 continue
-            name = f"{weight.target}_few_rows"
+            name, width = f"{weight.target}_few_rows", weight.meta["val"].shape[1]
             if not hasattr(module, name):
-                module.register_buffer(name, pack(getattr(module, weight.target).mT))
-            width = weight.meta["val"].shape[1]
+                module.register_buffer(name, _pack_once(getattr(module, weight.target).mT, met))
             with graph.inserting_before(node):
                 packed = graph.get_attr(name)
                 packed.meta["val"] = weight.meta["val"].new_empty(getattr(module, name).shape)
@@ -106,6 +127,8 @@ def use_in(graph: Graph) -> None:
             own.meta = node.meta
             node.replace_all_uses_with(own)
             graph.erase_node(node)
+            if not weight.users:  # a joined weight is in memory for this graph alone
+                graph.erase_node(weight)
 
 
 def _fits(module: GraphModule, rows: Any, weight: Any, bias: list[Any]) -> bool:

@@ -4,10 +4,11 @@ The products of one forward of the shipped target, deepened to 32 layers (346 Mi
 the attention of its layers over 400 rows, by number of rows: torch, MKL's packed weights, `coral.few_rows`.
 Each finds the caches as a whole forward leaves them; they take turns, so that a slow moment of the machine
 hits all. Beside them stands the floor: reading the weights once at the bandwidth of summing a large tensor.
-Writes OUTPUT/results.json and OUTPUT/results.md. Two minutes on a quiet machine.
+Writes OUTPUT/results.json and OUTPUT/results.md. A minute on a quiet machine.
 """
 
 import argparse
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from coral.target import Target
 ROWS = (1, 4, 8, 12, 16, 32)
 KEYS, QUERY_HEADS, KEY_HEADS, HEAD_SIZE = 400, 4, 2, 64
 mkl: Any = torch.ops.mkl
+Calls = dict[tuple[int, str], Callable[[], None]]  # by rows and who multiplies
 
 
 def weights() -> list[Tensor]:
@@ -54,52 +56,52 @@ def deepened() -> Target:
     return target
 
 
-def in_turn(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            begin = perf_counter()
-            call()
-            times[name].append(perf_counter() - begin)
-    return {name: median(seconds[1:]) for name, seconds in times.items()}
-
-
-def products(matrices: list[Tensor], rows: int, repeats: int) -> dict[str, float]:
-    inputs = {width: torch.randn(rows, width) for width in {matrix.shape[1] for matrix in matrices}}
-    theirs = [mkl._mkl_reorder_linear_weight(matrix, rows) for matrix in matrices]
+def products(matrices: list[Tensor]) -> Calls:
+    theirs = [mkl._mkl_reorder_linear_weight(matrix, max(ROWS)) for matrix in matrices]
     ours = [few_rows.pack(matrix) for matrix in matrices]
 
-    def each(multiply: Callable[[Tensor, Tensor, Tensor], Tensor], packed: list[Tensor]) -> None:
+    def each(rows: int, multiply: Callable[[Tensor, Tensor, Tensor], Tensor], packed: list[Tensor]) -> None:
+        inputs = {width: torch.ones(rows, width) for width in {matrix.shape[1] for matrix in matrices}}
         for matrix, form in zip(matrices, packed, strict=True):
             multiply(inputs[matrix.shape[1]], matrix, form)
 
-    return in_turn(
-        {
-            "torch": partial(each, lambda x, matrix, _: linear(x, matrix), matrices),
-            "MKL, packed": partial(
-                each, lambda x, matrix, p: mkl._mkl_linear(x, p, matrix, None, rows), theirs
-            ),
-            "coral": partial(
-                each, lambda x, matrix, p: torch.ops.coral.linear(x, p, None, len(matrix)), ours
-            ),
-        },
-        repeats,
-    )
+    ways: dict[str, tuple[Any, list[Tensor]]] = {
+        "torch": (lambda x, matrix, _: linear(x, matrix), matrices),
+        "MKL, packed": (lambda x, matrix, p: mkl._mkl_linear(x, p, matrix, None, len(x)), theirs),
+        "coral": (lambda x, matrix, p: torch.ops.coral.linear(x, p, None, len(matrix)), ours),
+    }
+    return {(rows, name): partial(each, rows, *way) for rows in ROWS for name, way in ways.items()}
 
 
-def attention(rows: int, repeats: int) -> dict[str, float]:
-    q = torch.randn(1, rows, QUERY_HEADS, HEAD_SIZE).transpose(1, 2)
+def attention() -> Calls:
     caches = [torch.randn(2, 1, KEY_HEADS, KEYS, HEAD_SIZE) for _ in range(32)]
-    mask = torch.ones(1, 1, rows, KEYS, dtype=torch.bool).tril(KEYS - rows)
-    torch_attention = partial(scaled_dot_product_attention, attn_mask=mask, enable_gqa=True)
+    calls: Calls = {}
+    for rows in ROWS:
+        q = torch.randn(1, rows, QUERY_HEADS, HEAD_SIZE).transpose(1, 2)
+        mask = torch.ones(1, 1, rows, KEYS, dtype=torch.bool).tril(KEYS - rows)
 
-    def each(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-        for k, v in caches:
-            attend(q, k, v)
+        def each(attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor = q) -> None:
+            for k, v in caches:
+                attend(q, k, v)
 
-    ours = partial(few_rows.attend, mask=mask, scale=HEAD_SIZE**-0.5)
-    return in_turn({"torch": partial(each, torch_attention), "coral": partial(each, ours)}, repeats)
+        theirs = partial(scaled_dot_product_attention, attn_mask=mask, enable_gqa=True)
+        calls[rows, "torch"] = partial(each, theirs)
+        calls[rows, "coral"] = partial(each, partial(few_rows.attend, mask=mask, scale=HEAD_SIZE**-0.5))
+    return calls
+
+
+def in_turn(calls: Calls, repeats: int) -> dict[int, dict[str, float]]:
+    """Median seconds of each."""
+    times = defaultdict[tuple[int, str], list[float]](list)
+    for _ in range(repeats):
+        for key, call in calls.items():
+            begin = perf_counter()
+            call()
+            times[key].append(perf_counter() - begin)
+    seconds: dict[int, dict[str, float]] = {rows: {} for rows in ROWS}
+    for (rows, name), measured in times.items():
+        seconds[rows][name] = median(measured[1:])
+    return seconds
 
 
 @torch.inference_mode()
@@ -117,8 +119,8 @@ def main() -> None:
         **header(),
         "bytes": size,
         "bandwidth": speed,
-        "products": {rows: products(matrices, rows, options.repeats) for rows in ROWS},
-        "attention": {rows: attention(rows, options.repeats) for rows in ROWS},
+        "products": in_turn(products(matrices), options.repeats),
+        "attention": in_turn(attention(), options.repeats),
     }
     lines = []
     for part in ("products", "attention"):

@@ -28,21 +28,17 @@ fi
 [ -e assistant ] || OMP_NUM_THREADS=1 "$BIN/python" "$HERE/draft_model.py" "$DATA" assistant
 # The six suites of Spec-Bench, whose licences forbid shipping it: SPEC_BENCH is the path of its questions.
 SUITES=${SPEC_BENCH:+"--suite humaneval,gsm8k,$SPEC_BENCH"}
-FIRST="--limit 6" FIRST_40="--limit 40" TOKENS=24 FEW=12
+FIRST="--limit 3" FIRST_40="--limit 40" TOKENS=32 FEW=12
 [ -z "${FULL:-}" ] || { FIRST="" FIRST_40="" TOKENS=128 FEW=128; }
 RECIPES="--drafter eagle2=recipes/eagle2-0+full --drafter hass=recipes/hass-0+full --drafter coral=recipes/coral-0+full"
-SHIPPED="--drafter shipped=$OWN+static --drafter shipped+in_context=$OWN+in_context"
-SHIPPED="$SHIPPED --drafter shipped+lookup=$OWN+static+ngram --assistant assistant"
 BENCH="$BIN/coral bench --deepen 32 --dtype float32"
-$BENCH $SUITES $FIRST $RECIPES --drafter shipped+full=$OWN+full $SHIPPED --max-new-tokens $TOKENS --output greedy
-$BENCH $SUITES $FIRST --drafter coral=recipes/coral-0+full $SHIPPED --temperature 1 --max-new-tokens $TOKENS --output sampled
-# The shipped drafter with the tree that is tuned for this machine.
+# The table: all drafters draft the tree that is tuned for the shipped one on this machine.
 [ -e tuned ] || cp -r "$OWN" tuned
 "$BIN/coral" tune tuned --deepen 32 --compile --dtype float32
-TREE="--tree ${TREE:-6,5,7,0.5}" # what it found here; TREE=... for what it finds elsewhere
-TUNED="--drafter shipped+full=tuned+full --drafter shipped=tuned+static --drafter shipped+in_context=tuned+in_context"
-TUNED="$TUNED --drafter coral=recipes/coral-0+full --drafter shipped+lookup=tuned+static+ngram --assistant assistant"
-$BENCH $SUITES --limit 3 $TUNED $TREE --max-new-tokens 32 --output tuned-tree
+TREE="--tree ${TREE:-2,5,7,0.15}" # what it found here; TREE=... for what it finds elsewhere
+SHIPPED="--drafter shipped+full=tuned+full --drafter shipped=tuned+static --drafter shipped+in_context=tuned+in_context"
+SHIPPED="$SHIPPED --drafter shipped+lookup=tuned+static+ngram --assistant assistant"
+$BENCH $SUITES $FIRST $RECIPES $SHIPPED --temperature 0 --temperature 1 --max-new-tokens $TOKENS $TREE --output table
 # Coupled and uncoupled drafting, and the paper's router, on more prompts.
 ROUTED="--drafter coral+router=coral-routed --drafter shipped=$OWN+static"
 MORE="--drafter shipped+router=$OWN+routed --drafter shipped+lookup=$OWN+static+ngram"
@@ -51,6 +47,7 @@ $BENCH $FIRST_40 $RECIPES $ROUTED --temperature 1 --uncoupled --no-peers --max-n
 
 # What the parts cost, and where a cycle's time goes.
 "$BIN/python" "$HERE/heads.py" heads
+"$BIN/python" "$HERE/few_rows.py" few-rows
 "$BIN/python" "$HERE/dense.py" --output memory
 "$BIN/python" "$HERE/cycle.py" cycle $TREE
 "$BIN/python" "$HERE/hostile.py" hostile

@@ -5,10 +5,14 @@ thread a product of 512 rows with a 32,000 x 256 head took 113 ms, and 67 ms onc
 (`docs/log.md`).
 """
 
+from __future__ import annotations
+
 import ctypes
 import sys
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # the command line is here before torch may be imported
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h
 _MADV_HUGEPAGE, _PAGE = 14, 4096

@@ -10,7 +10,11 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from coral import few_rows
 from coral.compiled import compiled
 
-pytestmark = pytest.mark.skipif(not few_rows.load(), reason="no vector unit that the compiler knows")
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    if not few_rows.load():
+        pytest.skip("no vector unit that the compiler knows")
 
 
 @settings(max_examples=60, deadline=None)

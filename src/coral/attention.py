@@ -42,8 +42,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: f
         mask = torch.ones(rows, width, dtype=torch.bool, device=q.device).tril(width - rows)
     if mask is not None:
         mask = mask.view(-1, 1, rows, width)
-    if mask is not None and few_rows.can_attend(q):
-        return few_rows.attend(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+        if few_rows.can_attend(q):
+            return few_rows.attend(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
     grouped = q.shape[1] != k.shape[1]
     if grouped and not causal and (rows == 1 or q.device.type != "cpu"):
         return _fold(q, k, v, mask, scale)

@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.nn.functional import pad
 
 from coral.memory import ask_for_huge_pages
@@ -113,7 +113,7 @@ def use_in(graph: Graph) -> None:
     for product in [aten.mm.default, aten.addmm.default]:
         for node in graph.find_nodes(op="call_function", target=product):
             *bias, rows, weight = node.args
-            if not _fits(module, rows, weight, bias):
+            if not _fits(rows, weight, bias):
                 continue
             name, width = f"{weight.target}_few_rows", weight.meta["val"].shape[1]
             if not hasattr(module, name):
@@ -131,7 +131,7 @@ def use_in(graph: Graph) -> None:
                 graph.erase_node(weight)
 
 
-def _fits(module: GraphModule, rows: Any, weight: Any, bias: list[Any]) -> bool:
+def _fits(rows: Any, weight: Any, bias: list[Any]) -> bool:
     value = rows.meta["val"]
     return (
         isinstance(weight, Node)

@@ -147,9 +147,8 @@ class Feature:
                 drafted = self._step(ids, features, positions, allowed, fixed_cache(slots, storage))
                 if not with_head:
                     return (drafted,)
-                return drafted, *self.head.topk(
-                    drafted, count, states=(), scores=drafted[:, 0]
-                )  # reads neither
+                # A compilable head reads neither the texts nor the scores of their paths.
+                return drafted, *self.head.topk(drafted, count, states=(), scores=drafted[:, 0])
 
             self._compiled[key] = compiled(step, self.target.device)
         return self._compiled[key]

@@ -29,7 +29,6 @@ from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle
 from coral.decoding.tree import DEFAULT
 from coral.demo import PROMPTS
-from coral.drafter.drafter import num_bytes
 from coral.memory import keep_freed_memory
 from coral.options import quiet_transformers, read_budget
 from coral.target import Target
@@ -37,8 +36,7 @@ from coral.target import Target
 # What is timed inside a cycle: owner and name of the function, and what the table calls it.
 PARTS: dict[tuple[str, str], str] = {
     ("proposer", "propose"): "propose",
-    ("proposer", "_forward"): "draft steps",
-    ("head", "topk"): "heads",
+    ("native", "grow"): "draft steps",
     ("target", "verify"): "verify",
     ("sampling", "sample"): "sample",
     ("target", "keep"): "keep",
@@ -94,7 +92,6 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--drafter", default=f"{EMBEDDED / 'drafter'}+static")
     parser.add_argument("--tree", default=None)
-    parser.add_argument("--eager", action="store_true", help="do not compile")
     options = parser.parse_args()
     keep_freed_memory()
     quiet_transformers()
@@ -103,16 +100,17 @@ def main() -> None:
     loaded = Target.load(EMBEDDED / "target", dtype="float32")
     if options.layers > loaded.config.num_hidden_layers:
         deepen(loaded.model, options.layers)
-    target = loaded if options.eager else loaded.compiled((1, rows))
+    target = loaded.compiled((1, rows))
     proposer: Any = make_proposer(target, options.drafter)
-    assert isinstance(proposer, Feature)
+    assert isinstance(proposer, Feature) and proposer._native, "this drafter is not drafted with natively"
     pair, plain = Pair(target, proposer, budget), Pair(target, Plain(), budget)
     begin = perf_counter()
     for warm in (pair, plain):
         write(warm, PROMPTS[0][1], 8, options.temperature)
     start = perf_counter() - begin
 
-    owners = {"proposer": proposer, "head": proposer.head, "target": target, "sampling": Sampling}
+    native = proposer._native
+    owners = {"proposer": proposer, "native": native, "target": target, "sampling": Sampling}
     times: dict[str, list[float]] = defaultdict(list)
     bare: dict[int, list[float]] = {1: [], rows: []}
     plain_steps, cycles = [], []
@@ -133,22 +131,15 @@ def main() -> None:
     tau, steps = acceptance_length(cycles), fmean(cycle.num_forwards for cycle in cycles)
     cycle_seconds = steady([cycle.seconds for cycle in cycles])
     spent = {part: steady(times[part]) * len(times[part]) / count for part in PARTS.values()}
-    parts = ("draft steps",) if proposer.head.compilable else ("draft steps", "heads")
-    step = sum(steady(times[part]) for part in parts)
+    step = spent["draft steps"] / steps
     ideal = bare_rows + steps * step
-    speed, sizes = (
-        bandwidth(),
-        (plain_bytes(target.model), num_bytes(proposer.drafter) + proposer.head.num_bytes),
-    )
+    speed, sizes = bandwidth(), (plain_bytes(target.model), native.num_bytes(proposer.head.table(None)))
     floor = (sizes[0] + steps * sizes[1]) / speed
     other = cycle_seconds - spent["propose"] - spent["verify"] - spent["sample"] - spent["keep"]
     table = {
         "verification (target forward, masks and padding)": spent["verify"],
-        "draft steps (drafter, and a static head)": spent["draft steps"],
-        "draft steps (any other head)": spent["heads"],
-        "the rest of propose (growing, reading, pruning the tree)": spent["propose"]
-        - spent["draft steps"]
-        - spent["heads"],
+        "draft steps (drafter, head, the choice of nodes)": spent["draft steps"],
+        "the rest of propose": spent["propose"] - spent["draft steps"],
         "sampling": spent["sample"],
         "keep (compacting the cache)": spent["keep"],
         "walk and bookkeeping": other,
@@ -188,8 +179,7 @@ def main() -> None:
         f"- floor: {sizes[0] / 2**20:.0f} MiB of weights a forward, {sizes[1] / 2**20:.0f} a draft step, at "
         f"{speed / 1e9:.1f} GB/s: a plain step {milliseconds(sizes[0] / speed)} ms, a cycle "
         f"{milliseconds(floor)} ms",
-        f"- {start:.0f} s from the loaded target to the end of a warm-up"
-        + ("" if options.eager else ", compiling included"),
+        f"- {start:.0f} s from the loaded target to the end of a warm-up, compiling included",
     ]
     show(options.output, results, lines)
 

@@ -23,7 +23,7 @@ from coral.decoding.proposers.fallback import Fallback
 from coral.decoding.proposers.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.tree import DEFAULT
-from coral.drafter.heads import Head
+from coral.drafter.reduced import StaticHead, Table
 from coral.memory import keep_freed_memory
 from coral.options import quiet_transformers
 from coral.target import Target
@@ -32,14 +32,19 @@ from coral.target import Target
 class Missing:
     """The ids beside those that a head finds."""
 
-    compilable = False
-
-    def __init__(self, head: Head, vocab_size: int) -> None:
+    def __init__(self, head: StaticHead, vocab_size: int) -> None:
         self.head, self.num_bytes, self.vocab_size = head, head.num_bytes, vocab_size
 
     def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
         ids, log_probs = self.head.topk(features, k, states, scores)
-        return (ids + self.vocab_size // 2) % self.vocab_size, log_probs
+        return self.others(ids), log_probs
+
+    def table(self, state: Any) -> Table:
+        table = self.head.table(state)
+        return table._replace(ids=self.others(table.ids))
+
+    def others(self, ids: Tensor) -> Tensor:
+        return (ids + self.vocab_size // 2) % self.vocab_size
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.nn.functional import pad
 
+from coral.cpp import build
 from coral.memory import ask_for_huge_pages
 
 aten = torch.ops.aten
@@ -30,20 +31,13 @@ _packed: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
 
 
 def load() -> bool:
-    """Build the kernels, or find them built, and register them as torch.ops.coral.
-
-    Returns:
-        False, with nothing done, where the compiler knows no vector unit of this processor.
-    """
-    from torch._inductor.codecache import CppCodeCache  # not for commands that never compile
-    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
-
-    if not valid_vec_isa_list():
+    """Build the kernels, or find them built, and register them; see `cpp.build`."""
+    if hasattr(torch.ops.coral, "linear"):
+        return True
+    if not build(Path(__file__).with_suffix(".cpp")):
         return False
-    if not hasattr(torch.ops.coral, "linear"):
-        CppCodeCache.load(Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8"), needs_vec_isa=True)
-        torch.library.register_fake("coral::linear", _linear_output)
-        torch.library.register_fake("coral::attend", _attend_output)
+    torch.library.register_fake("coral::linear", _linear_output)
+    torch.library.register_fake("coral::attend", _attend_output)
     return True
 
 

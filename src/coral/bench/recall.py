@@ -52,14 +52,15 @@ def recall_by_depth(
 class _WatchedHead:
     """A routed head that remembers which groups it chose, level by level."""
 
-    compilable = False
-
     def __init__(self, head: RoutedHead) -> None:
         self.head, self.num_bytes, self.levels = head, head.num_bytes, list[Tensor]()
 
     def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
         self.levels.append(self.head.choose(features, scores)[1])
         return self.head.topk(features, k, states, scores)
+
+    def table(self, state: Any) -> None:
+        return None
 
 
 class _Watcher:

@@ -43,8 +43,8 @@ def generate(
             state.rows_read = rows.start + len(rows.tokens)
         drafted = perf_counter()
         logits, features = target.verify(live, trees)
-        for state, scores in zip(live, logits, strict=True):
-            state.logits = scores
+        for state, tree, scores in zip(live, trees, logits, strict=True):
+            state.tree, state.logits = tree, scores
         samples = [
             state.sampling.sample(scores, len(state.tokens) + tree.depth, state.sequence_id).tolist()
             for state, tree, scores in zip(live, trees, logits, strict=True)

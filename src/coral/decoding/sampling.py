@@ -42,6 +42,11 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise CoralError(f"top_p is {self.top_p}, but it must be above 0 and at most 1.")
 
+    @property
+    def filters(self) -> bool:
+        """Whether some ids are never written, whatever the noise."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
     def process(self, log_probs: Tensor) -> Tensor:
         """[N, K] logits or log-probabilities -> the same as float32 after temperature, top-k and top-p.
 
@@ -95,10 +100,14 @@ class Sampling:
         """
         return _gumbel(self._bits(positions, sequence_id, ids))
 
+    def stream(self, sequence_id: int) -> int:
+        """64 bits that a sequence's noise is made from."""
+        return _splitmix(_splitmix(self.seed & _MASK64) ^ (sequence_id & _MASK64))
+
     def _bits(self, positions: Tensor, sequence_id: int | Sequence[int], ids: Tensor) -> Tensor:
         """24 random bits [N, K] int32."""
         sequences = [sequence_id] if isinstance(sequence_id, int) else sequence_id
-        streams = [_splitmix(_splitmix(self.seed & _MASK64) ^ (i & _MASK64)) for i in sequences]
+        streams = [self.stream(i) for i in sequences]
         halves = [[_signed32(x & 0xFFFFFFFF), _signed32(x >> 32)] for x in streams]
         low, high = torch.tensor(halves, dtype=torch.int32, device=positions.device).unbind(-1)
         rows = _mix(_mix(positions.to(torch.int32) ^ low) ^ high)[:, None]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coral.cache import KVCache
 from coral.decoding.sampling import Sampling
+from coral.decoding.tree import DraftTree
 
 
 @dataclass(eq=False)
@@ -25,7 +26,8 @@ class State:
     cache: the target's keys and values.
     memory: the proposer's own per-sequence memory, made by it (draft KV cache, n-gram index).
     cycle: the last cycle, for a proposer that learns from it.
-    logits: the target's logits at the nodes verified last, [N, V]; what a head may learn from.
+    tree, logits: the draft tree that was verified last, and the target's logits at its nodes, [N, V]; what a
+    head may learn from.
     """
 
     tokens: list[int]
@@ -37,6 +39,7 @@ class State:
     stop: Callable[[list[int]], bool] | None = None
     memory: Any = None
     cycle: Cycle | None = None
+    tree: DraftTree | None = None
     logits: Tensor | None = None
     prompt_length: int = 0
     rows_read: int = 0  # rows whose features the proposer has been given

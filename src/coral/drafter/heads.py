@@ -25,7 +25,7 @@ from torch import Tensor
 
 from coral.drafter import checkpoint
 from coral.drafter.in_context import InContextHead
-from coral.drafter.reduced import LowRankHead, StaticHead
+from coral.drafter.reduced import LowRankHead, StaticHead, Table
 from coral.drafter.routed import RoutedHead, Router
 from coral.errors import CoralError
 from coral.files import atomic_bytes, atomic_text
@@ -42,13 +42,7 @@ _OWN = "own"  # a file that names the head that is used if none is asked for
 
 
 class Head(Protocol):
-    """See above.
-
-    compilable: `topk` reads nothing but features and weights of its own, and finds more ids if more are
-    wanted but no others, so it can be part of a compiled draft step.
-    """
-
-    compilable: bool
+    """See above."""
 
     @property
     def num_bytes(self) -> int:
@@ -59,11 +53,13 @@ class Head(Protocol):
         """The k likeliest ids of each row and their log-probabilities."""
         ...
 
+    def table(self, state: Any) -> Table | None:
+        """What `topk` multiplies with for this sequence, if it does no more than that and a softmax."""
+        ...
+
 
 class FullHead:
-    """The target's own LM head, all rows. Compiled, every width of a level would pack a copy of it."""
-
-    compilable = False
+    """The target's own LM head, all rows."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -73,6 +69,10 @@ class FullHead:
         log_probs = self.log_probs(features)
         values, ids = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
         return ids, values
+
+    def table(self, state: Any) -> Table:
+        bias = self.target.head_bias
+        return Table(self.target.head_weight, None if bias is None else bias.float())
 
     def log_probs(self, features: Tensor) -> Tensor:
         """[N, V] float32."""

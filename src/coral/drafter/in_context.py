@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from coral.drafter.reduced import Table
 from coral.drafter.vocabulary import special_ids
 from coral.target import Target
 
 WINDOW = 3072
-_CANDIDATES = 3  # ids of each node that enter: the target's likeliest, and the drafter's
+_CANDIDATES = 3  # of the target's likeliest ids at each node, which enter
 
 
 class InContextHead:
@@ -32,8 +33,6 @@ class InContextHead:
         window: ids that may be drafted, V at most.
     """
 
-    compilable = False
-
     def __init__(self, target: Target, window: int = WINDOW) -> None:
         weight = target.head_weight
         self.target, self.size = target, min(window, len(weight))
@@ -46,11 +45,12 @@ class InContextHead:
             window = self.window(state)
             logits = window.logits(rows)
             values, best = logits.topk(min(k, self.size), dim=-1)
-            ids = window.ids[best]
-            window.drafted.append(ids[:, :_CANDIDATES].flatten())
-            found.append((ids, values - logits.logsumexp(-1, keepdim=True)))
+            found.append((window.ids[best], values - logits.logsumexp(-1, keepdim=True)))
         ids, log_probs = (torch.cat(parts) for parts in zip(*found, strict=True))
         return ids, log_probs
+
+    def table(self, state: Any) -> Table:
+        return self.window(state).table
 
     def window(self, state: Any) -> _Window:
         """The window of a sequence, with all in it that arrived up to now."""
@@ -70,7 +70,6 @@ class _Window:
     new.
     arrived: int64 [V + 1], when each id arrived last; not positive: never.
     held: bool [V + 1], which are in the window.
-    drafted: ids [n] that arrive with the next cycle.
     """
 
     @torch.inference_mode()
@@ -89,7 +88,11 @@ class _Window:
         self.bias = None if self.all_bias is None else self.all_bias[there]
         self.room, self.clock = max(1, size - len(special)), 1
         self.tokens, self.length = list[int](), 0  # the text that was read, and how far
-        self.drafted = list[Tensor]()
+
+    @property
+    def table(self) -> Table:
+        bias = None if self.bias is None else self.bias[: self.size].float()
+        return Table(self.rows[: self.size], bias, self.ids[: self.size])
 
     def logits(self, features: Tensor) -> Tensor:
         """[n, h] -> [n, size] float32, in the order of `ids`."""
@@ -104,8 +107,9 @@ class _Window:
         new = state.tokens[self.length if state.tokens is self.tokens else 0 :]
         self.tokens, self.length = state.tokens, len(state.tokens)
         device = self.ids.device
-        arrivals, self.drafted = self.drafted, []
-        if state.logits is not None:
+        arrivals = []
+        if state.tree is not None:
+            arrivals.append(state.tree.tokens[1:].to(device))
             arrivals.append(likeliest(state.logits, _CANDIDATES).flatten().to(device))
         text = torch.tensor([*dict.fromkeys(reversed(new))][::-1], dtype=torch.int64)
         self.add(torch.cat([*arrivals, text.to(device, non_blocking=True)]))

@@ -6,7 +6,7 @@ Both are cheap for any number of nodes, since what they multiply does not depend
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,16 @@ from torch import Tensor, nn
 from coral.drafter.drafter import num_bytes
 from coral.packed import pack_linears
 from coral.target import Target
+
+
+class Table(NamedTuple):
+    """A head that is linear: rows [K, h] float32 or bfloat16, bias [K] float32 or None, and the ids int64 [K]
+    they score (None: 0 to K - 1).
+    """
+
+    rows: Tensor
+    bias: Tensor | None = None
+    ids: Tensor | None = None
 
 
 class StaticHead:
@@ -24,11 +34,11 @@ class StaticHead:
         ids: int64 [K], the ids that may be drafted.
     """
 
-    compilable = True
-
     def __init__(self, target: Target, ids: Tensor) -> None:
         self.ids = ids.to(target.head_weight.device)
         self.rows = rows_of(target, self.ids)
+        bias = self.rows.bias
+        self._table = Table(self.rows.weight.bfloat16(), None if bias is None else bias.float(), self.ids)
         self.vocab_size = target.vocab_size
         self.num_bytes = num_bytes(self.rows)
 
@@ -36,6 +46,9 @@ class StaticHead:
         logits = self.rows(features).float()
         values, best = logits.topk(min(k, logits.shape[-1]), dim=-1)
         return self.ids[best], values - logits.logsumexp(-1, keepdim=True)
+
+    def table(self, state: Any) -> Table:
+        return self._table
 
     def log_probs(self, features: Tensor) -> Tensor:
         """[N, V] float32; ids that are left out have -inf."""
@@ -53,8 +66,6 @@ class LowRankHead:
         rescored: ids of each node that meet their real row; 0: none.
     """
 
-    compilable = False  # which ids are scored again depends on how many are wanted
-
     def __init__(self, target: Target, up: Tensor, down: Tensor, rescored: int = 0) -> None:
         weight = target.head_weight
         self.target, self.rescored = target, rescored
@@ -67,6 +78,9 @@ class LowRankHead:
         logits, ids = self._scores(features, k)
         values, best = logits.gather(1, ids).topk(min(k, ids.shape[1]), dim=-1)
         return ids.gather(1, best), values - logits.logsumexp(-1, keepdim=True)
+
+    def table(self, state: Any) -> None:
+        return None
 
     def log_probs(self, features: Tensor) -> Tensor:
         """[N, V] float32; as in `topk`, no id comes before those that met their real row."""

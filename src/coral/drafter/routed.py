@@ -54,8 +54,6 @@ class RoutedHead:
         active: groups whose rows are multiplied.
     """
 
-    compilable = False
-
     def __init__(self, target: Target, router: Router, ids: Tensor, active: int) -> None:
         weight, bias = target.head_weight, target.head_bias
         self.router = router.to(weight.device, weight.dtype).eval().requires_grad_(False)
@@ -77,6 +75,9 @@ class RoutedHead:
         ids, logits, offset = self._active(features, scores)
         values, best = logits.topk(min(k, logits.shape[-1]), dim=-1)
         return ids[best].clamp(min=0), values + offset
+
+    def table(self, state: Any) -> None:
+        return None
 
     def log_probs(self, features: Tensor) -> Tensor:
         """[N, V] float32, of nodes that are equally likely; ids of groups that are left out have -inf."""

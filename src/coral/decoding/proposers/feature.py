@@ -7,7 +7,7 @@ t + 1, whose head output proposes token t + 2. Its KV cache keeps only rows made
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from coral.cache import KVCache, pack
 from coral.compiled import compiled, fix, fixed_cache
 from coral.decoding.growth import Growth, Rows
+from coral.decoding.native import MOST_ROWS, NativeDrafter
 from coral.decoding.state import Committed, State
 from coral.decoding.tree import Budget, DraftTree
 from coral.drafter.drafter import Drafter
@@ -25,8 +26,7 @@ from coral.packed import pack_linears
 from coral.target import Target
 
 _POOL = 256  # ids per node that compete after the noise is added: the sampled id is rarely outside
-# A compiled draft step has 8, 16, 24 or 32 rows, as many as a level needs, and finds a multiple of 8 ids.
-_STEP, _MOST = 8, 32
+_STEP, _MOST = 8, 32  # a compiled draft step has 8, 16, 24 or 32 rows, as many as a level needs
 
 
 class _Text(NamedTuple):
@@ -42,7 +42,8 @@ class Feature:
     """Proposes with a trained drafter; sequences that decode together share a forward a level.
 
     Args:
-        target: if its forward is compiled, draft steps of one sequence are too.
+        target: if its forward is compiled, draft steps of one sequence are too; on a CPU a whole tree is one
+            call then (`decoding/native.py`), if the head is linear.
         coupled: at temperature > 0 rank children by log q plus the noise that the target's sampler will add
             at that position, so that the drafted child tends to be the token the target samples.
     """
@@ -53,13 +54,41 @@ class Feature:
         self.drafter, self.target, self.coupled = drafter.eval(), target, coupled
         self.head = head or FullHead(target)
         pack_linears(drafter)
-        self._compiled: dict[int, Callable[..., Any]] = {}  # draft steps by the ids that a row is given
+        self._native = NativeDrafter.of(drafter, target) if target.sizes else None
+        self._fixed: Callable[..., Tensor] | None = None
 
     @torch.inference_mode()
     def propose(
         self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
     ) -> list[DraftTree]:
-        texts = [self._begin(*pair, budget) for pair in zip(states, committed, strict=True)]
+        trees = [self._at_once(*pair, budget) for pair in zip(states, committed, strict=True)]
+        rest = [
+            pair
+            for pair, tree in zip(zip(states, committed, strict=True), trees, strict=True)
+            if tree is None
+        ]
+        grown = iter(self._level_by_level(rest, budget))
+        return [tree or next(grown) for tree in trees]
+
+    def _at_once(self, state: State, pairs: Committed, budget: Budget) -> DraftTree | None:
+        """The tree of one sequence in one call; None where that cannot be done."""
+        cache, sampling, budget = state.memory, state.sampling, budget.within(state.remaining)
+        pool = _POOL if self.coupled and sampling.temperature > 0 else 0
+        if (
+            self._native is None
+            or not isinstance(cache, KVCache)  # the first call makes it
+            or not 0 < len(pairs.tokens) <= MOST_ROWS
+            or min(budget.max_depth, budget.num_nodes) == 0
+            or (pool and sampling.filters)
+            or (table := self.head.table(state)) is None
+        ):
+            return None
+        cache.keep(min(cache.length, pairs.start))
+        return self._native.grow(state, pairs, cache, table, budget, pool)
+
+    def _level_by_level(self, pairs: Sequence[tuple[State, Committed]], budget: Budget) -> list[DraftTree]:
+        """The trees of several sequences, which share a forward a level."""
+        texts = [self._begin(*pair, budget) for pair in pairs]
         live = [text for text in texts if len(text.growth.rows.ids)]
         while live:
             for text, children in zip(live, self._draft(live, budget), strict=True):
@@ -90,13 +119,10 @@ class Feature:
         coupled = self.coupled and any(state.sampling.temperature > 0 for state in states)
         count, n = _POOL if coupled else budget.top_k, len(growths[0].scores)
         rows = [growth.rows for growth in growths]
-        drafted, found = self._forward([text.cache for text in texts], rows, budget.top_k, count)
+        drafted = self._forward([text.cache for text in texts], rows, budget.top_k)
         features = [piece[-n:] for piece in drafted.split([len(row.ids) for row in rows])]
-        if found:
-            ids, log_probs = (part[-n:, :count] for part in found)
-        else:
-            scores = torch.cat([growth.scores for growth in growths])
-            ids, log_probs = self.head.topk(torch.cat(features), count, states, scores)
+        scores = torch.cat([growth.scores for growth in growths])
+        ids, log_probs = self.head.topk(torch.cat(features), count, states, scores)
         children = [*zip(ids.split(n), log_probs.split(n), strict=True)]
         if coupled:
             children = [
@@ -105,14 +131,11 @@ class Feature:
             ]
         return [(*pair, piece) for pair, piece in zip(children, features, strict=True)]
 
-    def _forward(
-        self, caches: Sequence[KVCache], rows: Sequence[Rows], top_k: int, count: int
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _forward(self, caches: Sequence[KVCache], rows: Sequence[Rows], top_k: int) -> Tensor:
         """Draft features [N, h] of all rows, sequence after sequence; the caches take their keys, values.
 
-        With them what the head finds for all rows, `count` ids each or more, if it is compiled with the
-        drafter. Compiled are the widths of one sequence's levels: to compile for a path that is longer once
-        would stop the text for seconds.
+        Compiled are the widths of one sequence's levels: to compile for a path that is longer once would stop
+        the text for seconds.
         """
         if len(rows) == 1:
             ids, features, positions, allowed = rows[0]
@@ -123,35 +146,23 @@ class Feature:
         size, widest = _padded(n), _padded(min(top_k, _MOST))
         if not self.target.sizes or len(rows) > 1 or size > widest or caches[0].length == 0:
             cache = pack(list(caches), [len(row.ids) for row in rows])
-            return self._step(ids, features, positions, allowed[None], cache), []
+            return self._step(ids, features, positions, allowed[None], cache)
         padded, slots, storage = fix(caches[0], size, allowed[None])
         ids, positions = (pad(part, (0, size - n)) for part in (ids, positions))
         features = pad(features, (0, 0, 0, size - n))
-        run = self._fixed(_padded(count))
-        drafted, *found = run(ids, features, positions, padded, slots, *storage)
-        return drafted[:n], [part[:n] for part in found]
+        self._fixed = self._fixed or compiled(self._fixed_step, self.target.device)
+        return self._fixed(ids, features, positions, padded, slots, *storage)[:n]
 
-    def _fixed(self, count: int) -> Callable[..., Any]:
-        """The compiled draft step, with the head in it where that can be; as many ids, as many functions."""
-        with_head, key = self.head.compilable, count if self.head.compilable else 0
-        if key not in self._compiled:
-
-            def step(
-                ids: Tensor,
-                features: Tensor,
-                positions: Tensor,
-                allowed: Tensor,
-                slots: Tensor,
-                *storage: Tensor,
-            ) -> tuple[Tensor, ...]:
-                drafted = self._step(ids, features, positions, allowed, fixed_cache(slots, storage))
-                if not with_head:
-                    return (drafted,)
-                # A compilable head reads neither the texts nor the scores of their paths.
-                return drafted, *self.head.topk(drafted, count, states=(), scores=drafted[:, 0])
-
-            self._compiled[key] = compiled(step, self.target.device)
-        return self._compiled[key]
+    def _fixed_step(
+        self,
+        ids: Tensor,
+        features: Tensor,
+        positions: Tensor,
+        allowed: Tensor,
+        slots: Tensor,
+        *storage: Tensor,
+    ) -> Tensor:
+        return self._step(ids, features, positions, allowed, fixed_cache(slots, storage))
 
     def _step(
         self, ids: Tensor, features: Tensor, positions: Tensor, allowed: Tensor, cache: Cache

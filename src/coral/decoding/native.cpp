@@ -1,0 +1,522 @@
+// A whole draft tree in one call on the CPU; native.py binds it and says what for.
+//
+// One team of threads walks through the products of all levels and meets at barriers, a microsecond each, where
+// libraries start their threads anew for every product. Weights are read as the model keeps them, [outputs, inputs].
+// n: rows of a level, h: hidden size, d: head size.
+
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/ops/empty.h>
+#include <omp.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <numeric>
+#include <tuple>
+#include <vector>
+
+namespace {
+
+using Vec = at::vec::Vectorized<float>;
+using at::Tensor;
+
+constexpr int64_t kLanes = Vec::size();
+constexpr int64_t kRows = 4;     // rows that are multiplied together
+constexpr int64_t kOutputs = 4;  // with so many outputs' weights
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+
+using Half = c10::BFloat16;
+
+Vec load(const float* from) { return Vec::loadu(from); }
+Vec load(const Half* from) {
+  Vec wide;
+  at::vec::load_fp32_from_bf16(from, wide);
+  return wide;
+}
+
+// A tensor's data where either of two formats will do; `visit` calls f with the typed pointer.
+struct Numbers {
+  void* data = nullptr;
+  bool wide = true;
+
+  Numbers() = default;
+  Numbers(const Tensor& tensor) : data(tensor.data_ptr()), wide(tensor.scalar_type() == at::kFloat) {}
+  template <typename F>
+  void visit(const F& f) const {
+    wide ? f(static_cast<float*>(data)) : f(static_cast<Half*>(data));
+  }
+};
+
+float total(const Vec& vector) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, vector);
+}
+
+template <typename A, typename B>
+float dot(const A* a, const B* b, int64_t size) {
+  Vec sum(0);
+  for (int64_t c = 0; c < size; c += kLanes) sum = at::vec::fmadd(load(a + c), load(b + c), sum);
+  return total(sum);
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+// The part of `count` things, in whole multiples of `unit`, that belongs to this thread.
+Range share(int64_t count, int64_t unit) {
+  const int64_t units = (count + unit - 1) / unit, team = omp_get_num_threads(), own = omp_get_thread_num();
+  return {std::min(count, units * own / team * unit), std::min(count, units * (own + 1) / team * unit)};
+}
+
+void wait_for_all() {
+#pragma omp barrier
+}
+
+// put(row, output, product) for R rows of x and J outputs.
+template <int64_t R, int64_t J, typename T, typename Put>
+void multiply(const float* x, int64_t stride, int64_t inputs, const T* weights, const Put& put, int64_t row,
+              int64_t output) {
+  Vec sums[R][J];
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < J; j++) sums[r][j] = Vec(0);
+  for (int64_t c = 0; c < inputs; c += kLanes) {
+    Vec part[J];
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < J; j++) part[j] = load(weights + j * inputs + c);
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < R; r++) {
+      const Vec value = Vec::loadu(x + r * stride + c);
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < J; j++) sums[r][j] = at::vec::fmadd(value, part[j], sums[r][j]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < J; j++) put(row + r, output + j, total(sums[r][j]));
+}
+
+template <int64_t J, typename T, typename Put>
+void multiply_all(const float* x, int64_t n, int64_t inputs, const T* weights, const Put& put, int64_t output) {
+  int64_t row = 0;
+  for (; row + kRows <= n; row += kRows)
+    multiply<kRows, J>(x + row * inputs, inputs, inputs, weights, put, row, output);
+  x += row * inputs;
+  if (n - row == 3) multiply<3, J>(x, inputs, inputs, weights, put, row, output);
+  if (n - row == 2) multiply<2, J>(x, inputs, inputs, weights, put, row, output);
+  if (n - row == 1) multiply<1, J>(x, inputs, inputs, weights, put, row, output);
+}
+
+// put(row, output, product) for all n rows x [n, inputs] and a range of outputs.
+template <typename Put>
+void product(const float* x, int64_t n, int64_t inputs, const Numbers& matrix, Range outputs, const Put& put) {
+  matrix.visit([&](const auto* weights) {
+    int64_t j = outputs.begin;
+    for (; j + kOutputs <= outputs.end; j += kOutputs)
+      multiply_all<kOutputs>(x, n, inputs, weights + j * inputs, put, j);
+    for (; j < outputs.end; j++) multiply_all<1>(x, n, inputs, weights + j * inputs, put, j);
+  });
+}
+
+// x / rms(x), times the weight if there is one.
+void normalise(const float* x, const float* weight, float* out, int64_t size, float eps) {
+  const Vec scale(1 / std::sqrt(dot(x, x, size) / size + eps));
+  for (int64_t c = 0; c < size; c += kLanes) {
+    Vec value = load(x + c) * scale;
+    if (weight) value = value * load(weight + c);
+    value.store(out + c);
+  }
+}
+
+// The sampler's noise for one id at one position; decoding/sampling.py says how it is made.
+struct Noise {
+  float temperature;  // 0: none
+  uint32_t low, high;
+
+  static uint32_t mix(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x7FEB352Du;
+    x = (x ^ (x >> 15)) * 0x846CA68Bu;
+    return x ^ (x >> 16);
+  }
+  float operator()(int64_t position, int64_t id) const {
+    const uint32_t row = mix(mix(uint32_t(position) ^ low) ^ high);
+    const uint32_t bits = mix(mix(uint32_t(id) + 0x3C6EF372u) ^ row) >> 8;
+    const double gumbel = -std::log(-std::log((bits + 0.5) * 0x1p-24));
+    return float(std::nearbyint(gumbel * 65536) * 0x1p-16);
+  }
+};
+
+struct Child {
+  float score;  // log-probability, or what it is made from
+  int64_t id;   // row of the head until `Draft::children` looks the id up
+};
+bool likelier(const Child& a, const Child& b) { return a.score > b.score; }
+
+// The best of what comes by, likeliest first; of equals the first one stays before the others.
+struct Best {
+  size_t count;
+  std::vector<Child> kept;
+
+  void add(float score, int64_t id) {
+    if (kept.size() == count && !(score > kept.back().score)) return;
+    if (kept.size() == count) kept.pop_back();
+    const Child child{score, id};
+    kept.insert(std::upper_bound(kept.begin(), kept.end(), child, likelier), child);
+  }
+};
+
+struct Layer {
+  const float *input_norm, *norm;  // nothing is normalised before the first layer
+  Numbers q, k, v, o, gate, up, down;
+  Numbers keys, values;  // [kv_heads, capacity, d]
+};
+
+struct Sizes {
+  int64_t hidden, heads, kv_heads, head_size, inner, capacity, candidates;
+};
+
+struct Node {
+  int64_t id, parent;  // an index among all nodes, of which 0 is the root
+  float score;
+};
+
+// One draft tree while it grows. What threads share are the members; they change between two barriers.
+struct Draft {
+  Sizes size;
+  float eps;
+  bool feed_back_normalised;
+  Numbers embedding, fc, head;
+  const float *fc_bias, *head_bias;  // or none
+  const int64_t* head_ids;           // or none: its rows are ids
+  const float *cos, *sin;            // [positions, d]
+  std::vector<Layer> layers;
+  Noise noise;
+  int64_t pool, top_k, max_depth;
+  float min_gain;
+
+  // The rows of the level that is drafted now; the last `frontier.size()` have children.
+  std::vector<int64_t> ids, positions;
+  std::vector<std::vector<int64_t>> seen;  // rows of the cache that each attends to behind the first `known`,
+  std::vector<int64_t> known;              // which it attends to as well
+  std::vector<float> features;             // [n, h]
+  int64_t first_slot;                      // of the cache, for these rows
+
+  std::vector<Node> nodes{{0, -1, 0}};
+  std::vector<int64_t> frontier{0};
+  int64_t depth = 0;
+  bool done = false;
+
+  std::vector<float> joined, x, normed, queries, attended, inner, drafted, logits;
+  std::vector<std::vector<Best>> best;  // of each thread, for each node of the frontier
+  std::vector<std::vector<float>> most, mass;
+  std::vector<std::vector<Child>> found;  // children of each node of the frontier
+
+  void make_room() {
+    const int64_t n = ids.size(), h = size.hidden, team = omp_get_num_threads();
+    joined.resize(n * 2 * h), x.resize(n * h), normed.resize(n * h), drafted.resize(n * h);
+    queries.resize(n * size.heads * size.head_size), attended.resize(queries.size());
+    inner.resize(n * size.inner), logits.resize(frontier.size() * size.candidates);
+    best.assign(team, std::vector<Best>(frontier.size(), Best{size_t(std::min(top_k, size.candidates)), {}}));
+    most.assign(team, std::vector<float>(frontier.size(), kNever));
+    mass.assign(team, std::vector<float>(frontier.size(), 0));
+    found.assign(frontier.size(), {});
+  }
+
+  void grow() {
+#pragma omp parallel num_threads(at::get_num_threads())
+    while (!done) {
+#pragma omp single
+      make_room();
+      forward();
+      score();
+#pragma omp single
+      add();
+    }
+  }
+
+  void forward() {
+    const int64_t n = ids.size(), h = size.hidden, own = omp_get_thread_num(), team = omp_get_num_threads();
+    for (int64_t r = own; r < n; r += team) {
+      embedding.visit([&](const auto* rows) { std::copy_n(rows + ids[r] * h, h, &joined[r * 2 * h]); });
+      std::copy_n(&features[r * h], h, &joined[r * 2 * h + h]);
+    }
+    wait_for_all();
+    product(joined.data(), n, 2 * h, fc, share(h, kOutputs), [&](int64_t r, int64_t j, float sum) {
+      x[r * h + j] = sum + (fc_bias ? fc_bias[j] : 0);
+    });
+    for (size_t l = 0; l < layers.size(); l++) {
+      const Layer& layer = layers[l];
+      // Of the last layer only the frontier's rows are wanted; the others leave their keys and values.
+      const int64_t from = l + 1 < layers.size() ? 0 : n - int64_t(frontier.size());
+      wait_for_all();
+      const float* input = x.data();
+      if (layer.input_norm) {
+        for (int64_t r = own; r < n; r += team) normalise(&x[r * h], layer.input_norm, &normed[r * h], h, eps);
+        wait_for_all();
+        input = normed.data();
+      }
+      project(layer, input, n, from);
+      wait_for_all();
+      attend(layer, n, from);
+      wait_for_all();
+      const int64_t width = size.heads * size.head_size;
+      product(&attended[from * width], n - from, width, layer.o, share(h, kOutputs),
+              [&](int64_t r, int64_t j, float sum) { x[(r + from) * h + j] += sum; });
+      wait_for_all();
+      for (int64_t r = from + own; r < n; r += team) normalise(&x[r * h], layer.norm, &normed[r * h], h, eps);
+      wait_for_all();
+      const Range mine = share(size.inner, kOutputs);
+      product(&normed[from * h], n - from, h, layer.gate, mine,
+              [&](int64_t r, int64_t j, float sum) { inner[r * size.inner + j] = sum / (1 + std::exp(-sum)); });
+      product(&normed[from * h], n - from, h, layer.up, mine,
+              [&](int64_t r, int64_t j, float sum) { inner[r * size.inner + j] *= sum; });
+      wait_for_all();
+      product(inner.data(), n - from, size.inner, layer.down, share(h, kOutputs),
+              [&](int64_t r, int64_t j, float sum) { x[(r + from) * h + j] += sum; });
+    }
+    wait_for_all();
+    const int64_t count = frontier.size();
+    for (int64_t r = own; r < count; r += team) {
+      const float* row = &x[(n - count + r) * h];
+      if (feed_back_normalised)
+        normalise(row, nullptr, &drafted[r * h], h, eps);
+      else
+        std::copy_n(row, h, &drafted[r * h]);
+    }
+    wait_for_all();
+  }
+
+  // Queries of rows `from` on, and all rows' keys and values, which go to the cache; a head is one thread's.
+  void project(const Layer& layer, const float* input, int64_t n, int64_t from) {
+    const int64_t h = size.hidden, d = size.head_size, heads = size.heads, kv_heads = size.kv_heads;
+    std::vector<float> rows(n * d);
+    const auto put = [&](int64_t r, int64_t j, float sum) { rows[r * d + j % d] = sum; };
+    const Range mine = share(heads + 2 * kv_heads, 1);
+    for (int64_t i = mine.begin; i < mine.end; i++) {
+      const bool query = i < heads, key = !query && i < heads + kv_heads;
+      const int64_t head = query ? i : (i - heads) % kv_heads, first = query ? from : 0;
+      product(input + first * h, n - first, h, query ? layer.q : key ? layer.k : layer.v, {head * d, head * d + d}, put);
+      for (int64_t r = first; r < n; r++) {
+        float* row = &rows[(r - first) * d];
+        if (query || key) rotate(row, positions[r]);
+        if (query)
+          std::copy_n(row, d, &queries[(r * heads + head) * d]);
+        else
+          (key ? layer.keys : layer.values).visit([&](auto* cache) {
+            std::copy_n(row, d, cache + (head * size.capacity + first_slot + r) * d);
+          });
+      }
+    }
+  }
+
+  void rotate(float* row, int64_t position) const {
+    const int64_t d = size.head_size, half = d / 2;
+    const float *c = cos + position * d, *s = sin + position * d;
+    for (int64_t i = 0; i < half; i++) {
+      const float a = row[i], b = row[i + half];
+      row[i] = a * c[i] - b * s[i];
+      row[i + half] = b * c[i + half] + a * s[i + half];
+    }
+  }
+
+  void attend(const Layer& layer, int64_t n, int64_t from) {
+    const Range mine = share((n - from) * size.heads, 1);
+    layer.keys.visit([&](const auto* keys) {
+      const auto* values = static_cast<decltype(keys)>(layer.values.data);
+      for (int64_t task = mine.begin; task < mine.end; task++) attend(keys, values, from + task / size.heads, task % size.heads);
+    });
+  }
+
+  template <typename T>
+  void attend(const T* keys, const T* values, int64_t r, int64_t head) {
+    const int64_t d = size.head_size, first = head / (size.heads / size.kv_heads) * size.capacity;
+    const int64_t count = known[r] + seen[r].size(), padded = (count + kLanes - 1) / kLanes * kLanes;
+    const auto offset = [&](int64_t i) { return (first + (i < known[r] ? i : seen[r][i - known[r]])) * d; };
+    const float *query = &queries[(r * size.heads + head) * d], scale = 1 / std::sqrt(float(d));
+    std::vector<float> weights(padded, kNever);
+    for (int64_t i = 0; i < count; i++) weights[i] = dot(query, keys + offset(i), d) * scale;
+    const float highest = *std::max_element(weights.begin(), weights.end());
+    Vec sum(0);
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      const Vec weight = (Vec::loadu(&weights[i]) - Vec(highest)).exp();
+      weight.store(&weights[i]);
+      sum = sum + weight;
+    }
+    const Vec norm(1 / total(sum));
+    for (int64_t c = 0; c < d; c += kLanes) {
+      Vec out(0);
+      for (int64_t i = 0; i < count; i++) out = at::vec::fmadd(Vec(weights[i]), load(values + offset(i) + c), out);
+      (out * norm).store(&attended[(r * size.heads + head) * d + c]);
+    }
+  }
+
+  // The children of each node of the frontier: this thread's part of the head, then what all threads found.
+  void score() {
+    const int64_t h = size.hidden, count = frontier.size(), all = size.candidates, own = omp_get_thread_num();
+    const Range mine = share(all, kOutputs);
+    product(drafted.data(), count, h, head, mine, [&](int64_t r, int64_t j, float sum) {
+      logits[r * all + j] = sum + (head_bias ? head_bias[j] : 0);
+    });
+    for (int64_t r = 0; r < count && mine.begin < mine.end; r++) {
+      const float *begin = &logits[r * all] + mine.begin, *end = &logits[r * all] + mine.end;
+      const float highest = at::vec::reduce_all<float>(
+          [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, begin, end - begin);
+      const float low = highest;
+      mass[own][r] = at::vec::map_reduce_all<float>([low](Vec v) { return (v - Vec(low)).exp(); },
+                                                    [](Vec a, Vec b) { return a + b; }, begin, end - begin);
+      most[own][r] = highest;
+      if (noise.temperature == 0)
+        for (const float* score = begin; score < end; score++)
+          best[own][r].add(*score, score - &logits[r * all]);
+    }
+    wait_for_all();
+    for (int64_t r = own; r < count; r += omp_get_num_threads()) found[r] = children(r);
+    wait_for_all();
+  }
+
+  std::vector<Child> children(int64_t r) const {
+    float highest = kNever, sum = 0;
+    for (const auto& part : most) highest = std::max(highest, part[r]);
+    for (size_t t = 0; t < mass.size(); t++) sum += mass[t][r] * std::exp(most[t][r] - highest);
+    const float all = highest + std::log(sum);
+    Best chosen{best[0][r].count, {}};
+    if (noise.temperature == 0) {
+      for (const auto& part : best)
+        for (const Child& child : part[r].kept) chosen.add(child.score - all, child.id);
+    } else {
+      couple(&logits[r * size.candidates], all, chosen);
+    }
+    for (Child& child : chosen.kept) child.id = head_ids ? head_ids[child.id] : child.id;
+    return chosen.kept;
+  }
+
+  // Ranked with the noise that the sampler will add; the scores are log-probabilities of being sampled.
+  void couple(const float* scores, float all, Best& chosen) const {
+    std::vector<int64_t> rows(size.candidates);
+    std::iota(rows.begin(), rows.end(), 0);
+    const int64_t count = std::min(pool, size.candidates);
+    std::nth_element(rows.begin(), rows.begin() + count - 1, rows.end(),
+                     [&](int64_t a, int64_t b) { return scores[a] > scores[b]; });
+    rows.resize(count);
+    std::sort(rows.begin(), rows.end());
+    const int64_t position = positions.back() + 2;  // of the child, which its parent's row predicts
+    float highest = kNever, sum = 0;
+    std::vector<float> noisy;
+    for (int64_t row : rows) {
+      const float drawn = noise(position, head_ids ? head_ids[row] : row);
+      noisy.push_back(((scores[row] - all) / noise.temperature + drawn) * noise.temperature);
+      highest = std::max(highest, noisy.back());
+    }
+    for (float score : noisy) sum += std::exp(score - highest);
+    for (int64_t i = 0; i < count; i++) chosen.add(noisy[i] - highest - std::log(sum), rows[i]);
+  }
+
+  // As decoding/growth.py: the frontier's children become nodes, and the best top_k of them the next frontier.
+  void add() {
+    const int64_t h = size.hidden, n = ids.size(), old = nodes.size();
+    std::vector<int64_t> order, parents;  // rows of the frontier
+    for (size_t r = 0; r < frontier.size(); r++)
+      for (const Child& child : found[r]) {
+        nodes.push_back({child.id, frontier[r], nodes[frontier[r]].score + std::min(child.score, 0.f)});
+        parents.push_back(r), order.push_back(order.size());
+      }
+    const int64_t count = std::min<int64_t>(top_k, order.size());
+    const auto better = [&](int64_t a, int64_t b) { return nodes[old + a].score > nodes[old + b].score; };
+    std::stable_sort(order.begin(), order.end(), better);
+    order.resize(count);
+    std::sort(order.begin(), order.end());
+    double reached = 0;
+    for (int64_t i : order) reached += std::exp(nodes[old + i].score);
+    done = ++depth >= max_depth || (min_gain > 0 && reached < min_gain);
+    if (done) return;
+    const int64_t before = n - frontier.size();  // rows in front of the frontier's
+    std::vector<int64_t> next_ids, next_frontier, next_known;
+    std::vector<std::vector<int64_t>> next_seen;
+    std::vector<float> next_features;
+    first_slot += n;
+    for (int64_t i : order) {
+      const int64_t parent = parents[i];
+      next_ids.push_back(nodes[old + i].id), next_frontier.push_back(old + i);
+      next_known.push_back(known[before + parent]);
+      next_seen.push_back(seen[before + parent]);
+      next_seen.back().push_back(first_slot + next_ids.size() - 1);
+      next_features.insert(next_features.end(), &drafted[parent * h], &drafted[parent * h] + h);
+    }
+    positions.assign(count, positions.back() + 1);
+    ids.swap(next_ids), frontier.swap(next_frontier), known.swap(next_known), seen.swap(next_seen);
+    features.swap(next_features);
+  }
+};
+
+// The best `num_nodes` in the total order of decoding/tree.py, renumbered, parents first: ids, parents and scores.
+std::tuple<Tensor, Tensor, Tensor> rerank(const std::vector<Node>& nodes, int64_t root, int64_t num_nodes) {
+  std::vector<int64_t> order(nodes.size() - 1), place(nodes.size(), 0);
+  std::iota(order.begin(), order.end(), 1);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return nodes[a].score > nodes[b].score; });
+  order.resize(std::min<int64_t>(num_nodes, order.size()));
+  std::sort(order.begin(), order.end());
+  const int64_t count = order.size() + 1;
+  Tensor ids = at::empty({count}, at::kLong), parents = at::empty({count}, at::kLong);
+  Tensor scores = at::empty({count}, at::kFloat);
+  int64_t *id = ids.mutable_data_ptr<int64_t>(), *parent = parents.mutable_data_ptr<int64_t>();
+  float* score = scores.mutable_data_ptr<float>();
+  id[0] = root, parent[0] = -1, score[0] = 0;
+  for (int64_t i = 1; i < count; i++) {
+    const Node& node = nodes[order[i - 1]];
+    place[order[i - 1]] = i;
+    id[i] = node.id, parent[i] = place[node.parent], score[i] = node.score;
+  }
+  return {ids, parents, scores};
+}
+
+template <typename T>
+const T* data(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr<T>() : nullptr;
+}
+
+std::tuple<Tensor, Tensor, Tensor, int64_t> grow(
+    at::IntArrayRef ids, const Tensor& features, const Tensor& embedding,
+    const c10::List<std::optional<Tensor>>& weights, at::TensorList storage, int64_t length, const Tensor& cos,
+    const Tensor& sin, const Tensor& head, const std::optional<Tensor>& head_bias,
+    const std::optional<Tensor>& head_ids, int64_t heads, double eps, bool feed_back_normalised,
+    at::IntArrayRef budget, double min_gain, double temperature, int64_t stream, int64_t pool) {
+  const auto vector = [&](size_t i) { return data<float>(weights.get(i)); };
+  const auto matrix = [&](size_t i) { return weights.get(i).value(); };
+  const Tensor &keys = storage[0], rows = features.to(at::kFloat).contiguous();
+  const int64_t n = ids.size();
+  Draft draft;
+  draft.embedding = embedding, draft.fc = matrix(0), draft.fc_bias = vector(1);
+  for (size_t l = 0, i = 2; 2 * l < storage.size(); l++, i += 9)
+    draft.layers.push_back({vector(i), vector(i + 1), matrix(i + 2), matrix(i + 3), matrix(i + 4), matrix(i + 5),
+                            matrix(i + 6), matrix(i + 7), matrix(i + 8), storage[2 * l], storage[2 * l + 1]});
+  draft.size = {features.size(1), heads, keys.size(1), keys.size(3), matrix(8).size(0), keys.size(2), head.size(0)};
+  draft.eps = float(eps), draft.feed_back_normalised = feed_back_normalised;
+  draft.head = head, draft.head_bias = data<float>(head_bias), draft.head_ids = data<int64_t>(head_ids);
+  draft.cos = cos.const_data_ptr<float>(), draft.sin = sin.const_data_ptr<float>();
+  draft.noise = {float(temperature), uint32_t(stream), uint32_t(uint64_t(stream) >> 32)};
+  draft.pool = pool, draft.top_k = budget[0], draft.max_depth = budget[1], draft.min_gain = float(min_gain);
+  draft.ids.assign(ids.begin(), ids.end());
+  draft.features.assign(rows.const_data_ptr<float>(), rows.const_data_ptr<float>() + rows.numel());
+  draft.first_slot = length;
+  draft.seen.resize(n);
+  for (int64_t r = 0; r < n; r++) draft.positions.push_back(length + r), draft.known.push_back(length + r + 1);
+  draft.grow();
+  return std::tuple_cat(rerank(draft.nodes, ids.back(), budget[2]), std::tuple(draft.depth));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(coral, library) {
+  library.def(
+      "grow(int[] ids, Tensor features, Tensor embedding, Tensor?[] weights, Tensor(a!)[] storage, int length, "
+      "Tensor cos, Tensor sin, Tensor head, Tensor? head_bias, Tensor? head_ids, int heads, float eps, "
+      "bool feed_back_normalised, int[] budget, float min_gain, float temperature, int stream, int pool) "
+      "-> (Tensor, Tensor, Tensor, int)");
+}
+
+TORCH_LIBRARY_IMPL(coral, CPU, library) { library.impl("grow", &grow); }

@@ -1,0 +1,134 @@
+"""Whole trees in one call against their slow twin, which drafts level by level."""
+
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from tiny import prompt_of, tiny_model, write
+
+from coral.decoding.native import NativeDrafter
+from coral.decoding.proposers.feature import Feature
+from coral.decoding.proposers.plain import Plain
+from coral.decoding.sampling import Sampling
+from coral.decoding.state import Committed, State
+from coral.decoding.tree import Budget
+from coral.drafter.drafter import Drafter, DrafterConfig
+from coral.drafter.heads import FullHead
+from coral.drafter.in_context import InContextHead
+from coral.drafter.reduced import StaticHead
+from coral.target import Target
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+
+HEADS = {
+    "full": FullHead,
+    "static": lambda target: StaticHead(target, torch.arange(60, 3, -1)),
+    "in context": lambda target: InContextHead(target, 40),
+}
+BUDGETS = [Budget(2, 5, 7, 0.15), Budget(3, 3, 30), Budget(8, 4, 12, 0.4), Budget(1, 1, 1)]
+
+
+def pair(dtype=torch.float32, biased=False, **options):
+    """A target with a drafter whose weights are bfloat16 numbers, as the native drafter rounds them."""
+    model = tiny_model(vocab_size=67, head_dim=16, intermediate_size=48, max_position_embeddings=200)
+    if biased:
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(67))
+    target = Target(model.bfloat16().to(dtype))
+    torch.manual_seed(4)
+    drafter = Drafter(DrafterConfig.for_target(target.config, **options))
+    for parameter in drafter.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, mean=float(parameter.dim() == 1))
+    return target, drafter.bfloat16().to(dtype).requires_grad_(False)
+
+
+def proposers(target, drafter, head):
+    slow = Feature(drafter, target, head(target))
+    fast = Feature(drafter, target, head(target))
+    fast._native = NativeDrafter.of(drafter, target)
+    assert fast._native is not None
+    return fast, slow
+
+
+def draft(target, proposer, budget, sampling, accepted):
+    """The trees of three cycles behind a prompt, and the drafter's cache after them."""
+    ids = prompt_of(20 + 3 * accepted, 67)
+    state = State(ids[:20], 150, target.new_cache(160), sampling, sequence_id=5)
+    (committed,) = target.prefill([state])
+    features = target.features(torch.tensor([ids]))[0]
+    trees = [proposer.propose([state], [committed], budget)[0]]
+    for _ in range(3):
+        n = len(state.tokens)
+        state.tokens += ids[n : n + accepted]
+        pairs = Committed(state.tokens[n:], features[n - 1 : n - 1 + accepted], n - 1)
+        trees += proposer.propose([state], [pairs], budget)
+    return trees, [rows[:, :, : state.memory.length] for rows in state.memory.storage]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_layers": 2, "fc_bias": True, "biased": True},
+        {"normalised_feedback": True, "num_key_value_heads": 1},
+    ],
+    ids=["plain", "two layers and biases", "normalised"],
+)
+def test_trees_are_those_of_levels(head, options):
+    """Stops: a row of the cache that belongs to another row, branch or level; rotation at another position; a
+    path that sees a sibling; other children, ranks, ties, noise or ends of growth; and accepted rows that a
+    later cycle does not find.
+    """
+    target, drafter = pair(**options)
+    for sampling in (Sampling(), Sampling(0.8, seed=9)):
+        for budget in BUDGETS:
+            for accepted in (1, 4):
+                fast, slow = proposers(target, drafter, HEADS[head])
+                quick, quick_rows = draft(target, fast, budget, sampling, accepted)
+                trees, rows = draft(target, slow, budget, sampling, accepted)
+                for one, other in zip(quick, trees, strict=True):
+                    assert one.tokens.tolist() == other.tokens.tolist()
+                    assert one.parents.tolist() == other.parents.tolist()
+                    assert one.num_forwards == other.num_forwards
+                    torch.testing.assert_close(one.scores, other.scores, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(quick_rows, rows, rtol=1e-4, atol=1e-4)
+
+
+def test_threads_share_the_work(monkeypatch):
+    """Stops buffers that are made for another number of threads, and parts that two or none of them do."""
+    target, drafter = pair()
+    trees = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "threads", torch.set_num_threads(threads), raising=False)
+        fast, _ = proposers(target, drafter, FullHead)
+        trees.append(draft(target, fast, BUDGETS[1], Sampling(), 4)[0])
+    torch.set_num_threads(1)
+    for one, other in zip(*trees, strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert one.parents.tolist() == other.parents.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_texts_stay_the_same(dtype, monkeypatch):
+    """Stops a drafter that a compiled target does not find, or whose trees end behind the text's end; and
+    number formats that are mixed up.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    target, drafter = pair(dtype)
+    fast = target.compiled((1, 8))
+    proposer = Feature(drafter, fast, HEADS["static"](target))
+    calls, grow = [], NativeDrafter.grow
+    monkeypatch.setattr(NativeDrafter, "grow", lambda *a: calls.append(1) or grow(*a))
+    for sampling in (Sampling(), Sampling(1.0, seed=3), Sampling(1.0, top_p=0.8)):
+        calls.clear()
+        expected = write(fast, Plain(), [prompt_of(9)], 24, sampling).texts
+        assert write(fast, proposer, [prompt_of(9)], 24, sampling, BUDGETS[0]).texts == expected
+        assert bool(calls) != sampling.filters
+
+
+def test_what_it_cannot_draft_is_left_to_levels():
+    """Stops a drafter that is decoded wrongly in silence: sizes that fill no vector, another activation."""
+    for options in ({"head_dim": 8}, {"hidden_act": "gelu"}):
+        target, drafter = pair(**options)
+        assert NativeDrafter.of(drafter, target) is None

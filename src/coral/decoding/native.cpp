@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -24,8 +25,8 @@ using Vec = at::vec::Vectorized<float>;
 using at::Tensor;
 
 constexpr int64_t kLanes = Vec::size();
-constexpr int64_t kRows = 4;     // rows that are multiplied together
-constexpr int64_t kOutputs = 4;  // with so many outputs' weights
+constexpr int64_t kOutputs = 4;               // whose weights are multiplied together
+constexpr int64_t kRows = kLanes / kOutputs;  // with so many rows: their sums are as many as a vector's lanes
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 using Half = c10::BFloat16;
@@ -75,51 +76,71 @@ void wait_for_all() {
 #pragma omp barrier
 }
 
-// put(row, output, product) for R rows of x and J outputs.
-template <int64_t R, int64_t J, typename T, typename Put>
-void multiply(const float* x, int64_t stride, int64_t inputs, const T* weights, const Put& put, int64_t row,
-              int64_t output) {
-  Vec sums[R][J];
-#pragma GCC unroll 4
-  for (int64_t r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < J; j++) sums[r][j] = Vec(0);
+// The sum of each vector's lanes, in order: neighbours are added until one vector holds them all.
+template <size_t N>
+Vec totals(const std::array<Vec, N>& vectors) {
+  if constexpr (N == 1) {
+    return vectors[0];
+  } else {
+    std::array<Vec, N / 2> halves;
+#pragma GCC unroll 8
+    for (size_t i = 0; i < N / 2; i++) {
+      const auto [even, odd] = at::vec::deinterleave2(vectors[2 * i], vectors[2 * i + 1]);
+      halves[i] = even + odd;
+    }
+    return totals(halves);
+  }
+}
+
+// Where products go: `to` [rows, stride], added to what is there or instead of it.
+struct Sums {
+  float* to;
+  int64_t stride;
+  bool add;
+  void put(int64_t row, int64_t output, const float* sums, int64_t count) const {
+    float* place = to + row * stride + output;
+    for (int64_t i = 0; i < count; i++) place[i] = add ? place[i] + sums[i] : sums[i];
+  }
+};
+
+// R rows of x with kOutputs outputs.
+template <int64_t R, typename T>
+void multiply(const float* x, int64_t inputs, const T* weights, const Sums& sums, int64_t row, int64_t output) {
+  std::array<Vec, kLanes> parts;
+#pragma GCC unroll 16
+  for (auto& part : parts) part = Vec(0);
   for (int64_t c = 0; c < inputs; c += kLanes) {
-    Vec part[J];
+    Vec weight[kOutputs];
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < J; j++) part[j] = load(weights + j * inputs + c);
+    for (int64_t j = 0; j < kOutputs; j++) weight[j] = load(weights + j * inputs + c);
 #pragma GCC unroll 4
     for (int64_t r = 0; r < R; r++) {
-      const Vec value = Vec::loadu(x + r * stride + c);
+      const Vec value = load(x + r * inputs + c);
 #pragma GCC unroll 4
-      for (int64_t j = 0; j < J; j++) sums[r][j] = at::vec::fmadd(value, part[j], sums[r][j]);
+      for (int64_t j = 0; j < kOutputs; j++)
+        parts[r * kOutputs + j] = at::vec::fmadd(value, weight[j], parts[r * kOutputs + j]);
     }
   }
-#pragma GCC unroll 4
-  for (int64_t r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < J; j++) put(row + r, output + j, total(sums[r][j]));
+  alignas(64) float all[kLanes];
+  totals(parts).store(all);
+  for (int64_t r = 0; r < R; r++) sums.put(row + r, output, all + r * kOutputs, kOutputs);
 }
 
-template <int64_t J, typename T, typename Put>
-void multiply_all(const float* x, int64_t n, int64_t inputs, const T* weights, const Put& put, int64_t output) {
-  int64_t row = 0;
-  for (; row + kRows <= n; row += kRows)
-    multiply<kRows, J>(x + row * inputs, inputs, inputs, weights, put, row, output);
-  x += row * inputs;
-  if (n - row == 3) multiply<3, J>(x, inputs, inputs, weights, put, row, output);
-  if (n - row == 2) multiply<2, J>(x, inputs, inputs, weights, put, row, output);
-  if (n - row == 1) multiply<1, J>(x, inputs, inputs, weights, put, row, output);
-}
-
-// put(row, output, product) for all n rows x [n, inputs] and a range of outputs.
-template <typename Put>
-void product(const float* x, int64_t n, int64_t inputs, const Numbers& matrix, Range outputs, const Put& put) {
+// n rows x [n, inputs] with some outputs of a matrix [outputs, inputs].
+void product(const float* x, int64_t n, int64_t inputs, const Numbers& matrix, Range outputs, const Sums& sums) {
   matrix.visit([&](const auto* weights) {
     int64_t j = outputs.begin;
-    for (; j + kOutputs <= outputs.end; j += kOutputs)
-      multiply_all<kOutputs>(x, n, inputs, weights + j * inputs, put, j);
-    for (; j < outputs.end; j++) multiply_all<1>(x, n, inputs, weights + j * inputs, put, j);
+    for (; j + kOutputs <= outputs.end; j += kOutputs) {
+      int64_t r = 0;
+      for (; r + kRows <= n; r += kRows) multiply<kRows>(x + r * inputs, inputs, weights + j * inputs, sums, r, j);
+      for (; r + 2 <= n; r += 2) multiply<2>(x + r * inputs, inputs, weights + j * inputs, sums, r, j);
+      if (r < n) multiply<1>(x + r * inputs, inputs, weights + j * inputs, sums, r, j);
+    }
+    for (; j < outputs.end; j++)
+      for (int64_t r = 0; r < n; r++) {
+        const float sum = dot(x + r * inputs, weights + j * inputs, inputs);
+        sums.put(r, j, &sum, 1);
+      }
   });
 }
 
@@ -162,8 +183,9 @@ struct Best {
   size_t count;
   std::vector<Child> kept;
 
+  float bar() const { return kept.size() == count ? kept.back().score : kNever; }  // that the next must exceed
   void add(float score, int64_t id) {
-    if (kept.size() == count && !(score > kept.back().score)) return;
+    if (!(score > bar())) return;
     if (kept.size() == count) kept.pop_back();
     const Child child{score, id};
     kept.insert(std::upper_bound(kept.begin(), kept.end(), child, likelier), child);
@@ -211,7 +233,7 @@ struct Draft {
   int64_t depth = 0;
   bool done = false;
 
-  std::vector<float> joined, x, normed, queries, attended, inner, drafted, logits;
+  std::vector<float> joined, x, normed, queries, attended, gate, up, drafted, logits;
   std::vector<std::vector<Best>> best;  // of each thread, for each node of the frontier
   std::vector<std::vector<float>> most, mass;
   std::vector<std::vector<Child>> found;  // children of each node of the frontier
@@ -220,7 +242,7 @@ struct Draft {
     const int64_t n = ids.size(), h = size.hidden, team = omp_get_num_threads();
     joined.resize(n * 2 * h), x.resize(n * h), normed.resize(n * h), drafted.resize(n * h);
     queries.resize(n * size.heads * size.head_size), attended.resize(queries.size());
-    inner.resize(n * size.inner), logits.resize(frontier.size() * size.candidates);
+    gate.resize(n * size.inner), up.resize(gate.size()), logits.resize(frontier.size() * size.candidates);
     best.assign(team, std::vector<Best>(frontier.size(), Best{size_t(std::min(top_k, size.candidates)), {}}));
     most.assign(team, std::vector<float>(frontier.size(), kNever));
     mass.assign(team, std::vector<float>(frontier.size(), 0));
@@ -246,9 +268,9 @@ struct Draft {
       std::copy_n(&features[r * h], h, &joined[r * 2 * h + h]);
     }
     wait_for_all();
-    product(joined.data(), n, 2 * h, fc, share(h, kOutputs), [&](int64_t r, int64_t j, float sum) {
-      x[r * h + j] = sum + (fc_bias ? fc_bias[j] : 0);
-    });
+    const Range columns = share(h, kOutputs);
+    start(x.data(), n, h, fc_bias, columns);
+    product(joined.data(), n, 2 * h, fc, columns, {x.data(), h, true});
     for (size_t l = 0; l < layers.size(); l++) {
       const Layer& layer = layers[l];
       // Of the last layer only the frontier's rows are wanted; the others leave their keys and values.
@@ -265,19 +287,20 @@ struct Draft {
       attend(layer, n, from);
       wait_for_all();
       const int64_t width = size.heads * size.head_size;
-      product(&attended[from * width], n - from, width, layer.o, share(h, kOutputs),
-              [&](int64_t r, int64_t j, float sum) { x[(r + from) * h + j] += sum; });
+      product(&attended[from * width], n - from, width, layer.o, columns, {&x[from * h], h, true});
       wait_for_all();
       for (int64_t r = from + own; r < n; r += team) normalise(&x[r * h], layer.norm, &normed[r * h], h, eps);
       wait_for_all();
-      const Range mine = share(size.inner, kOutputs);
-      product(&normed[from * h], n - from, h, layer.gate, mine,
-              [&](int64_t r, int64_t j, float sum) { inner[r * size.inner + j] = sum / (1 + std::exp(-sum)); });
-      product(&normed[from * h], n - from, h, layer.up, mine,
-              [&](int64_t r, int64_t j, float sum) { inner[r * size.inner + j] *= sum; });
+      const Range mine = share(size.inner, kLanes);
+      product(&normed[from * h], n - from, h, layer.gate, mine, {gate.data(), size.inner, false});
+      product(&normed[from * h], n - from, h, layer.up, mine, {up.data(), size.inner, false});
+      for (int64_t r = 0; r < n - from; r++)
+        for (int64_t j = r * size.inner + mine.begin; j < r * size.inner + mine.end; j += kLanes) {
+          const Vec value = load(&gate[j]);  // SiLU
+          (value / (Vec(1) + value.neg().exp()) * load(&up[j])).store(&gate[j]);
+        }
       wait_for_all();
-      product(inner.data(), n - from, size.inner, layer.down, share(h, kOutputs),
-              [&](int64_t r, int64_t j, float sum) { x[(r + from) * h + j] += sum; });
+      product(gate.data(), n - from, size.inner, layer.down, columns, {&x[from * h], h, true});
     }
     wait_for_all();
     const int64_t count = frontier.size();
@@ -291,16 +314,22 @@ struct Draft {
     wait_for_all();
   }
 
+  // Sums start from a bias, or from nothing.
+  static void start(float* sums, int64_t n, int64_t stride, const float* bias, Range outputs) {
+    for (int64_t r = 0; r < n; r++)
+      for (int64_t j = outputs.begin; j < outputs.end; j++) sums[r * stride + j] = bias ? bias[j] : 0;
+  }
+
   // Queries of rows `from` on, and all rows' keys and values, which go to the cache; a head is one thread's.
   void project(const Layer& layer, const float* input, int64_t n, int64_t from) {
     const int64_t h = size.hidden, d = size.head_size, heads = size.heads, kv_heads = size.kv_heads;
     std::vector<float> rows(n * d);
-    const auto put = [&](int64_t r, int64_t j, float sum) { rows[r * d + j % d] = sum; };
     const Range mine = share(heads + 2 * kv_heads, 1);
     for (int64_t i = mine.begin; i < mine.end; i++) {
       const bool query = i < heads, key = !query && i < heads + kv_heads;
       const int64_t head = query ? i : (i - heads) % kv_heads, first = query ? from : 0;
-      product(input + first * h, n - first, h, query ? layer.q : key ? layer.k : layer.v, {head * d, head * d + d}, put);
+      product(input + first * h, n - first, h, query ? layer.q : key ? layer.k : layer.v, {head * d, head * d + d},
+              {rows.data() - head * d, d, false});
       for (int64_t r = first; r < n; r++) {
         float* row = &rows[(r - first) * d];
         if (query || key) rotate(row, positions[r]);
@@ -359,9 +388,8 @@ struct Draft {
   void score() {
     const int64_t h = size.hidden, count = frontier.size(), all = size.candidates, own = omp_get_thread_num();
     const Range mine = share(all, kOutputs);
-    product(drafted.data(), count, h, head, mine, [&](int64_t r, int64_t j, float sum) {
-      logits[r * all + j] = sum + (head_bias ? head_bias[j] : 0);
-    });
+    start(logits.data(), count, all, head_bias, mine);
+    product(drafted.data(), count, h, head, mine, {logits.data(), all, true});
     for (int64_t r = 0; r < count && mine.begin < mine.end; r++) {
       const float *begin = &logits[r * all] + mine.begin, *end = &logits[r * all] + mine.end;
       const float highest = at::vec::reduce_all<float>(
@@ -370,9 +398,15 @@ struct Draft {
       mass[own][r] = at::vec::map_reduce_all<float>([low](Vec v) { return (v - Vec(low)).exp(); },
                                                     [](Vec a, Vec b) { return a + b; }, begin, end - begin);
       most[own][r] = highest;
-      if (noise.temperature == 0)
-        for (const float* score = begin; score < end; score++)
-          best[own][r].add(*score, score - &logits[r * all]);
+      if (noise.temperature > 0) continue;
+      Best found_here = best[own][r];
+      float bar = kNever;
+      for (const float* score = begin; score < end; score++)
+        if (*score > bar) {
+          found_here.add(*score, score - &logits[r * all]);
+          bar = found_here.bar();
+        }
+      best[own][r] = std::move(found_here);
     }
     wait_for_all();
     for (int64_t r = own; r < count; r += omp_get_num_threads()) found[r] = children(r);
@@ -432,7 +466,7 @@ struct Draft {
     std::sort(order.begin(), order.end());
     double reached = 0;
     for (int64_t i : order) reached += std::exp(nodes[old + i].score);
-    done = ++depth >= max_depth || (min_gain > 0 && reached < min_gain);
+    done = ++depth >= max_depth || count == 0 || (min_gain > 0 && reached < min_gain);
     if (done) return;
     const int64_t before = n - frontier.size();  // rows in front of the frontier's
     std::vector<int64_t> next_ids, next_frontier, next_known;

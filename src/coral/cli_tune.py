@@ -89,7 +89,7 @@ def tune(
     )
     _show(found)
     if write:
-        path = tuned.save(directory, place, found.best.budget, found.best.speedup, found.achieved)
+        path = tuned.save(directory, place, found.best.budget, found.predicted, found.achieved)
         print(f"tree {found.best.budget}: {path}")
     else:
         print(f"not written down; to use it: --tree {found.best.budget}")
@@ -128,7 +128,7 @@ def _show(found: Tuned) -> None:
     Console(width=100).print(table)
     fast, slow = found.decoded
     print(
-        f"decoded with the best: {fast:.1f} tokens/s, plain {slow:.1f}; predicted {found.best.speedup:.2f}x, "
+        f"decoded with the best: {fast:.1f} tokens/s, plain {slow:.1f}; predicted {found.predicted:.2f}x, "
         f"achieved {found.achieved:.2f}x, deviation {found.deviation:+.0%}"
     )
     if abs(found.deviation) > 0.1:

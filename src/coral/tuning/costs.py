@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle as endlessly
 from itertools import pairwise
-from statistics import median
+from statistics import fmean, median
 from time import perf_counter
 
 import torch
@@ -37,6 +37,16 @@ class Costs:
     first: dict[int, float]
     level: dict[int, float]
     padded: bool
+
+    @classmethod
+    def mean(cls, costs: Sequence[Costs]) -> Costs:
+        """Of the same sizes, measured at several times."""
+
+        def means(tables: Sequence[dict[int, float]]) -> dict[int, float]:
+            return {size: fmean(table[size] for table in tables) for size in tables[0]}
+
+        cycle, first, level = ([getattr(one, part) for one in costs] for part in ("cycle", "first", "level"))
+        return cls(means(cycle), means(first), means(level), costs[0].padded)
 
     @property
     def plain_rows(self) -> int:

@@ -48,6 +48,7 @@ class Tuned:
 
     candidates: the fastest budget of every number of nodes, the fastest first. default: `tree.DEFAULT`.
     plain: plain decoding, from the same costs; plain_rows: see `Costs.plain_rows`.
+    predicted: the best budget's speedup, from costs measured anew between the texts that were decoded.
     decoded: tokens a second of the best budget and of plain decoding, when both decode the same prompts.
     """
 
@@ -55,6 +56,7 @@ class Tuned:
     default: Prediction
     plain: Prediction
     plain_rows: int
+    predicted: float
     decoded: tuple[float, float]
 
     @property
@@ -69,7 +71,7 @@ class Tuned:
     @property
     def deviation(self) -> float:
         """By how much the achieved speedup differs from the predicted one, as a share of the latter."""
-        return self.achieved / self.best.speedup - 1
+        return self.achieved / self.predicted - 1
 
 
 def tune(
@@ -115,11 +117,13 @@ def tune(
             sampling,
             progress=lambda: progress.advance(task),
         )
-        predictions = [_predict(run, costs) for run in simulate(texts, grid(max(rows) - 1))]
-        best = fastest(predictions)
+        runs = {run.budget: run for run in simulate(texts, grid(max(rows) - 1))}
+        predictions = {budget: _predict(run, costs) for budget, run in runs.items()}
+        best = fastest([*predictions.values()])
         progress.update(task, description="decoding")
         plain = Plain() if costs.plain_rows == 1 else PlainPadded()
         chosen = _Decoded(proposer, best[0].budget), _Decoded(plain, Budget(1, 0, costs.plain_rows - 1))
+        meanwhile = list[Costs]()  # the machine may be faster or slower by now than it was at first
         for index, prompt in enumerate([prompts[0], *prompts]):
             for way in chosen:
                 state = new_state(target, prompt, max_new_tokens, sampling, index - 1, way.budget.num_nodes)
@@ -130,11 +134,14 @@ def tune(
                 if index > 0:  # the first time warms up, and compiles
                     way.seconds += spent
                     way.tokens += len(state.written)
+            if index > 0:
+                top_k = best[0].budget.top_k
+                meanwhile.append(measure(target, proposer, prompt, sampling, rows, [top_k], repeats=3))
             progress.advance(task)
-    (default,) = (prediction for prediction in predictions if prediction.budget == DEFAULT)
+    predicted = _predict(runs[best[0].budget], Costs.mean(meanwhile)).speedup
     by_cost = Prediction(chosen[1].budget, 1.0, 0.0, 0.0, 1 / costs.plain, 1.0)
     fast, slow = (way.tokens / way.seconds for way in chosen)
-    return Tuned(best, default, by_cost, costs.plain_rows, (fast, slow))
+    return Tuned(best, predictions[DEFAULT], by_cost, costs.plain_rows, predicted, (fast, slow))
 
 
 def grid(most_nodes: int) -> list[Budget]:

@@ -1,9 +1,10 @@
 """What a verification's products and attention cost: `python benchmarks/few_rows.py OUTPUT`.
 
 The products of one forward of the shipped target, deepened to 32 layers (346 MiB of float32 weights), and
-the attention of its layers over 400 rows, by number of rows: torch, MKL's packed weights, `coral.few_rows`.
-Each finds the caches as a whole forward leaves them; they take turns, so that a slow moment of the machine
-hits all. Beside them stands the floor: reading the weights once at the bandwidth of summing a large tensor.
+the attention of its layers over 400 rows, by number of rows: torch, MKL's packed weights, `coral.few_rows`
+with weights packed as float32 and as bfloat16, and with bfloat16 rows. Each finds the caches as a whole
+forward leaves them; they take turns, so that a slow moment of the machine hits all. Beside them stands the
+floor: reading the weights once at the bandwidth of summing a large tensor.
 Writes OUTPUT/results.json and OUTPUT/results.md. A minute on a quiet machine.
 """
 
@@ -57,36 +58,67 @@ def deepened() -> Target:
 
 
 def products(matrices: list[Tensor]) -> Calls:
+    halves = [matrix.bfloat16() for matrix in matrices]
     theirs = [mkl._mkl_reorder_linear_weight(matrix, max(ROWS)) for matrix in matrices]
-    ours = [few_rows.pack(matrix) for matrix in matrices]
+    ours = [few_rows.pack(matrix) for matrix in beyond_bfloat16(matrices)]
+    our_halves = [few_rows.pack(half) for half in halves]
 
-    def each(rows: int, multiply: Callable[[Tensor, Tensor, Tensor], Tensor], packed: list[Tensor]) -> None:
-        inputs = {width: torch.ones(rows, width) for width in {matrix.shape[1] for matrix in matrices}}
+    def each(
+        rows: int,
+        dtype: torch.dtype,
+        multiply: Callable[[Tensor, Tensor, Tensor], Tensor],
+        packed: list[Tensor],
+    ) -> None:
+        inputs = {width: torch.ones(rows, width, dtype=dtype) for width in {m.shape[1] for m in matrices}}
         for matrix, form in zip(matrices, packed, strict=True):
             multiply(inputs[matrix.shape[1]], matrix, form)
 
-    ways: dict[str, tuple[Any, list[Tensor]]] = {
-        "torch": (lambda x, matrix, _: linear(x, matrix), matrices),
-        "MKL, packed": (lambda x, matrix, p: mkl._mkl_linear(x, p, matrix, None, len(x)), theirs),
-        "coral": (lambda x, matrix, p: torch.ops.coral.linear(x, p, None, len(matrix)), ours),
+    def own(x: Tensor, matrix: Tensor, packed: Tensor) -> Tensor:
+        return torch.ops.coral.linear(x, packed, None, len(matrix))
+
+    ways: dict[str, tuple[torch.dtype, Any, list[Tensor]]] = {
+        "torch": (torch.float32, lambda x, matrix, _: linear(x, matrix), matrices),
+        "MKL, packed": (
+            torch.float32,
+            lambda x, matrix, p: mkl._mkl_linear(x, p, matrix, None, len(x)),
+            theirs,
+        ),
+        "coral": (torch.float32, own, ours),
+        "coral, bfloat16 weights": (torch.float32, own, our_halves),
+        "torch, bfloat16": (torch.bfloat16, lambda x, _, half: linear(x, half), halves),
+        "coral, bfloat16": (torch.bfloat16, own, our_halves),
     }
     return {(rows, name): partial(each, rows, *way) for rows in ROWS for name, way in ways.items()}
 
 
+def beyond_bfloat16(matrices: list[Tensor]) -> list[Tensor]:
+    """The same with one weight each that bfloat16 cannot hold, so that they are packed as float32."""
+    changed = [matrix.clone() for matrix in matrices]
+    for matrix in changed:
+        matrix[0, 0] = 1 + 2**-20
+    return changed
+
+
 def attention() -> Calls:
-    caches = [torch.randn(2, 1, KEY_HEADS, KEYS, HEAD_SIZE) for _ in range(32)]
     calls: Calls = {}
-    for rows in ROWS:
-        q = torch.randn(1, rows, QUERY_HEADS, HEAD_SIZE).transpose(1, 2)
-        mask = torch.ones(1, 1, rows, KEYS, dtype=torch.bool).tril(KEYS - rows)
+    for dtype, suffix in ((torch.float32, ""), (torch.bfloat16, ", bfloat16")):
+        caches = [torch.randn(2, 1, KEY_HEADS, KEYS, HEAD_SIZE).to(dtype) for _ in range(32)]
+        for rows in ROWS:
+            q = torch.randn(1, rows, QUERY_HEADS, HEAD_SIZE).to(dtype).transpose(1, 2)
+            mask = torch.ones(1, 1, rows, KEYS, dtype=torch.bool).tril(KEYS - rows)
 
-        def each(attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor = q) -> None:
-            for k, v in caches:
-                attend(q, k, v)
+            def each(
+                attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+                q: Tensor = q,
+                caches: list[Tensor] = caches,
+            ) -> None:
+                for k, v in caches:
+                    attend(q, k, v)
 
-        theirs = partial(scaled_dot_product_attention, attn_mask=mask, enable_gqa=True)
-        calls[rows, "torch"] = partial(each, theirs)
-        calls[rows, "coral"] = partial(each, partial(few_rows.attend, mask=mask, scale=HEAD_SIZE**-0.5))
+            theirs = partial(scaled_dot_product_attention, attn_mask=mask, enable_gqa=True)
+            calls[rows, f"torch{suffix}"] = partial(each, theirs)
+            own = partial(few_rows.attend, mask=mask, scale=HEAD_SIZE**-0.5)
+            calls[rows, f"coral{suffix}"] = partial(each, own)
     return calls
 
 
@@ -131,8 +163,8 @@ def main() -> None:
             lines.append(f"| {rows} row{'s' * (rows > 1)} | {' | '.join(cells)} |")
         lines.append("")
     lines += [
-        f"In brackets: over one row. Floor of the products: {size / 2**20:.0f} MiB at {speed / 1e9:.1f} GB/s "
-        f"take {1000 * size / speed:.1f} ms.",
+        f"In brackets: over one row. Floor of the products at {speed / 1e9:.1f} GB/s: {size / 2**20:.0f} MiB "
+        f"of float32 weights take {1000 * size / speed:.1f} ms, as bfloat16 {500 * size / speed:.1f} ms.",
     ]
     show(options.output, results, lines)
 

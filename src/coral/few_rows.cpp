@@ -1,5 +1,6 @@
-// Products and attention of a few float32 rows on the CPU; few_rows.py binds them and says what for.
+// Products and attention of a few rows, float32 or bfloat16, on the CPU; few_rows.py binds them and says what for.
 //
+// All arithmetic is float32: bfloat16 numbers are widened when they are read, and results are rounded once.
 // A row's sums are made in one order, whatever the number of rows beside it: in a verification the products of a
 // node's row are, bit for bit, those of a plain step.
 
@@ -11,27 +12,53 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 namespace {
 
 using Vec = at::vec::Vectorized<float>;
+using at::BFloat16;
 using at::Tensor;
 
 constexpr int64_t kLanes = Vec::size();
 constexpr int64_t kPanel = 16;                    // outputs whose weights stand together; few_rows.py packs them
 constexpr int64_t kParts = kPanel / kLanes;       // vectors that hold a panel
-constexpr int64_t kBlock = 256;                   // inputs at a time: 16 KiB of a panel
+constexpr int64_t kBlock = 256;                   // inputs at a time: at most 16 KiB of a panel
 constexpr int64_t kStride = kBlock + kPanel;      // between copied rows; a power of two would crowd the L1 cache
 constexpr int64_t kTile = kLanes == 16 ? 16 : 4;  // rows whose sums the registers hold
-constexpr int64_t kAhead = 768;                   // weights that are fetched this long before they are needed
+constexpr int64_t kAhead = 3072;                  // bytes of weights between what is fetched and what is needed
 constexpr int64_t kQueries = 4;                   // rows that attend together,
 constexpr int64_t kKeys = 4;                      // and keys that they are multiplied with at a time
 
-// Products of `M` rows with one panel [depth, kPanel], added to what `out` holds, unless they are the first.
-template <int64_t M>
-void multiply(const float* panel, const float* rows, float* out, int64_t stride, int64_t width, int64_t depth,
+Vec load(const float* numbers) { return Vec::loadu(numbers); }
+
+Vec load(const BFloat16* numbers) {
+  Vec wide;
+  at::vec::load_fp32_from_bf16(numbers, wide);
+  return wide;
+}
+
+void store(const Vec& numbers, float* to) { numbers.store(to); }
+
+void store(const Vec& numbers, BFloat16* to) { at::vec::convert<BFloat16>(numbers).store(to, kLanes); }
+
+// What one read of weights brings, input by input: bfloat16 weights of two inputs share 32 bits.
+std::array<Vec, 1> load_weights(const float* weights) { return {Vec::loadu(weights)}; }
+
+std::array<Vec, 2> load_weights(const BFloat16* weights) {
+  using Bits = at::vec::Vectorized<int32_t>;
+  const Bits both = Bits::loadu(weights);
+  return {at::vec::cast<float>(both << Bits(16)), at::vec::cast<float>(both & Bits(int32_t(0xFFFF0000)))};
+}
+
+template <typename Weight>
+constexpr int64_t kTogether = sizeof(float) / sizeof(Weight);  // inputs of one read
+
+// Products of `M` rows with one panel, `depth` inputs of it, added to what `out` holds, unless they are the first.
+template <typename Weight, int64_t M>
+void multiply(const Weight* panel, const float* rows, float* out, int64_t stride, int64_t width, int64_t depth,
               bool first) {
   Vec sums[M][kParts];
   int64_t real[kParts];  // outputs of the panel that exist
@@ -42,13 +69,15 @@ void multiply(const float* panel, const float* rows, float* out, int64_t stride,
     for (int64_t m = 0; m < M; m++)
       sums[m][p] = first ? Vec(0) : Vec::loadu(out + m * stride + p * kLanes, real[p]);
   }
-  for (int64_t k = 0; k < depth; k++) {
-    __builtin_prefetch(panel + k * kPanel + kAhead);
+  for (int64_t k = 0; k < depth; k += kTogether<Weight>) {
+    __builtin_prefetch(panel + k * kPanel + kAhead / sizeof(Weight));
     for (int64_t p = 0; p < kParts; p++) {
-      const Vec weights = Vec::loadu(panel + k * kPanel + p * kLanes);
+      const auto weights = load_weights(panel + k * kPanel + p * kLanes * kTogether<Weight>);
+#pragma GCC unroll 2
+      for (int64_t i = 0; i < kTogether<Weight>; i++)
 #pragma GCC unroll 16
-      for (int64_t m = 0; m < M; m++)
-        sums[m][p] = at::vec::fmadd(weights, Vec(rows[m * kStride + k]), sums[m][p]);
+        for (int64_t m = 0; m < M; m++)
+          sums[m][p] = at::vec::fmadd(weights[i], Vec(rows[m * kStride + k + i]), sums[m][p]);
     }
   }
   for (int64_t p = 0; p < kParts; p++)
@@ -56,36 +85,69 @@ void multiply(const float* panel, const float* rows, float* out, int64_t stride,
     for (int64_t m = 0; m < M; m++) sums[m][p].store(out + m * stride + p * kLanes, real[p]);
 }
 
-template <int64_t... M>
+template <typename Weight, int64_t... M>
 constexpr auto each_count(std::integer_sequence<int64_t, M...>) {
-  return std::array{multiply<M + 1>...};
+  return std::array{multiply<Weight, M + 1>...};
 }
-constexpr auto kMultiply = each_count(std::make_integer_sequence<int64_t, kTile>{});
+template <typename Weight>
+constexpr auto kMultiply = each_count<Weight>(std::make_integer_sequence<int64_t, kTile>{});
 
-Tensor linear(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias, int64_t width) {
+// to[i] = from[i] + offsets[i], or from[i] where `offsets` is null; inductor's flags let no compiler vectorize this.
+template <typename From, typename Offset, typename To>
+void convert(const From* from, const Offset* offsets, int64_t count, To* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    store(offsets ? load(from + i) + load(offsets + i) : load(from + i), to + i);
+  for (; i < count; i++) to[i] = To(float(from[i]) + (offsets ? float(offsets[i]) : 0));
+}
+
+template <typename Row, typename Weight>
+Tensor multiply_all(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias, int64_t width) {
   const Tensor rows = input.contiguous();
   const int64_t n = rows.size(0), inputs = rows.size(1), panels = (width + kPanel - 1) / kPanel;
+  constexpr bool rounds = !std::is_same_v<Row, float>;  // at the end, so that sums need memory of their own
   Tensor output = at::empty({n, width}, rows.options());
-  const float *x = rows.const_data_ptr<float>(), *weights = packed.const_data_ptr<float>();
-  const float* offsets = bias ? bias->const_data_ptr<float>() : nullptr;
-  float* y = output.mutable_data_ptr<float>();
+  const Tensor exact = rounds ? at::empty({n, width}, rows.options().dtype(at::kFloat)) : output;
+  const Row *x = rows.const_data_ptr<Row>(), *offsets = bias ? bias->const_data_ptr<Row>() : nullptr;
+  const Weight* weights = packed.const_data_ptr<Weight>();
+  float* sums = exact.mutable_data_ptr<float>();
+  Row* y = output.mutable_data_ptr<Row>();
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     alignas(64) float copy[kTile * kStride];
     for (int64_t k = 0; k < inputs; k += kBlock) {
       const int64_t depth = std::min(kBlock, inputs - k);
+      const int64_t stored = (depth + kTogether<Weight> - 1) / kTogether<Weight> * kTogether<Weight>;
       for (int64_t top = 0; top < n; top += kTile) {
         const int64_t count = std::min(kTile, n - top);
-        for (int64_t i = 0; i < count; i++) std::copy_n(x + (top + i) * inputs + k, depth, copy + i * kStride);
+        for (int64_t i = 0; i < count; i++) {
+          convert<Row, Row>(x + (top + i) * inputs + k, nullptr, depth, copy + i * kStride);
+          std::fill(copy + i * kStride + depth, copy + i * kStride + stored, 0.f);
+        }
         for (int64_t p = begin; p < end; p++)
-          kMultiply[count - 1](weights + kPanel * (panels * k + p * depth), copy, y + top * width + p * kPanel, width,
-                               std::min(kPanel, width - p * kPanel), depth, k == 0);
+          kMultiply<Weight>[count - 1](weights + kPanel * (panels * k + p * stored), copy,
+                                       sums + top * width + p * kPanel, width, std::min(kPanel, width - p * kPanel),
+                                       stored, k == 0);
       }
     }
-    if (offsets)
+    const int64_t first = begin * kPanel, columns = std::min(end * kPanel, width) - first;
+    if (offsets || rounds)
       for (int64_t i = 0; i < n; i++)
-        for (int64_t j = begin * kPanel; j < std::min(end * kPanel, width); j++) y[i * width + j] += offsets[j];
+        convert(sums + i * width + first, offsets ? offsets + first : nullptr, columns, y + i * width + first);
   });
   return output;
+}
+
+template <typename Run>
+Tensor with_type(const Tensor& tensor, const Run& run) {
+  return tensor.scalar_type() == at::kFloat ? run(float()) : run(BFloat16());
+}
+
+Tensor linear(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias, int64_t width) {
+  return with_type(input, [&](auto row) {
+    return with_type(packed, [&](auto weight) {
+      return multiply_all<decltype(row), decltype(weight)>(input, packed, bias, width);
+    });
+  });
 }
 
 float total(const Vec& vector) {
@@ -93,22 +155,23 @@ float total(const Vec& vector) {
 }
 
 // What one block of at most kQueries rows, all on the same key/value head, reads and writes.
+template <typename T>
 struct Block {
   int64_t count = 0;
   const float* queries[kQueries];
   const bool* allowed[kQueries];
-  float* outputs[kQueries];
+  T* outputs[kQueries];
 };
 
 // Columns c to c + C * kLanes of the outputs: values [end, size] weighed by the rows of `weights` [R, stride].
-template <int64_t R, int64_t C>
-void add_values(const Block& block, const float* weights, int64_t stride, const float* values, int64_t end,
+template <int64_t R, int64_t C, typename T>
+void add_values(const Block<T>& block, const float* weights, int64_t stride, const T* values, int64_t end,
                 int64_t size, int64_t c, const float* shares) {
   Vec sums[R][C];
   for (int64_t key = 0; key < end; key++)
 #pragma GCC unroll 2
     for (int64_t part = 0; part < C; part++) {
-      const Vec value = Vec::loadu(values + key * size + c + part * kLanes);
+      const Vec value = load(values + key * size + c + part * kLanes);
 #pragma GCC unroll 4
       for (int64_t r = 0; r < R; r++)
         sums[r][part] = at::vec::fmadd(value, Vec(weights[r * stride + key]), sums[r][part]);
@@ -117,12 +180,12 @@ void add_values(const Block& block, const float* weights, int64_t stride, const 
   for (int64_t r = 0; r < R; r++)
 #pragma GCC unroll 2
     for (int64_t part = 0; part < C; part++)
-      (sums[r][part] * Vec(shares[r])).store(block.outputs[r] + c + part * kLanes);
+      store(sums[r][part] * Vec(shares[r]), block.outputs[r] + c + part * kLanes);
 }
 
 // Keys and values [num_keys, size]; a row that may attend to nothing becomes 0.
-template <int64_t R>
-void attend_block(const Block& block, const float* keys, const float* values, int64_t num_keys, int64_t size,
+template <typename T, int64_t R>
+void attend_block(const Block<T>& block, const T* keys, const T* values, int64_t num_keys, int64_t size,
                   float scale) {
   int64_t end = num_keys;  // one behind the last key that any row attends to
   const auto unseen = [&](int64_t key) {
@@ -141,7 +204,7 @@ void attend_block(const Block& block, const float* keys, const float* values, in
       for (int64_t c = 0; c < size; c += kLanes)
 #pragma GCC unroll 4
         for (int64_t j = 0; j < kKeys; j++) {
-          const Vec part = Vec::loadu(keys + std::min(first + i + j, end - 1) * size + c);
+          const Vec part = load(keys + std::min(first + i + j, end - 1) * size + c);
 #pragma GCC unroll 4
           for (int64_t r = 0; r < R; r++)
             sums[j][r] = at::vec::fmadd(part, Vec::loadu(block.queries[r] + c), sums[j][r]);
@@ -179,35 +242,41 @@ void attend_block(const Block& block, const float* keys, const float* values, in
     add_values<R, 2>(block, weights.data(), padded, values, end, size, c, shares);
   if (c < size) add_values<R, 1>(block, weights.data(), padded, values, end, size, c, shares);
 }
-constexpr std::array kAttend{attend_block<1>, attend_block<2>, attend_block<3>, attend_block<4>};
+template <typename T>
+constexpr std::array kAttend{attend_block<T, 1>, attend_block<T, 2>, attend_block<T, 3>, attend_block<T, 4>};
 
-Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale) {
-  const Tensor queries = q.contiguous(), keys = k.contiguous(), values = v.contiguous();
+template <typename T>
+Tensor attend_all(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale) {
+  const Tensor queries = q.to(at::kFloat).contiguous(), keys = k.contiguous(), values = v.contiguous();
   const int64_t batch = q.size(0), heads = q.size(1), n = q.size(2), size = q.size(3);
   const Tensor allowed = mask.expand({batch, 1, n, k.size(2)}).contiguous();
   const int64_t kv_heads = k.size(1), num_keys = k.size(2), rows = heads / kv_heads * n;  // rows of a k/v head
   Tensor output = at::empty({batch, n, heads, size}, q.options());
   const int64_t share = (batch * kv_heads * rows + at::get_num_threads() - 1) / at::get_num_threads();
   const int64_t most = std::clamp<int64_t>(share, 1, kQueries), blocks = (rows + most - 1) / most;
-  const float *x = queries.const_data_ptr<float>(), *ks = keys.const_data_ptr<float>();
-  const float* vs = values.const_data_ptr<float>();
+  const float* x = queries.const_data_ptr<float>();
+  const T *ks = keys.const_data_ptr<T>(), *vs = values.const_data_ptr<T>();
   const bool* seen = allowed.const_data_ptr<bool>();
-  float* y = output.mutable_data_ptr<float>();
+  T* y = output.mutable_data_ptr<T>();
   at::parallel_for(0, batch * kv_heads * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; task++) {
       const int64_t pair = task / blocks, b = pair / kv_heads, first = task % blocks * most;
-      Block block;
+      Block<T> block;
       for (int64_t row = first; row < std::min(first + most, rows); row++) {
         const int64_t head = pair % kv_heads * (rows / n) + row / n, i = row % n;
         block.queries[block.count] = x + ((b * heads + head) * n + i) * size;
         block.allowed[block.count] = seen + (b * n + i) * num_keys;
         block.outputs[block.count++] = y + ((b * n + i) * heads + head) * size;
       }
-      kAttend[block.count - 1](block, ks + pair * num_keys * size, vs + pair * num_keys * size, num_keys, size,
-                               float(scale));
+      kAttend<T>[block.count - 1](block, ks + pair * num_keys * size, vs + pair * num_keys * size, num_keys, size,
+                                  float(scale));
     }
   });
   return output;
+}
+
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale) {
+  return with_type(q, [&](auto number) { return attend_all<decltype(number)>(q, k, v, mask, scale); });
 }
 
 }  // namespace

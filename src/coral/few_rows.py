@@ -1,9 +1,10 @@
-"""Products and attention of a few float32 rows on the CPU, for compiled forwards: `few_rows.cpp`.
+"""Products and attention of a few rows on the CPU, for compiled forwards: `few_rows.cpp`.
 
 A verification multiplies some ten rows with every weight of the target. That should cost what one row costs,
 since reading the weights takes longer than multiplying; libraries are made for one row or for hundreds. These
 kernels read each weight once, in the order in which it lies in memory, and keep all rows' sums in registers.
-`benchmarks/few_rows.py` compares them with MKL.
+Rows are float32 or bfloat16; all arithmetic is float32, so the processor need not know bfloat16. Weights that
+bfloat16 can hold are stored in it, for float32 rows, too. `benchmarks/few_rows.py` compares with MKL.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ aten = torch.ops.aten
 
 MOST_ROWS = 64
 """Above this, products are arithmetic, and libraries are better at it."""
+DTYPES = torch.float32, torch.bfloat16
 _PANEL, _BLOCK, _LANES = 16, 256, 16  # as in few_rows.cpp; lanes: the most there
 _packed: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
 
@@ -50,13 +52,21 @@ def _attend_output(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) 
 
 
 def pack(weight: Tensor) -> Tensor:
-    """[N, K] -> flat: blocks of 256 inputs; in each the panels of 16 outputs; in each, input after input."""
+    """[N, K] -> flat: blocks of 256 inputs; in each the panels of 16 outputs; in each, input after input.
+
+    Float32 weights that bfloat16 can hold, as those of most checkpoints, become bfloat16: the same numbers in
+    half the bytes. Bfloat16 weights of two inputs stand together, in 32 bits.
+    """
+    narrow = weight.bfloat16()
+    if torch.equal(narrow.to(weight.dtype), weight):
+        weight = narrow
+    together = 4 // weight.itemsize
     panels, inputs = -(-len(weight) // _PANEL), weight.shape[1]
-    padded = pad(weight, (0, 0, 0, panels * _PANEL - len(weight)))
+    padded = pad(weight, (0, -inputs % together, 0, panels * _PANEL - len(weight)))
     packed = torch.empty(padded.numel(), dtype=weight.dtype)
     ask_for_huge_pages(packed)
     for start in range(0, inputs, _BLOCK):
-        block = padded[:, start : start + _BLOCK].reshape(panels, _PANEL, -1).mT
+        block = padded[:, start : start + _BLOCK].reshape(panels, _PANEL, -1, together).transpose(1, 2)
         packed.narrow(0, panels * _PANEL * start, block.numel()).view(block.shape).copy_(block)
     return packed
 
@@ -84,7 +94,7 @@ def can_attend(q: Tensor) -> bool:
         torch.compiler.is_compiling()
         and hasattr(torch.ops.coral, "attend")
         and q.device.type == "cpu"
-        and q.dtype == torch.float32
+        and q.dtype in DTYPES
         and q.shape[2] <= MOST_ROWS
         and q.shape[3] % _LANES == 0
     )
@@ -93,6 +103,7 @@ def can_attend(q: Tensor) -> bool:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Grouped-query attention of q [B,H,N,d] over k, v [B,K,M,d] -> [B,N,H,d]; mask [B or 1,1,N,M] bool.
 
+    All but the mask are of one dtype, float32 or bfloat16.
     A row that may attend to nothing becomes 0.
     """
     attended: Tensor = torch.ops.coral.attend(q, k, v, mask, scale)
@@ -114,7 +125,8 @@ def use_in(graph: Graph) -> None:
                 module.register_buffer(name, _pack_once(getattr(module, weight.target).mT, met))
             with graph.inserting_before(node):
                 packed = graph.get_attr(name)
-                packed.meta["val"] = weight.meta["val"].new_empty(getattr(module, name).shape)
+                stored = getattr(module, name)
+                packed.meta["val"] = weight.meta["val"].new_empty(stored.shape, dtype=stored.dtype)
                 own = graph.call_function(
                     torch.ops.coral.linear.default, (rows, packed, bias[0] if bias else None, width)
                 )
@@ -131,7 +143,7 @@ def _fits(rows: Any, weight: Any, bias: list[Any]) -> bool:
         isinstance(weight, Node)
         and weight.op == "get_attr"
         and value.device.type == "cpu"
-        and value.dtype == torch.float32
+        and value.dtype in DTYPES
         and isinstance(value.shape[0], int)
         and value.shape[0] <= MOST_ROWS
         and all(offset.meta["val"].dim() == 1 for offset in bias)

@@ -7,24 +7,19 @@ sizes, and attention runs over all rows that the cache has room for (that dimens
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
 
-from coral import few_rows
+from coral import cpp, few_rows
 from coral.cache import KVCache
 from coral.errors import CoralError
 
-_CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
 _NUMBERS: dict[str, int] = {}  # of frozen weights, in the order in which this process compiles them
 
 
@@ -34,16 +29,13 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
     Raises:
         CoralError: compiling for the CPU needs a C++ compiler, and there is none.
     """
-    # The directory for temporary files, where compiled kernels go by default, does not outlive the machine.
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "coral" / "compiled"
-    if os.environ.get(_CACHE_DIR, default_cache_dir()) == default_cache_dir():  # torch sets it when imported
-        os.environ[_CACHE_DIR] = str(cache)
+    cpp.use_own_cache()
     # Of the guards only those on tensors stay: those on the hundreds of modules took a tenth of a plain step.
     # Another model must then not find this one's graphs, which hang on the code object: hence one of its own.
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
     if device.type != "cpu":
         return torch.compile(_own_code(function), dynamic=False, options=options)
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))):
+    if not cpp.has_compiler():
         raise CoralError(
             "compiling needs a C++ compiler, and this machine has none; install g++, or do not compile "
             "(--no-compile)."

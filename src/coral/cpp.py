@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from ctypes import CDLL
 from functools import cache
 from pathlib import Path
 
+_CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def has_compiler() -> bool:
+    return any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")))
+
+
+def use_own_cache() -> None:
+    """Keep what is built where it outlives the machine, unlike in the directory for temporary files."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    own = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "coral" / "compiled"
+    if os.environ.get(_CACHE_DIR, default_cache_dir()) == default_cache_dir():  # torch sets it when imported
+        os.environ[_CACHE_DIR] = str(own)
+
 
 @cache
-def build(source: Path) -> bool:
-    """Build a source, or find it built, and load it; it registers what it has as torch.ops.coral.
-
-    Returns:
-        False, with nothing done, where the compiler knows no vector unit of this processor.
+def build(source: Path) -> CDLL | None:
+    """A source, built or found built, as a library. None without a compiler, or where it knows no vector unit
+    of this processor.
     """
     from torch._inductor.codecache import CppCodeCache  # not for commands that never compile
     from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 
-    if not valid_vec_isa_list():
-        return False
-    CppCodeCache.load(source.read_text(encoding="utf-8"), needs_vec_isa=True)
-    return True
+    use_own_cache()
+    if not has_compiler() or not valid_vec_isa_list():
+        return None
+    library: CDLL = CppCodeCache.load(source.read_text(encoding="utf-8"), needs_vec_isa=True)
+    return library

@@ -36,7 +36,7 @@ def load() -> bool:
     """Build the kernels, or find them built, and register them; see `cpp.build`."""
     if hasattr(torch.ops.coral, "linear"):
         return True
-    if not build(Path(__file__).with_suffix(".cpp")):
+    if build(Path(__file__).with_suffix(".cpp")) is None:
         return False
     torch.library.register_fake("coral::linear", _linear_output)
     torch.library.register_fake("coral::attend", _attend_output)

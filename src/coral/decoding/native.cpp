@@ -4,11 +4,8 @@
 // libraries start their threads anew for every product. Weights are read as the model keeps them, [outputs, inputs].
 // n: rows of a level, h: hidden size, d: head size.
 
-#include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
-#include <ATen/ops/empty.h>
 #include <omp.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
@@ -16,13 +13,12 @@
 #include <cstdint>
 #include <limits>
 #include <numeric>
-#include <tuple>
+#include <utility>
 #include <vector>
 
 namespace {
 
 using Vec = at::vec::Vectorized<float>;
-using at::Tensor;
 
 constexpr int64_t kLanes = Vec::size();
 constexpr int64_t kOutputs = 4;               // whose weights are multiplied together
@@ -38,17 +34,43 @@ Vec load(const Half* from) {
   return wide;
 }
 
-// A tensor's data where either of two formats will do; `visit` calls f with the typed pointer.
+// Numbers in one of two formats; `visit` calls f with the typed pointer.
 struct Numbers {
-  void* data = nullptr;
-  bool wide = true;
-
-  Numbers() = default;
-  Numbers(const Tensor& tensor) : data(tensor.data_ptr()), wide(tensor.scalar_type() == at::kFloat) {}
+  void* data;
+  bool wide;  // float32, not bfloat16
   template <typename F>
   void visit(const F& f) const {
     wide ? f(static_cast<float*>(data)) : f(static_cast<Half*>(data));
   }
+};
+
+struct Layer {
+  const float *input_norm, *norm;  // nothing is normalised before the first layer
+  Numbers q, k, v, o, gate, up, down;
+  Numbers keys, values;  // of the cache, [kv_heads, capacity, d]
+};
+
+// What native.py asks for, in its order; it makes the buffers of the result.
+struct Job {
+  int64_t threads, hidden, heads, kv_heads, head_size, inner, capacity, candidates, num_layers;
+  const Layer* layers;
+  Numbers embedding, fc, head;
+  const float *fc_bias, *head_bias;  // or none
+  const int64_t* head_ids;           // or none: rows of the head are ids
+  const float *cos, *sin;            // [positions, d]
+  float eps;
+  bool feed_back_normalised;
+
+  int64_t num_rows, length;  // accepted rows, and how many the cache holds before them
+  const int64_t* ids;
+  const float* features;  // [num_rows, h]
+  int64_t top_k, max_depth, num_nodes, pool;
+  float min_gain, temperature;  // temperature 0: no noise
+  uint64_t stream;
+
+  int64_t *tree_ids, *tree_parents;  // [num_nodes + 1], as scores
+  float* tree_scores;
+  int64_t size, depth;  // nodes and levels that there are
 };
 
 float total(const Vec& vector) {
@@ -156,7 +178,6 @@ void normalise(const float* x, const float* weight, float* out, int64_t size, fl
 
 // The sampler's noise for one id at one position; decoding/sampling.py says how it is made.
 struct Noise {
-  float temperature;  // 0: none
   uint32_t low, high;
 
   static uint32_t mix(uint32_t x) {
@@ -192,16 +213,6 @@ struct Best {
   }
 };
 
-struct Layer {
-  const float *input_norm, *norm;  // nothing is normalised before the first layer
-  Numbers q, k, v, o, gate, up, down;
-  Numbers keys, values;  // [kv_heads, capacity, d]
-};
-
-struct Sizes {
-  int64_t hidden, heads, kv_heads, head_size, inner, capacity, candidates;
-};
-
 struct Node {
   int64_t id, parent;  // an index among all nodes, of which 0 is the root
   float score;
@@ -209,24 +220,14 @@ struct Node {
 
 // One draft tree while it grows. What threads share are the members; they change between two barriers.
 struct Draft {
-  Sizes size;
-  float eps;
-  bool feed_back_normalised;
-  Numbers embedding, fc, head;
-  const float *fc_bias, *head_bias;  // or none
-  const int64_t* head_ids;           // or none: its rows are ids
-  const float *cos, *sin;            // [positions, d]
-  std::vector<Layer> layers;
-  Noise noise;
-  int64_t pool, top_k, max_depth;
-  float min_gain;
+  const Job& job;
 
   // The rows of the level that is drafted now; the last `frontier.size()` have children.
   std::vector<int64_t> ids, positions;
   std::vector<std::vector<int64_t>> seen;  // rows of the cache that each attends to behind the first `known`,
   std::vector<int64_t> known;              // which it attends to as well
   std::vector<float> features;             // [n, h]
-  int64_t first_slot;                      // of the cache, for these rows
+  int64_t first_slot = 0;                  // of the cache, for these rows
 
   std::vector<Node> nodes{{0, -1, 0}};
   std::vector<int64_t> frontier{0};
@@ -238,19 +239,28 @@ struct Draft {
   std::vector<std::vector<float>> most, mass;
   std::vector<std::vector<Child>> found;  // children of each node of the frontier
 
+  void start() {
+    ids.assign(job.ids, job.ids + job.num_rows);
+    features.assign(job.features, job.features + job.num_rows * job.hidden);
+    first_slot = job.length;
+    seen.resize(job.num_rows);
+    for (int64_t slot = job.length; slot < job.length + job.num_rows; slot++)
+      positions.push_back(slot), known.push_back(slot + 1);
+  }
+
   void make_room() {
-    const int64_t n = ids.size(), h = size.hidden, team = omp_get_num_threads();
+    const int64_t n = ids.size(), h = job.hidden, team = omp_get_num_threads();
     joined.resize(n * 2 * h), x.resize(n * h), normed.resize(n * h), drafted.resize(n * h);
-    queries.resize(n * size.heads * size.head_size), attended.resize(queries.size());
-    gate.resize(n * size.inner), up.resize(gate.size()), logits.resize(frontier.size() * size.candidates);
-    best.assign(team, std::vector<Best>(frontier.size(), Best{size_t(std::min(top_k, size.candidates)), {}}));
+    queries.resize(n * job.heads * job.head_size), attended.resize(queries.size());
+    gate.resize(n * job.inner), up.resize(gate.size()), logits.resize(frontier.size() * job.candidates);
+    best.assign(team, std::vector<Best>(frontier.size(), Best{size_t(std::min(job.top_k, job.candidates)), {}}));
     most.assign(team, std::vector<float>(frontier.size(), kNever));
     mass.assign(team, std::vector<float>(frontier.size(), 0));
     found.assign(frontier.size(), {});
   }
 
   void grow() {
-#pragma omp parallel num_threads(at::get_num_threads())
+#pragma omp parallel num_threads(job.threads)
     while (!done) {
 #pragma omp single
       make_room();
@@ -262,23 +272,23 @@ struct Draft {
   }
 
   void forward() {
-    const int64_t n = ids.size(), h = size.hidden, own = omp_get_thread_num(), team = omp_get_num_threads();
+    const int64_t n = ids.size(), h = job.hidden, own = omp_get_thread_num(), team = omp_get_num_threads();
     for (int64_t r = own; r < n; r += team) {
-      embedding.visit([&](const auto* rows) { std::copy_n(rows + ids[r] * h, h, &joined[r * 2 * h]); });
+      job.embedding.visit([&](const auto* rows) { std::copy_n(rows + ids[r] * h, h, &joined[r * 2 * h]); });
       std::copy_n(&features[r * h], h, &joined[r * 2 * h + h]);
     }
     wait_for_all();
     const Range columns = share(h, kOutputs);
-    start(x.data(), n, h, fc_bias, columns);
-    product(joined.data(), n, 2 * h, fc, columns, {x.data(), h, true});
-    for (size_t l = 0; l < layers.size(); l++) {
-      const Layer& layer = layers[l];
+    set(x.data(), n, h, job.fc_bias, columns);
+    product(joined.data(), n, 2 * h, job.fc, columns, {x.data(), h, true});
+    for (int64_t l = 0; l < job.num_layers; l++) {
+      const Layer& layer = job.layers[l];
       // Of the last layer only the frontier's rows are wanted; the others leave their keys and values.
-      const int64_t from = l + 1 < layers.size() ? 0 : n - int64_t(frontier.size());
+      const int64_t from = l + 1 < job.num_layers ? 0 : n - int64_t(frontier.size());
       wait_for_all();
       const float* input = x.data();
       if (layer.input_norm) {
-        for (int64_t r = own; r < n; r += team) normalise(&x[r * h], layer.input_norm, &normed[r * h], h, eps);
+        for (int64_t r = own; r < n; r += team) normalise(&x[r * h], layer.input_norm, &normed[r * h], h, job.eps);
         wait_for_all();
         input = normed.data();
       }
@@ -286,28 +296,28 @@ struct Draft {
       wait_for_all();
       attend(layer, n, from);
       wait_for_all();
-      const int64_t width = size.heads * size.head_size;
+      const int64_t width = job.heads * job.head_size;
       product(&attended[from * width], n - from, width, layer.o, columns, {&x[from * h], h, true});
       wait_for_all();
-      for (int64_t r = from + own; r < n; r += team) normalise(&x[r * h], layer.norm, &normed[r * h], h, eps);
+      for (int64_t r = from + own; r < n; r += team) normalise(&x[r * h], layer.norm, &normed[r * h], h, job.eps);
       wait_for_all();
-      const Range mine = share(size.inner, kLanes);
-      product(&normed[from * h], n - from, h, layer.gate, mine, {gate.data(), size.inner, false});
-      product(&normed[from * h], n - from, h, layer.up, mine, {up.data(), size.inner, false});
+      const Range mine = share(job.inner, kLanes);
+      product(&normed[from * h], n - from, h, layer.gate, mine, {gate.data(), job.inner, false});
+      product(&normed[from * h], n - from, h, layer.up, mine, {up.data(), job.inner, false});
       for (int64_t r = 0; r < n - from; r++)
-        for (int64_t j = r * size.inner + mine.begin; j < r * size.inner + mine.end; j += kLanes) {
+        for (int64_t j = r * job.inner + mine.begin; j < r * job.inner + mine.end; j += kLanes) {
           const Vec value = load(&gate[j]);  // SiLU
           (value / (Vec(1) + value.neg().exp()) * load(&up[j])).store(&gate[j]);
         }
       wait_for_all();
-      product(gate.data(), n - from, size.inner, layer.down, columns, {&x[from * h], h, true});
+      product(gate.data(), n - from, job.inner, layer.down, columns, {&x[from * h], h, true});
     }
     wait_for_all();
     const int64_t count = frontier.size();
     for (int64_t r = own; r < count; r += team) {
       const float* row = &x[(n - count + r) * h];
-      if (feed_back_normalised)
-        normalise(row, nullptr, &drafted[r * h], h, eps);
+      if (job.feed_back_normalised)
+        normalise(row, nullptr, &drafted[r * h], h, job.eps);
       else
         std::copy_n(row, h, &drafted[r * h]);
     }
@@ -315,14 +325,14 @@ struct Draft {
   }
 
   // Sums start from a bias, or from nothing.
-  static void start(float* sums, int64_t n, int64_t stride, const float* bias, Range outputs) {
+  static void set(float* sums, int64_t n, int64_t stride, const float* bias, Range outputs) {
     for (int64_t r = 0; r < n; r++)
       for (int64_t j = outputs.begin; j < outputs.end; j++) sums[r * stride + j] = bias ? bias[j] : 0;
   }
 
   // Queries of rows `from` on, and all rows' keys and values, which go to the cache; a head is one thread's.
   void project(const Layer& layer, const float* input, int64_t n, int64_t from) {
-    const int64_t h = size.hidden, d = size.head_size, heads = size.heads, kv_heads = size.kv_heads;
+    const int64_t h = job.hidden, d = job.head_size, heads = job.heads, kv_heads = job.kv_heads;
     std::vector<float> rows(n * d);
     const Range mine = share(heads + 2 * kv_heads, 1);
     for (int64_t i = mine.begin; i < mine.end; i++) {
@@ -337,15 +347,15 @@ struct Draft {
           std::copy_n(row, d, &queries[(r * heads + head) * d]);
         else
           (key ? layer.keys : layer.values).visit([&](auto* cache) {
-            std::copy_n(row, d, cache + (head * size.capacity + first_slot + r) * d);
+            std::copy_n(row, d, cache + (head * job.capacity + first_slot + r) * d);
           });
       }
     }
   }
 
   void rotate(float* row, int64_t position) const {
-    const int64_t d = size.head_size, half = d / 2;
-    const float *c = cos + position * d, *s = sin + position * d;
+    const int64_t d = job.head_size, half = d / 2;
+    const float *c = job.cos + position * d, *s = job.sin + position * d;
     for (int64_t i = 0; i < half; i++) {
       const float a = row[i], b = row[i + half];
       row[i] = a * c[i] - b * s[i];
@@ -354,19 +364,19 @@ struct Draft {
   }
 
   void attend(const Layer& layer, int64_t n, int64_t from) {
-    const Range mine = share((n - from) * size.heads, 1);
+    const Range mine = share((n - from) * job.heads, 1);
     layer.keys.visit([&](const auto* keys) {
       const auto* values = static_cast<decltype(keys)>(layer.values.data);
-      for (int64_t task = mine.begin; task < mine.end; task++) attend(keys, values, from + task / size.heads, task % size.heads);
+      for (int64_t task = mine.begin; task < mine.end; task++) attend(keys, values, from + task / job.heads, task % job.heads);
     });
   }
 
   template <typename T>
   void attend(const T* keys, const T* values, int64_t r, int64_t head) {
-    const int64_t d = size.head_size, first = head / (size.heads / size.kv_heads) * size.capacity;
+    const int64_t d = job.head_size, first = head / (job.heads / job.kv_heads) * job.capacity;
     const int64_t count = known[r] + seen[r].size(), padded = (count + kLanes - 1) / kLanes * kLanes;
     const auto offset = [&](int64_t i) { return (first + (i < known[r] ? i : seen[r][i - known[r]])) * d; };
-    const float *query = &queries[(r * size.heads + head) * d], scale = 1 / std::sqrt(float(d));
+    const float *query = &queries[(r * job.heads + head) * d], scale = 1 / std::sqrt(float(d));
     std::vector<float> weights(padded, kNever);
     for (int64_t i = 0; i < count; i++) weights[i] = dot(query, keys + offset(i), d) * scale;
     const float highest = *std::max_element(weights.begin(), weights.end());
@@ -380,16 +390,16 @@ struct Draft {
     for (int64_t c = 0; c < d; c += kLanes) {
       Vec out(0);
       for (int64_t i = 0; i < count; i++) out = at::vec::fmadd(Vec(weights[i]), load(values + offset(i) + c), out);
-      (out * norm).store(&attended[(r * size.heads + head) * d + c]);
+      (out * norm).store(&attended[(r * job.heads + head) * d + c]);
     }
   }
 
   // The children of each node of the frontier: this thread's part of the head, then what all threads found.
   void score() {
-    const int64_t h = size.hidden, count = frontier.size(), all = size.candidates, own = omp_get_thread_num();
+    const int64_t h = job.hidden, count = frontier.size(), all = job.candidates, own = omp_get_thread_num();
     const Range mine = share(all, kOutputs);
-    start(logits.data(), count, all, head_bias, mine);
-    product(drafted.data(), count, h, head, mine, {logits.data(), all, true});
+    set(logits.data(), count, all, job.head_bias, mine);
+    product(drafted.data(), count, h, job.head, mine, {logits.data(), all, true});
     for (int64_t r = 0; r < count && mine.begin < mine.end; r++) {
       const float *begin = &logits[r * all] + mine.begin, *end = &logits[r * all] + mine.end;
       const float highest = at::vec::reduce_all<float>(
@@ -398,7 +408,7 @@ struct Draft {
       mass[own][r] = at::vec::map_reduce_all<float>([low](Vec v) { return (v - Vec(low)).exp(); },
                                                     [](Vec a, Vec b) { return a + b; }, begin, end - begin);
       most[own][r] = highest;
-      if (noise.temperature > 0) continue;
+      if (job.temperature > 0) continue;
       Best found_here = best[own][r];
       float bar = kNever;
       for (const float* score = begin; score < end; score++)
@@ -419,31 +429,32 @@ struct Draft {
     for (size_t t = 0; t < mass.size(); t++) sum += mass[t][r] * std::exp(most[t][r] - highest);
     const float all = highest + std::log(sum);
     Best chosen{best[0][r].count, {}};
-    if (noise.temperature == 0) {
+    if (job.temperature == 0) {
       for (const auto& part : best)
         for (const Child& child : part[r].kept) chosen.add(child.score - all, child.id);
     } else {
-      couple(&logits[r * size.candidates], all, chosen);
+      couple(&logits[r * job.candidates], all, chosen);
     }
-    for (Child& child : chosen.kept) child.id = head_ids ? head_ids[child.id] : child.id;
+    for (Child& child : chosen.kept) child.id = job.head_ids ? job.head_ids[child.id] : child.id;
     return chosen.kept;
   }
 
   // Ranked with the noise that the sampler will add; the scores are log-probabilities of being sampled.
   void couple(const float* scores, float all, Best& chosen) const {
-    std::vector<int64_t> rows(size.candidates);
+    std::vector<int64_t> rows(job.candidates);
     std::iota(rows.begin(), rows.end(), 0);
-    const int64_t count = std::min(pool, size.candidates);
+    const int64_t count = std::min(job.pool, job.candidates);
     std::nth_element(rows.begin(), rows.begin() + count - 1, rows.end(),
                      [&](int64_t a, int64_t b) { return scores[a] > scores[b]; });
     rows.resize(count);
     std::sort(rows.begin(), rows.end());
+    const Noise noise{uint32_t(job.stream), uint32_t(job.stream >> 32)};
     const int64_t position = positions.back() + 2;  // of the child, which its parent's row predicts
     float highest = kNever, sum = 0;
     std::vector<float> noisy;
     for (int64_t row : rows) {
-      const float drawn = noise(position, head_ids ? head_ids[row] : row);
-      noisy.push_back(((scores[row] - all) / noise.temperature + drawn) * noise.temperature);
+      const float drawn = noise(position, job.head_ids ? job.head_ids[row] : row);
+      noisy.push_back(((scores[row] - all) / job.temperature + drawn) * job.temperature);
       highest = std::max(highest, noisy.back());
     }
     for (float score : noisy) sum += std::exp(score - highest);
@@ -452,21 +463,21 @@ struct Draft {
 
   // As decoding/growth.py: the frontier's children become nodes, and the best top_k of them the next frontier.
   void add() {
-    const int64_t h = size.hidden, n = ids.size(), old = nodes.size();
+    const int64_t h = job.hidden, n = ids.size(), old = nodes.size();
     std::vector<int64_t> order, parents;  // rows of the frontier
     for (size_t r = 0; r < frontier.size(); r++)
       for (const Child& child : found[r]) {
         nodes.push_back({child.id, frontier[r], nodes[frontier[r]].score + std::min(child.score, 0.f)});
         parents.push_back(r), order.push_back(order.size());
       }
-    const int64_t count = std::min<int64_t>(top_k, order.size());
+    const int64_t count = std::min<int64_t>(job.top_k, order.size());
     const auto better = [&](int64_t a, int64_t b) { return nodes[old + a].score > nodes[old + b].score; };
     std::stable_sort(order.begin(), order.end(), better);
     order.resize(count);
     std::sort(order.begin(), order.end());
     double reached = 0;
     for (int64_t i : order) reached += std::exp(nodes[old + i].score);
-    done = ++depth >= max_depth || count == 0 || (min_gain > 0 && reached < min_gain);
+    done = ++depth >= job.max_depth || count == 0 || (job.min_gain > 0 && reached < job.min_gain);
     if (done) return;
     const int64_t before = n - frontier.size();  // rows in front of the frontier's
     std::vector<int64_t> next_ids, next_frontier, next_known;
@@ -487,70 +498,28 @@ struct Draft {
   }
 };
 
-// The best `num_nodes` in the total order of decoding/tree.py, renumbered, parents first: ids, parents and scores.
-std::tuple<Tensor, Tensor, Tensor> rerank(const std::vector<Node>& nodes, int64_t root, int64_t num_nodes) {
+// The best nodes in the total order of decoding/tree.py, renumbered, parents first.
+void rerank(const std::vector<Node>& nodes, Job& job) {
   std::vector<int64_t> order(nodes.size() - 1), place(nodes.size(), 0);
   std::iota(order.begin(), order.end(), 1);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return nodes[a].score > nodes[b].score; });
-  order.resize(std::min<int64_t>(num_nodes, order.size()));
+  order.resize(std::min<int64_t>(job.num_nodes, order.size()));
   std::sort(order.begin(), order.end());
-  const int64_t count = order.size() + 1;
-  Tensor ids = at::empty({count}, at::kLong), parents = at::empty({count}, at::kLong);
-  Tensor scores = at::empty({count}, at::kFloat);
-  int64_t *id = ids.mutable_data_ptr<int64_t>(), *parent = parents.mutable_data_ptr<int64_t>();
-  float* score = scores.mutable_data_ptr<float>();
-  id[0] = root, parent[0] = -1, score[0] = 0;
-  for (int64_t i = 1; i < count; i++) {
+  job.size = order.size() + 1;
+  job.tree_ids[0] = job.ids[job.num_rows - 1], job.tree_parents[0] = -1, job.tree_scores[0] = 0;
+  for (int64_t i = 1; i < job.size; i++) {
     const Node& node = nodes[order[i - 1]];
     place[order[i - 1]] = i;
-    id[i] = node.id, parent[i] = place[node.parent], score[i] = node.score;
+    job.tree_ids[i] = node.id, job.tree_parents[i] = place[node.parent], job.tree_scores[i] = node.score;
   }
-  return {ids, parents, scores};
-}
-
-template <typename T>
-const T* data(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr<T>() : nullptr;
-}
-
-std::tuple<Tensor, Tensor, Tensor, int64_t> grow(
-    at::IntArrayRef ids, const Tensor& features, const Tensor& embedding,
-    const c10::List<std::optional<Tensor>>& weights, at::TensorList storage, int64_t length, const Tensor& cos,
-    const Tensor& sin, const Tensor& head, const std::optional<Tensor>& head_bias,
-    const std::optional<Tensor>& head_ids, int64_t heads, double eps, bool feed_back_normalised,
-    at::IntArrayRef budget, double min_gain, double temperature, int64_t stream, int64_t pool) {
-  const auto vector = [&](size_t i) { return data<float>(weights.get(i)); };
-  const auto matrix = [&](size_t i) { return weights.get(i).value(); };
-  const Tensor &keys = storage[0], rows = features.to(at::kFloat).contiguous();
-  const int64_t n = ids.size();
-  Draft draft;
-  draft.embedding = embedding, draft.fc = matrix(0), draft.fc_bias = vector(1);
-  for (size_t l = 0, i = 2; 2 * l < storage.size(); l++, i += 9)
-    draft.layers.push_back({vector(i), vector(i + 1), matrix(i + 2), matrix(i + 3), matrix(i + 4), matrix(i + 5),
-                            matrix(i + 6), matrix(i + 7), matrix(i + 8), storage[2 * l], storage[2 * l + 1]});
-  draft.size = {features.size(1), heads, keys.size(1), keys.size(3), matrix(8).size(0), keys.size(2), head.size(0)};
-  draft.eps = float(eps), draft.feed_back_normalised = feed_back_normalised;
-  draft.head = head, draft.head_bias = data<float>(head_bias), draft.head_ids = data<int64_t>(head_ids);
-  draft.cos = cos.const_data_ptr<float>(), draft.sin = sin.const_data_ptr<float>();
-  draft.noise = {float(temperature), uint32_t(stream), uint32_t(uint64_t(stream) >> 32)};
-  draft.pool = pool, draft.top_k = budget[0], draft.max_depth = budget[1], draft.min_gain = float(min_gain);
-  draft.ids.assign(ids.begin(), ids.end());
-  draft.features.assign(rows.const_data_ptr<float>(), rows.const_data_ptr<float>() + rows.numel());
-  draft.first_slot = length;
-  draft.seen.resize(n);
-  for (int64_t r = 0; r < n; r++) draft.positions.push_back(length + r), draft.known.push_back(length + r + 1);
-  draft.grow();
-  return std::tuple_cat(rerank(draft.nodes, ids.back(), budget[2]), std::tuple(draft.depth));
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(coral, library) {
-  library.def(
-      "grow(int[] ids, Tensor features, Tensor embedding, Tensor?[] weights, Tensor(a!)[] storage, int length, "
-      "Tensor cos, Tensor sin, Tensor head, Tensor? head_bias, Tensor? head_ids, int heads, float eps, "
-      "bool feed_back_normalised, int[] budget, float min_gain, float temperature, int stream, int pool) "
-      "-> (Tensor, Tensor, Tensor, int)");
+extern "C" void coral_grow(Job* job) {
+  Draft draft{*job};
+  draft.start();
+  draft.grow();
+  rerank(draft.nodes, *job);
+  job->depth = draft.depth;
 }
-
-TORCH_LIBRARY_IMPL(coral, CPU, library) { library.impl("grow", &grow); }

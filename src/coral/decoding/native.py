@@ -2,11 +2,13 @@
 
 A draft step of a small tree is some fifteen products that each take a few microseconds, so calling them is
 what it costs: 1.6 ms a level as compiled calls, 0.45 of which the weights need. Here the levels of a tree and
-the choice of nodes between them, are one call on one team of threads.
+the choice of nodes between them are one call on one team of threads, and the weights are read as bfloat16:
+half the bytes for a rounding that no draft shows.
 """
 
 from __future__ import annotations
 
+from ctypes import CDLL, Array, Structure, addressof, byref, c_bool, c_float, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
@@ -20,31 +22,84 @@ from coral.drafter.drafter import Drafter, DraftLayer
 from coral.drafter.reduced import Table
 from coral.target import Target
 
-_MULTIPLE = 16  # of every size: what a vector holds at most
 MOST_ROWS = 64
 """Above this many accepted rows, as behind a prompt, libraries are better at the products."""
+_MULTIPLE = 16  # of every size: what a vector holds at most
+
+
+class _Numbers(Structure):
+    _fields_ = (("data", c_void_p), ("wide", c_bool))
+
+
+class _Layer(Structure):
+    _fields_ = (
+        ("input_norm", c_void_p),
+        ("norm", c_void_p),
+        *((name, _Numbers) for name in ("q", "k", "v", "o", "gate", "up", "down", "keys", "values")),
+    )
+
+
+class _Job(Structure):
+    """As in native.cpp, field by field."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("threads", "hidden", "heads", "kv_heads", "head_size", "inner")),
+        *((name, c_int64) for name in ("capacity", "candidates", "num_layers")),
+        ("layers", c_void_p),
+        *((name, _Numbers) for name in ("embedding", "fc", "head")),
+        *((name, c_void_p) for name in ("fc_bias", "head_bias", "head_ids", "cos", "sin")),
+        ("eps", c_float),
+        ("feed_back_normalised", c_bool),
+        ("num_rows", c_int64),
+        ("length", c_int64),
+        ("ids", c_void_p),
+        ("features", c_void_p),
+        *((name, c_int64) for name in ("top_k", "max_depth", "num_nodes", "pool")),
+        ("min_gain", c_float),
+        ("temperature", c_float),
+        ("stream", c_uint64),
+        *((name, c_void_p) for name in ("tree_ids", "tree_parents", "tree_scores")),
+        ("size", c_int64),
+        ("depth", c_int64),
+    )
 
 
 class NativeDrafter:
     """Grows trees with a drafter on the CPU; see `of`."""
 
-    def __init__(self, drafter: Drafter, target: Target) -> None:
-        self.drafter, self.target = drafter, target
-        bias = drafter.fc.bias
-        self._weights: list[Tensor | None] = [_narrow(drafter.fc), None if bias is None else bias.float()]
+    def __init__(self, library: CDLL, drafter: Drafter, target: Target) -> None:
+        config, layers = drafter.config, []
+        self.drafter = drafter
+        self._run = library.coral_grow
+        self._owned = [target.embedding_weight]  # what the pointers below lead to
         for layer in drafter.layers:
             assert isinstance(layer, DraftLayer)
             a, mlp = layer.self_attn, layer.mlp
-            self._weights.append(layer.input_layernorm.weight.float() if layer.index > 0 else None)
-            self._weights.append(layer.post_attention_layernorm.weight.float())
-            self._weights += [_narrow(p) for p in (a.q_proj, a.k_proj, a.v_proj, a.o_proj)]
-            self._weights += [_narrow(p) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+            first = self._vector(layer.input_layernorm.weight) if layer.index > 0 else None
+            norm = self._vector(layer.post_attention_layernorm.weight)
+            linears = a.q_proj, a.k_proj, a.v_proj, a.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+            layers.append(_Layer(first, norm, *map(self._matrix, linears)))
+        self._layers: Array[_Layer] = (_Layer * len(layers))(*layers)
+        bias = drafter.fc.bias
+        self._job = _Job(
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_size=config.head_dim,
+            inner=config.intermediate_size,
+            num_layers=len(layers),
+            embedding=_numbers(target.embedding_weight),
+            fc=self._matrix(drafter.fc),
+            fc_bias=None if bias is None else self._vector(bias),
+            eps=config.rms_norm_eps,
+            feed_back_normalised=config.normalised_feedback,
+        )
         self._rotation = self._rotate(0)
 
     @classmethod
     def of(cls, drafter: Drafter, target: Target) -> NativeDrafter | None:
         """None where there can be none: another device, number format or activation, sizes that do not fill
-        vectors, or a processor whose vectors the compiler does not know.
+        vectors, no C++ compiler, or one that does not know this processor's vectors.
         """
         config = drafter.config
         sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
@@ -54,19 +109,14 @@ class NativeDrafter:
             or any(weight.dtype not in (torch.float32, torch.bfloat16) for weight in weights)
             or config.hidden_act != "silu"
             or any(size % _MULTIPLE for size in sizes)
-            or not build(Path(__file__).with_suffix(".cpp"))
         ):
             return None
-        return cls(drafter, target)
-
-    def _rotate(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos, sin [length, d] float32 of all positions."""
-        cos, sin = self.drafter.rotary(torch.empty(0), torch.arange(length)[None])
-        return cos[0].contiguous(), sin[0].contiguous()
+        library = build(Path(__file__).with_suffix(".cpp"))
+        return None if library is None else cls(library, drafter, target)
 
     def num_bytes(self, table: Table) -> int:
         """Bytes of weights that a level reads, with this head."""
-        return sum(weight.nbytes for weight in self._weights if weight is not None) + table.rows.nbytes
+        return sum(weight.nbytes for weight in self._owned[1:]) + table.rows.nbytes
 
     def grow(
         self, state: State, pairs: Committed, cache: KVCache, table: Table, budget: Budget, pool: int
@@ -82,35 +132,46 @@ class NativeDrafter:
         length, n = cache.length, len(pairs.tokens)
         for layer in cache.layers:
             layer.reserve(n + budget.top_k * budget.max_depth)
-        if len(self._rotation[0]) < cache.capacity + 1:
-            self._rotation = self._rotate(cache.capacity + 1)
-        config, sampling = self.drafter.config, state.sampling
-        grown = torch.ops.coral.grow(
-            pairs.tokens,
-            pairs.features,
-            self.target.embedding_weight,
-            self._weights,
-            cache.storage,
-            length,
-            *self._rotation,
-            *table,
-            config.num_attention_heads,
-            config.rms_norm_eps,
-            config.normalised_feedback,
-            [budget.top_k, budget.max_depth, budget.num_nodes],
-            budget.min_gain,
-            sampling.temperature if pool else 0.0,
-            _signed64(sampling.stream(state.sequence_id)),
-            pool,
-        )
+        if len(self._rotation[0]) < cache.capacity:
+            self._rotation = self._rotate(cache.capacity)
+        layers = type(self._layers).from_buffer_copy(self._layers)
+        for layer, kept in zip(layers, cache.layers, strict=True):
+            layer.keys, layer.values = _numbers(kept.keys), _numbers(kept.values)
+        ids, features = torch.tensor(pairs.tokens), pairs.features.float().contiguous()
+        tree_ids, parents = torch.empty(2, budget.num_nodes + 1, dtype=torch.int64)
+        scores = torch.empty(budget.num_nodes + 1)
+        job = _Job.from_buffer_copy(self._job)
+        job.threads, job.layers = torch.get_num_threads(), addressof(layers)
+        job.capacity, job.candidates = cache.capacity, len(table.rows)
+        job.head, job.head_bias, job.head_ids = _numbers(table.rows), _data(table.bias), _data(table.ids)
+        job.cos, job.sin = map(_data, self._rotation)
+        job.num_rows, job.length, job.ids, job.features = n, length, _data(ids), _data(features)
+        job.top_k, job.max_depth, job.num_nodes = budget.top_k, budget.max_depth, budget.num_nodes
+        job.min_gain, job.pool = budget.min_gain, pool
+        job.temperature = state.sampling.temperature if pool else 0.0
+        job.stream = state.sampling.stream(state.sequence_id)
+        job.tree_ids, job.tree_parents, job.tree_scores = _data(tree_ids), _data(parents), _data(scores)
+        self._run(byref(job))
         cache.set_length(length + n)
-        return DraftTree(*grown)
+        return DraftTree(tree_ids[: job.size], parents[: job.size], scores[: job.size], job.depth)
+
+    def _rotate(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos, sin [length, d] float32 of all positions."""
+        cos, sin = self.drafter.rotary(torch.empty(0), torch.arange(length)[None])
+        return cos[0].contiguous(), sin[0].contiguous()
+
+    def _matrix(self, linear: nn.Linear) -> _Numbers:
+        self._owned.append(linear.weight.bfloat16())
+        return _numbers(self._owned[-1])
+
+    def _vector(self, values: Tensor) -> int:
+        self._owned.append(values.float())
+        return self._owned[-1].data_ptr()
 
 
-def _narrow(linear: nn.Linear) -> Tensor:
-    """Half the bytes to read for a rounding that no draft shows."""
-    return linear.weight.bfloat16()
+def _numbers(tensor: Tensor) -> _Numbers:
+    return _Numbers(tensor.data_ptr(), tensor.dtype == torch.float32)
 
 
-def _signed64(x: int) -> int:
-    return x - (1 << 64) if x >= 1 << 63 else x
+def _data(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

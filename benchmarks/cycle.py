@@ -1,16 +1,17 @@
 """Where the time of a cycle goes: `python benchmarks/cycle.py OUTPUT`.
 
-The shipped pair, deepened to 32 layers, compiled, float32. Plain steps, bare verifications and every part of
-real cycles are timed in turn, text after text, since a shared machine changes its speed from minute to
-minute; the ratio of a cycle to verification + S draft steps says what everything else costs. Times are means
-without the stalls, those above three times the median. Beside them stands the floor: bytes of weights over
-the bandwidth with which this machine sums a large tensor. Writes OUTPUT/results.json and OUTPUT/results.md.
-Five minutes, most of them compiling, on a quiet machine.
+The shipped pair, deepened to 32 layers, compiled. Plain steps, bare verifications and every part of real
+cycles are timed in turn, text after text, since a shared machine changes its speed from minute to minute; the
+ratio of a cycle to verification + S draft steps says what everything else costs. A text's first cycle, in
+which the drafter reads the prompt, is left out. Times are means without the stalls, those above three times
+the median. Beside them stands the floor: bytes of weights, as bfloat16, over the bandwidth with which this
+machine sums a large tensor. Writes OUTPUT/results.json and OUTPUT/results.md. Four minutes, most of them
+compiling, on a quiet machine.
 """
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean, median
 from time import perf_counter
@@ -68,9 +69,9 @@ def watched(owner: Any, name: str, times: list[float]) -> Callable[..., Any]:
     return original
 
 
-def write(pair: Pair, prompt: str, tokens: int, temperature: float) -> list[Cycle]:
+def run(pair: Pair, prompt: str, tokens: int, temperature: float) -> Iterator[Cycle]:
     state = pair.start(prompt, max_new_tokens=tokens, temperature=temperature, ignore_eos=True)
-    return list(pair.cycles(state))
+    return iter(pair.cycles(state))
 
 
 def steady(seconds: list[float]) -> float:
@@ -92,12 +93,13 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--drafter", default=f"{EMBEDDED / 'drafter'}+static")
     parser.add_argument("--tree", default=None)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     options = parser.parse_args()
     keep_freed_memory()
     quiet_transformers()
     budget = read_budget(options.tree) or DEFAULT
     rows = budget.num_nodes + 1
-    loaded = Target.load(EMBEDDED / "target", dtype="float32")
+    loaded = Target.load(EMBEDDED / "target", dtype=options.dtype)
     if options.layers > loaded.config.num_hidden_layers:
         deepen(loaded.model, options.layers)
     target = loaded.compiled((1, rows))
@@ -106,7 +108,7 @@ def main() -> None:
     pair, plain = Pair(target, proposer, budget), Pair(target, Plain(), budget)
     begin = perf_counter()
     for warm in (pair, plain):
-        write(warm, PROMPTS[0][1], 8, options.temperature)
+        list(run(warm, PROMPTS[0][1], 8, options.temperature))
     start = perf_counter() - begin
 
     native = proposer._native
@@ -116,13 +118,15 @@ def main() -> None:
     plain_steps, cycles = [], []
     tokens = options.tokens // options.rounds
     for _, prompt in PROMPTS * options.rounds:
-        plain_steps += [c.seconds for c in write(plain, prompt, tokens // 2, options.temperature)]
+        plain_steps += [c.seconds for c in run(plain, prompt, tokens // 2, options.temperature)]
         for size, seconds in verify_seconds(target, (1, rows), plain.encode(prompt)).items():
             bare[size].append(seconds)
+        running = run(pair, prompt, tokens, options.temperature)
+        next(running)  # here the drafter reads the prompt
         originals = [
             (owners[o], name, watched(owners[o], name, times[part])) for (o, name), part in PARTS.items()
         ]
-        cycles += write(pair, prompt, tokens, options.temperature)
+        cycles += running
         for owner, name, original in originals:
             setattr(owner, name, original)
 
@@ -133,10 +137,11 @@ def main() -> None:
     spent = {part: steady(times[part]) * len(times[part]) / count for part in PARTS.values()}
     step = spent["draft steps"] / steps
     ideal = bare_rows + steps * step
-    speed, sizes = bandwidth(), (plain_bytes(target.model), native.num_bytes(proposer.head.table(None)))
+    speed, table = bandwidth(), proposer.head.table(None)
+    sizes = 2 * plain_bytes(target.model) // target.dtype.itemsize, native.num_bytes(table)
     floor = (sizes[0] + steps * sizes[1]) / speed
     other = cycle_seconds - spent["propose"] - spent["verify"] - spent["sample"] - spent["keep"]
-    table = {
+    parts = {
         "verification (target forward, masks and padding)": spent["verify"],
         "draft steps (drafter, head, the choice of nodes)": spent["draft steps"],
         "the rest of propose": spent["propose"] - spent["draft steps"],
@@ -151,7 +156,7 @@ def main() -> None:
         "verify_seconds": {1: bare_row, rows: bare_rows},
         "draft_step_seconds": step,
         "cycle_seconds": cycle_seconds,
-        "parts": table,
+        "parts": parts,
         "tau": tau,
         "draft_steps": steps,
         "cycle_over_ideal": cycle_seconds / ideal,
@@ -163,11 +168,11 @@ def main() -> None:
         "floor_seconds": floor,
     }
     lines = [
-        f"{count} cycles of six texts, tau {tau:.2f}, {steps:.2f} draft steps a cycle, tree {budget}.",
+        f"{options.dtype}, {count} cycles of six texts, tau {tau:.2f}, {steps:.2f} draft steps a cycle, tree {budget}.",
         "",
         "| part of a cycle | ms | share |",
         "|---|---|---|",
-        *(f"| {part} | {milliseconds(s)} | {s / cycle_seconds:.0%} |" for part, s in table.items()),
+        *(f"| {part} | {milliseconds(s)} | {s / cycle_seconds:.0%} |" for part, s in parts.items()),
         f"| **cycle** | {milliseconds(cycle_seconds)} | 100% |",
         "",
         f"- bare: verification of {rows} rows {milliseconds(bare_rows)} ms, of one row "

@@ -42,8 +42,8 @@ class Feature:
     """Proposes with a trained drafter; sequences that decode together share a forward a level.
 
     Args:
-        target: if its forward is compiled, draft steps of one sequence are too; on a CPU a whole tree is one
-            call then (`decoding/native.py`), if the head is linear.
+        target: if its forward is compiled, draft steps of one sequence are too, those that are not native
+            (`decoding/native.py`).
         coupled: at temperature > 0 rank children by log q plus the noise that the target's sampler will add
             at that position, so that the drafted child tends to be the token the target samples.
     """
@@ -54,7 +54,7 @@ class Feature:
         self.drafter, self.target, self.coupled = drafter.eval(), target, coupled
         self.head = head or FullHead(target)
         pack_linears(drafter)
-        self._native = NativeDrafter.of(drafter, target) if target.sizes else None
+        self._native = NativeDrafter.of(drafter, target)
         self._fixed: Callable[..., Tensor] | None = None
 
     @torch.inference_mode()

@@ -168,7 +168,8 @@ def main() -> None:
         "floor_seconds": floor,
     }
     lines = [
-        f"{options.dtype}, {count} cycles of six texts, tau {tau:.2f}, {steps:.2f} draft steps a cycle, tree {budget}.",
+        f"{options.dtype}, {count} cycles of six texts, tau {tau:.2f}, {steps:.2f} draft steps a cycle, "
+        f"tree {budget}.",
         "",
         "| part of a cycle | ms | share |",
         "|---|---|---|",

@@ -81,7 +81,7 @@ def test_frozen_weights_write_the_same():
 
 def test_a_machine_without_a_compiler_is_told_so(monkeypatch):
     """Stops: a page of traceback from inside the compiler at the first token."""
-    monkeypatch.setattr("coral.compiled.shutil.which", lambda name: None)
+    monkeypatch.setattr("coral.cpp.shutil.which", lambda name: None)
     with pytest.raises(CoralError, match="install g\\+\\+, or do not compile"):
         tiny_target().compiled((1,))
 

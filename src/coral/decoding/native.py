@@ -98,9 +98,11 @@ class NativeDrafter:
 
     @classmethod
     def of(cls, drafter: Drafter, target: Target) -> NativeDrafter | None:
-        """None where there can be none: another device, number format or activation, sizes that do not fill
-        vectors, no C++ compiler, or one that does not know this processor's vectors.
+        """None where there can be none: a drafter of another make, device, number format or activation, sizes
+        that do not fill vectors, no C++ compiler, or one that does not know this processor's vectors.
         """
+        if type(drafter) is not Drafter:
+            return None
         config = drafter.config
         sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
         weights = [*drafter.parameters(), target.embedding_weight, target.head_weight]

@@ -367,7 +367,8 @@ struct Draft {
     const Range mine = share((n - from) * job.heads, 1);
     layer.keys.visit([&](const auto* keys) {
       const auto* values = static_cast<decltype(keys)>(layer.values.data);
-      for (int64_t task = mine.begin; task < mine.end; task++) attend(keys, values, from + task / job.heads, task % job.heads);
+      for (int64_t task = mine.begin; task < mine.end; task++)
+        attend(keys, values, from + task / job.heads, task % job.heads);
     });
   }
 
@@ -404,8 +405,7 @@ struct Draft {
       const float *begin = &logits[r * all] + mine.begin, *end = &logits[r * all] + mine.end;
       const float highest = at::vec::reduce_all<float>(
           [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, begin, end - begin);
-      const float low = highest;
-      mass[own][r] = at::vec::map_reduce_all<float>([low](Vec v) { return (v - Vec(low)).exp(); },
+      mass[own][r] = at::vec::map_reduce_all<float>([highest](Vec v) { return (v - Vec(highest)).exp(); },
                                                     [](Vec a, Vec b) { return a + b; }, begin, end - begin);
       most[own][r] = highest;
       if (job.temperature > 0) continue;

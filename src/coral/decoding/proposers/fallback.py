@@ -37,7 +37,7 @@ class Fallback:
         window: int = 8,
         probe: int = 2,
         first_rest: int = 16,
-        longest_rest: int = 256,
+        longest_rest: int = 512,
     ) -> None:
         self.proposer, self.window, self.probe = proposer, window, probe
         self.first_rest, self.longest_rest = first_rest, longest_rest

@@ -35,7 +35,7 @@ BENCH="$BIN/coral bench --deepen 32 --dtype float32"
 # The table: all drafters draft the tree that is tuned for the shipped one on this machine.
 [ -e tuned ] || cp -r "$OWN" tuned
 "$BIN/coral" tune tuned --deepen 32 --compile --dtype float32
-TREE="--tree ${TREE:-2,5,7,0.15}" # what it found here; TREE=... for what it finds elsewhere
+TREE="--tree ${TREE:-2,6,7,0.1}" # what it found here; TREE=... for what it finds elsewhere
 SHIPPED="--drafter shipped+full=tuned+full --drafter shipped=tuned+static --drafter shipped+in_context=tuned+in_context"
 SHIPPED="$SHIPPED --drafter shipped+lookup=tuned+static+ngram --assistant assistant"
 $BENCH $SUITES $FIRST $RECIPES $SHIPPED --temperature 0 --temperature 1 --max-new-tokens $TOKENS $TREE --output table
@@ -50,4 +50,5 @@ $BENCH $FIRST_40 $RECIPES $ROUTED --temperature 1 --uncoupled --no-peers --max-n
 "$BIN/python" "$HERE/few_rows.py" few-rows
 "$BIN/python" "$HERE/dense.py" --output memory
 "$BIN/python" "$HERE/cycle.py" cycle $TREE
+"$BIN/python" "$HERE/cycle.py" cycle-bfloat16 $TREE --dtype bfloat16
 "$BIN/python" "$HERE/hostile.py" hostile

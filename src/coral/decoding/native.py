@@ -140,15 +140,16 @@ class NativeDrafter:
         for layer, kept in zip(layers, cache.layers, strict=True):
             layer.keys, layer.values = _numbers(kept.keys), _numbers(kept.values)
         ids, features = torch.tensor(pairs.tokens), pairs.features.float().contiguous()
-        tree_ids, parents = torch.empty(2, budget.num_nodes + 1, dtype=torch.int64)
-        scores = torch.empty(budget.num_nodes + 1)
+        most = min(budget.num_nodes, budget.top_k * (1 + (budget.max_depth - 1) * budget.top_k))
+        tree_ids, parents = torch.empty(2, most + 1, dtype=torch.int64)
+        scores = torch.empty(most + 1)
         job = _Job.from_buffer_copy(self._job)
         job.threads, job.layers = torch.get_num_threads(), addressof(layers)
         job.capacity, job.candidates = cache.capacity, len(table.rows)
         job.head, job.head_bias, job.head_ids = _numbers(table.rows), _data(table.bias), _data(table.ids)
         job.cos, job.sin = map(_data, self._rotation)
         job.num_rows, job.length, job.ids, job.features = n, length, _data(ids), _data(features)
-        job.top_k, job.max_depth, job.num_nodes = budget.top_k, budget.max_depth, budget.num_nodes
+        job.top_k, job.max_depth, job.num_nodes = budget.top_k, budget.max_depth, most
         job.min_gain, job.pool = budget.min_gain, pool
         job.temperature = state.sampling.temperature if pool else 0.0
         job.stream = state.sampling.stream(state.sequence_id)

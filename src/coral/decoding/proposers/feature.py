@@ -61,14 +61,11 @@ class Feature:
     def propose(
         self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
     ) -> list[DraftTree]:
-        trees = [self._at_once(*pair, budget) for pair in zip(states, committed, strict=True)]
-        rest = [
-            pair
-            for pair, tree in zip(zip(states, committed, strict=True), trees, strict=True)
-            if tree is None
-        ]
+        pairs = [*zip(states, committed, strict=True)]
+        trees = [self._at_once(*pair, budget) for pair in pairs]
+        rest = [pair for pair, tree in zip(pairs, trees, strict=True) if tree is None]
         grown = iter(self._level_by_level(rest, budget))
-        return [tree or next(grown) for tree in trees]
+        return [next(grown) if tree is None else tree for tree in trees]
 
     def _at_once(self, state: State, pairs: Committed, budget: Budget) -> DraftTree | None:
         """The tree of one sequence in one call; None where that cannot be done."""

@@ -78,7 +78,7 @@ class Sampling:
         The argmax of `scores`, of which only the few that can be the largest are computed in full.
         """
         if self.temperature == 0 or logits.shape[-1] <= _RIVALS:
-            return _argmax(self.scores(logits, positions, sequence_id))
+            return self.scores(logits, positions, sequence_id).argmax(-1)
         processed = self.process(logits)
         ids = torch.arange(logits.shape[-1], device=logits.device)
         bits = self._bits(positions.to(logits.device), sequence_id, ids)
@@ -114,21 +114,9 @@ class Sampling:
         return (_mix(_mix(ids.to(torch.int32) + 0x3C6EF372) ^ rows) >> 8) & 0xFFFFFF
 
 
-_BLOCK = 256  # ids whose largest score is found first
 _LIKELY = 64  # ids among which top-p usually ends, so that not all have to be sorted
 _RIVALS = 8  # ids of each row whose noise is computed in full
 _ROUGH = 0.1  # above the error of _rough_gumbel
-
-
-def _argmax(scores: Tensor) -> Tensor:
-    """[N, V] -> [N], the first of equals. By blocks: a maximum is vectorised, an argmax is not."""
-    width = math.gcd(scores.shape[-1], _BLOCK)
-    if width < _BLOCK // 8:
-        return scores.argmax(-1)
-    blocks = scores.unflatten(-1, (-1, width))
-    best = blocks.amax(-1).argmax(-1, keepdim=True)  # [N, 1]
-    inside = blocks.take_along_dim(best[..., None], 1).argmax(-1)
-    return (best * width + inside).squeeze(-1)
 
 
 def _crossing(log_probs: Tensor, top_p: float, count: int) -> Tensor:

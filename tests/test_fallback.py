@@ -97,7 +97,7 @@ def test_a_drafter_that_always_misses_costs_a_few_percent():
     tokens = 24 * 128
     total, drafted = Acted().run(tokens, emitted=1, seconds=1.6)
     assert total <= 1.05 * tokens
-    assert sum(drafted[-300:]) > 0  # and it is tried again
+    assert sum(drafted[-600:]) > 0  # and it is tried again: a rest is 512 at most
 
 
 def test_a_drafter_that_pays_is_not_held_back():

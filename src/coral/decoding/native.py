@@ -65,7 +65,7 @@ class _Job(Structure):
 
 
 class NativeDrafter:
-    """Grows trees with a drafter on the CPU; see `of`."""
+    """Grows trees with a drafter on the CPU, with copies of its weights as they are now; see `of`."""
 
     def __init__(self, library: CDLL, drafter: Drafter, target: Target) -> None:
         config, layers = drafter.config, []
@@ -164,15 +164,16 @@ class NativeDrafter:
         return cos[0].contiguous(), sin[0].contiguous()
 
     def _matrix(self, linear: nn.Linear) -> _Numbers:
-        self._owned.append(linear.weight.bfloat16())
+        self._owned.append(linear.weight.detach().bfloat16().contiguous())
         return _numbers(self._owned[-1])
 
     def _vector(self, values: Tensor) -> int:
-        self._owned.append(values.float())
+        self._owned.append(values.detach().float().contiguous())
         return self._owned[-1].data_ptr()
 
 
 def _numbers(tensor: Tensor) -> _Numbers:
+    assert tensor.is_contiguous()
     return _Numbers(tensor.data_ptr(), tensor.dtype == torch.float32)
 
 

@@ -62,10 +62,8 @@ def test_weights_that_bfloat16_can_hold_take_half_and_multiply_the_same(rows, in
     x, weight = torch.randn(rows, inputs), torch.randn(width, inputs)
     assert few_rows.pack(weight).dtype == torch.float32
     held = weight.bfloat16().float()
-    packed, one_off = (
-        few_rows.pack(held),
-        torch.cat([held, weight[:1]]),
-    )  # one weight more that it cannot hold
+    packed = few_rows.pack(held)
+    one_off = torch.cat([held, weight[:1]])  # one row more that it cannot hold
     assert packed.dtype == torch.bfloat16
     wide = torch.ops.coral.linear(x, few_rows.pack(one_off), None, width + 1)
     assert torch.equal(torch.ops.coral.linear(x, packed, None, width), wide[:, :width])

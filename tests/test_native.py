@@ -43,10 +43,9 @@ def pair(dtype=torch.float32, biased=False, **options):
 
 
 def proposers(target, drafter, head):
-    slow = Feature(drafter, target, head(target))
-    fast = Feature(drafter, target, head(target))
-    fast._native = NativeDrafter.of(drafter, target)
+    fast, slow = (Feature(drafter, target, head(target)) for _ in range(2))
     assert fast._native is not None
+    slow._native = None
     return fast, slow
 
 
@@ -95,15 +94,20 @@ def test_trees_are_those_of_levels(head, options):
                 torch.testing.assert_close(quick_rows, rows, rtol=1e-4, atol=1e-4)
 
 
-def test_threads_share_the_work(monkeypatch):
+@pytest.fixture
+def threads():
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
+
+
+def test_threads_share_the_work(threads):
     """Stops buffers that are made for another number of threads, and parts that two or none of them do."""
     target, drafter = pair()
     trees = []
-    for threads in (1, 3):
-        monkeypatch.setattr(torch, "threads", torch.set_num_threads(threads), raising=False)
+    for count in (1, 3):
+        threads(count)
         fast, _ = proposers(target, drafter, FullHead)
         trees.append(draft(target, fast, BUDGETS[1], Sampling(), 4)[0])
-    torch.set_num_threads(1)
     for one, other in zip(*trees, strict=True):
         assert one.tokens.tolist() == other.tokens.tolist()
         assert one.parents.tolist() == other.parents.tolist()

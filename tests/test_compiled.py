@@ -11,6 +11,7 @@ import torch
 from tiny import HEADS, Bushes, Recorder, prompt_of, random_drafter, tiny_target, write
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from coral import cpp
 from coral.decoding.proposers.feature import Feature
 from coral.decoding.proposers.plain import Plain
 from coral.decoding.sampling import Sampling
@@ -84,6 +85,29 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch):
     monkeypatch.setattr("coral.cpp.shutil.which", lambda name: None)
     with pytest.raises(CoralError, match="install g\\+\\+, or do not compile"):
         tiny_target().compiled((1,))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_a_source_is_built_once_for_all_processes(monkeypatch, tmp_path, capsys):
+    """Stops two seconds of looking for vector units at the start of each command."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    source = tmp_path / "one.cpp"
+    source.write_text('extern "C" int one() { return 1; }')
+    assert cpp.build(source).one() == 1
+    assert "Building one.cpp" in capsys.readouterr().err
+    cpp.build.cache_clear()
+    monkeypatch.setattr(cpp, "_build", None)
+    assert cpp.build(source).one() == 1
+
+
+def test_decoding_does_without_what_the_compiler_refuses(monkeypatch, tmp_path, capsys):
+    """Stops a broken compiler from breaking commands that never asked to compile."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    source = tmp_path / "broken.cpp"
+    source.write_text("no C++")
+    assert cpp.build(source) is None
+    if shutil.which("g++"):
+        assert "broken.cpp cannot be built" in capsys.readouterr().err
 
 
 def test_kernels_outlive_the_machine(monkeypatch, tmp_path):

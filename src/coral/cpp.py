@@ -10,6 +10,9 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
+from coral.errors import CoralError
+from coral.files import atomic_text
+
 _CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -28,21 +31,33 @@ def use_own_cache() -> None:
 
 @cache
 def build(source: Path) -> CDLL | None:
-    """A source, built once for all processes, as a library. None without a compiler, or where it knows no
-    vector unit of this processor.
+    """A source, built once for all processes, as a library. None where that cannot be: no compiler, one that
+    knows no vector unit of this processor, or that fails, which is said.
     """
     import torch
-    from torch._inductor.codecache import CppCodeCache  # not for commands that never compile
-    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 
     use_own_cache()
+    text = source.read_text(encoding="utf-8")
+    made_for = torch.__version__, torch.backends.cpu.get_cpu_capability(), text
+    key = sha256(repr(made_for).encode()).hexdigest()[:16]
+    known = Path(os.environ[_CACHE_DIR]) / f"{source.stem}-{key}"  # the path of the library
+    try:
+        # To ask torch, whose compiler tries out this processor first, takes two seconds.
+        if known.exists() and (library := Path(known.read_text(encoding="utf-8"))).exists():
+            return CDLL(str(library))
+        return _build(source.name, text, known)
+    except (OSError, RuntimeError, CoralError) as error:  # RuntimeError: the compiler's
+        print(f"{source.name} cannot be built, so decoding does without: {error}"[:500], file=sys.stderr)
+        return None
+
+
+def _build(name: str, text: str, known: Path) -> CDLL | None:
+    from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
     if not has_compiler() or not valid_vec_isa_list():
         return None
-    text = source.read_text(encoding="utf-8")
-    content = sha256(f"{torch.__version__}{text}".encode()).hexdigest()
-    built = Path(os.environ[_CACHE_DIR]) / f"{source.stem}-{content[:16]}"
-    if not built.exists():
-        print(f"Building {source.name} for this processor, once: half a minute ...", file=sys.stderr)
+    print(f"Building {name} for this processor, once: half a minute ...", file=sys.stderr)
     library: CDLL = CppCodeCache.load(text, needs_vec_isa=True)
-    built.touch()
+    atomic_text(known, library._name)
     return library

@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <limits>
 #include <numeric>
-#include <utility>
 #include <vector>
 
 namespace {
@@ -64,8 +63,8 @@ struct Job {
   int64_t num_rows, length;  // accepted rows, and how many the cache holds before them
   const int64_t* ids;
   const float* features;  // [num_rows, h]
-  int64_t top_k, max_depth, num_nodes, pool;
-  float min_gain, temperature;  // temperature 0: no noise
+  int64_t top_k, max_depth, num_nodes, pool;  // pool 0: no noise is added
+  float min_gain, temperature;
   uint64_t stream;
 
   int64_t *tree_ids, *tree_parents;  // [num_nodes + 1], as scores
@@ -408,15 +407,14 @@ struct Draft {
       mass[own][r] = at::vec::map_reduce_all<float>([highest](Vec v) { return (v - Vec(highest)).exp(); },
                                                     [](Vec a, Vec b) { return a + b; }, begin, end - begin);
       most[own][r] = highest;
-      if (job.temperature > 0) continue;
-      Best found_here = best[own][r];
+      if (job.pool > 0) continue;
+      Best& found_here = best[own][r];
       float bar = kNever;
       for (const float* score = begin; score < end; score++)
         if (*score > bar) {
           found_here.add(*score, score - &logits[r * all]);
           bar = found_here.bar();
         }
-      best[own][r] = std::move(found_here);
     }
     wait_for_all();
     for (int64_t r = own; r < count; r += omp_get_num_threads()) found[r] = children(r);
@@ -429,7 +427,7 @@ struct Draft {
     for (size_t t = 0; t < mass.size(); t++) sum += mass[t][r] * std::exp(most[t][r] - highest);
     const float all = highest + std::log(sum);
     Best chosen{best[0][r].count, {}};
-    if (job.temperature == 0) {
+    if (job.pool == 0) {
       for (const auto& part : best)
         for (const Child& child : part[r].kept) chosen.add(child.score - all, child.id);
     } else {

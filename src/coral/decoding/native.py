@@ -20,6 +20,7 @@ from coral.decoding.state import Committed, State
 from coral.decoding.tree import Budget, DraftTree
 from coral.drafter.drafter import Drafter, DraftLayer
 from coral.drafter.reduced import Table
+from coral.few_rows import DTYPES
 from coral.target import Target
 
 MOST_ROWS = 64
@@ -108,7 +109,7 @@ class NativeDrafter:
         weights = [*drafter.parameters(), target.embedding_weight, target.head_weight]
         if (
             any(weight.device.type != "cpu" for weight in weights)
-            or any(weight.dtype not in (torch.float32, torch.bfloat16) for weight in weights)
+            or any(weight.dtype not in DTYPES for weight in weights)
             or config.hidden_act != "silu"
             or any(size % _MULTIPLE for size in sizes)
         ):
@@ -151,7 +152,7 @@ class NativeDrafter:
         job.num_rows, job.length, job.ids, job.features = n, length, _data(ids), _data(features)
         job.top_k, job.max_depth, job.num_nodes = budget.top_k, budget.max_depth, most
         job.min_gain, job.pool = budget.min_gain, pool
-        job.temperature = state.sampling.temperature if pool else 0.0
+        job.temperature = state.sampling.temperature
         job.stream = state.sampling.stream(state.sequence_id)
         job.tree_ids, job.tree_parents, job.tree_scores = _data(tree_ids), _data(parents), _data(scores)
         self._run(byref(job))

@@ -6,6 +6,7 @@ Both are cheap for any number of nodes, since what they multiply does not depend
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +38,6 @@ class StaticHead:
     def __init__(self, target: Target, ids: Tensor) -> None:
         self.ids = ids.to(target.head_weight.device)
         self.rows = rows_of(target, self.ids)
-        bias = self.rows.bias
-        self._table = Table(self.rows.weight.bfloat16(), None if bias is None else bias.float(), self.ids)
         self.vocab_size = target.vocab_size
         self.num_bytes = num_bytes(self.rows)
 
@@ -49,6 +48,11 @@ class StaticHead:
 
     def table(self, state: Any) -> Table:
         return self._table
+
+    @cached_property
+    def _table(self) -> Table:
+        bias = self.rows.bias
+        return Table(self.rows.weight.bfloat16(), None if bias is None else bias.float(), self.ids)
 
     def log_probs(self, features: Tensor) -> Tensor:
         """[N, V] float32; ids that are left out have -inf."""

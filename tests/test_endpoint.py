@@ -361,8 +361,10 @@ def test_ctrl_c_loses_nothing_that_was_finished(tmp_path: Path) -> None:
     source = conversations(tmp_path / "c.jsonl", [[f"turn {i}"] for i in range(20)])
     with serving() as server:
         server.on_request = lambda: len(server.bodies) == 8 and signal.raise_signal(signal.SIGINT)  # type: ignore[func-returns-value]
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
         with pytest.raises(KeyboardInterrupt):
             run(source, tmp_path / "out.jsonl", server, concurrency=1)
+        signal.signal(signal.SIGINT, before)
         server.on_request = None
         done = len(lines(tmp_path / "out.jsonl"))
         assert 7 <= done <= 8

@@ -129,7 +129,7 @@ def test_the_next_process_finds_the_kernels(tmp_path):
     """Stops source that differs from process to process, and so is compiled by each."""
     code = (
         "import torch; from coral.compiled import compiled; layer = torch.nn.Linear(64, 64)\n"
-        "with torch.inference_mode(): compiled(layer.forward, torch.device('cpu'))(torch.ones(2, 64))"
+        "with torch.inference_mode(): compiled(layer.forward, torch.device('cpu'), 1)(torch.ones(2, 64))"
     )
     environment = {
         **os.environ,

@@ -130,7 +130,9 @@ def test_compiled_products_of_few_rows_are_ours(monkeypatch):
     for model, rows in ((one, 3), (other, 3), (other, 5), (one, few_rows.MOST_ROWS + 1)):
         x = torch.randn(rows, 48)
         with torch.inference_mode():
-            torch.testing.assert_close(compiled(model.forward, x.device)(x), model(x), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                compiled(model.forward, x.device, 1)(x), model(x), rtol=1e-5, atol=1e-5
+            )
     assert [len(nodes) for nodes in products] == [3, 3, 3, 0]  # two of the four read the same rows
     assert [id(weight) for weight in packed[1]] == [id(weight) for weight in packed[2]]
     assert len({id(weight) for weight in packed[0] + packed[1]}) == 6

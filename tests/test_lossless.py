@@ -214,7 +214,7 @@ def test_law_is_the_targets(counted, name):
 
 def emit_the_draft(monkeypatch):
     """A walk that takes the first drafted child, whatever the target says."""
-    monkeypatch.setattr(DraftTree, "walk", lambda tree, samples: ([0, 1], samples[1]))
+    monkeypatch.setattr(DraftTree, "walk", lambda tree, samples: [0, 1])
 
 
 def wrong_position(monkeypatch):

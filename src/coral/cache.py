@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 from transformers.cache_utils import Cache, DynamicLayer
 
+from coral.device import upload
+
 
 class _Buffer:
     """The keys and values of all layers, which are alike in shape, as one tensor [2 * layers, ...].
@@ -118,8 +120,8 @@ class KVCache(Cache):
     def keep(self, start: int, rows: Sequence[int] = ()) -> None:
         """Keep rows [0, start) and start + rows (ascending), moved to directly follow; drop all others."""
         if rows and rows[-1] != len(rows) - 1:
-            offsets = torch.tensor(rows) + start
-            index = {device: offsets.to(device) for device in {layer.keys.device for layer in self.layers}}
+            devices = {layer.keys.device for layer in self.layers}
+            index = {device: upload([start + row for row in rows], device) for device in devices}
             storage = self.storage if self.buffer.whole is None else [self.buffer.whole]
             moved = [tensor.index_select(-2, index[tensor.device]) for tensor in storage]
             torch._foreach_copy_([tensor[..., start : start + len(rows), :] for tensor in storage], moved)

@@ -19,12 +19,17 @@ from transformers.cache_utils import Cache, DynamicLayer
 from coral import cpp, few_rows
 from coral.cache import KVCache
 from coral.errors import CoralError
+from coral.graphs import Replayed
 
 _NUMBERS: dict[str, int] = {}  # of frozen weights, in the order in which this process compiles them
 
 
-def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """A function or bound method compiled for fixed shapes; on the CPU weights are frozen in and packed.
+def compiled(function: Callable[..., Any], device: torch.device, inputs: int) -> Callable[..., Any]:
+    """A function or bound method compiled for fixed shapes. On the CPU weights are frozen in and packed; on a
+    GPU it is recorded and replayed.
+
+    Args:
+        inputs: how many tensors the function takes before the storage of a cache.
 
     Raises:
         CoralError: compiling for the CPU needs a C++ compiler, and there is none.
@@ -34,7 +39,8 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
     # Another model must then not find this one's graphs, which hang on the code object: hence one of its own.
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
     if device.type != "cpu":
-        return torch.compile(_own_code(function), dynamic=False, options=options)
+        run: Callable[..., Any] = torch.compile(_own_code(function), dynamic=False, options=options)
+        return Replayed(run, inputs) if device.type == "cuda" else run
     if not cpp.has_compiler():
         raise CoralError(
             "compiling needs a C++ compiler, and this machine has none; install g++, or do not compile "

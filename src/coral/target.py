@@ -25,8 +25,10 @@ from transformers import (
 from coral.attention import GROUPED_SDPA
 from coral.cache import KVCache, pack
 from coral.compiled import compiled, fix, fixed_cache
+from coral.device import upload
 from coral.errors import CoralError
 from coral.files import refuse_missing
+from coral.graphs import steady
 from coral.packed import pack_linears
 from coral.support import check_supported, context_length
 
@@ -178,7 +180,7 @@ class Target:
         """
         target = copy(self)
         target.sizes = tuple(sorted(set(rows)))
-        target._decode = compiled(self._forward_and_score, self.device)
+        target._decode = compiled(self._forward_and_score, self.device, inputs=5)
         return target
 
     def _size(self, states: Sequence[State], counts: list[int]) -> int | None:
@@ -222,9 +224,13 @@ class Target:
         return self._run(input_ids, positions, mask, cache=None)
 
     def new_cache(self, capacity: int) -> KVCache:
-        """An empty KV cache with room for `capacity` rows (it grows when that is not enough)."""
+        """An empty KV cache with room for `capacity` rows or more (it grows when that is not enough)."""
         apart = hasattr(self.model, "hf_device_map")  # accelerate's, of several devices
-        return KVCache(self.config.num_hidden_layers, capacity, apart)
+        return KVCache(self.config.num_hidden_layers, self.room(capacity), apart)
+
+    def room(self, capacity: int) -> int:
+        """The capacity of a cache for so many rows: one that many texts share, if forwards are recorded."""
+        return steady(capacity) if self.sizes and self.device.type == "cuda" else capacity
 
     @torch.inference_mode()
     def prefill(self, states: Sequence[State]) -> list[Committed]:
@@ -237,7 +243,7 @@ class Target:
             pieces = [torch.empty(0, self.hidden_size, dtype=self.dtype, device=self.device)]
             for begin in range(start, end, _PREFILL_CHUNK):
                 rows = range(begin, min(begin + _PREFILL_CHUNK, end))
-                ids = torch.tensor([state.tokens[begin : rows.stop]], device=self.device)
+                ids = upload(state.tokens[begin : rows.stop], self.device)[None]
                 positions = torch.arange(begin, rows.stop, device=self.device)
                 key_positions = torch.arange(rows.stop, device=self.device)
                 allowed = key_positions[None, :] <= positions[:, None]
@@ -262,21 +268,22 @@ class Target:
         counts = [len(tree) for tree in trees]
         size = self._size(states, counts)
         lengths = [state.cache.length for state in states]
-        ids = torch.cat([tree.tokens for tree in trees])[None].to(self.device)
-        depths = [length + tree.depth for length, tree in zip(lengths, trees, strict=True)]
-        if (last := max(int(depth.max()) for depth in depths)) >= self.context_length:
+        trees = [tree.to(self.device) for tree in trees]
+        last = max(length + tree.max_depth for length, tree in zip(lengths, trees, strict=True))
+        if last >= self.context_length:
             raise CoralError(
                 f"a draft tree reaches position {last}, but the target's context is {self.context_length}; "
                 "rotary frequencies may change there; a proposer must keep to budget.within(state.remaining)."
             )
-        positions = torch.cat(depths)[None].to(self.device)
+        ids = torch.cat([tree.tokens for tree in trees])[None]
+        depths = [length + tree.depth for length, tree in zip(lengths, trees, strict=True)]
+        positions = torch.cat(depths)[None]
         mask, key_positions = _pack_mask(lengths, trees, depths)
-        mask, key_positions = mask.to(self.device), key_positions.to(self.device)
         if size is None:
             # In plain decoding one row sees everything, and a kernel without a mask is faster.
             allowed = None if counts == [1] else mask
             cache = pack([state.cache for state in states], counts)
-            features = self._forward(ids, positions, allowed, key_positions, cache)[0]
+            features = self._forward(ids, positions, allowed, key_positions, cache, last + 1)[0]
             return list(self.head(features).split(counts)), list(features.split(counts))
         allowed, slots, storage = fix(states[0].cache, size, mask)
         ids, positions = (F.pad(rows, (0, size - counts[0])) for rows in (ids, positions))
@@ -296,7 +303,8 @@ class Target:
         for state, path, rows in zip(states, paths, features, strict=True):
             start = len(state.tokens) - 1 - len(path)
             state.cache.keep(start, path)
-            committed.append(Committed(state.tokens[start + 1 :], rows[path], start))
+            kept = rows[upload(path, rows.device)]
+            committed.append(Committed(state.tokens[start + 1 :], kept, start))
         return committed
 
     def _forward(
@@ -306,12 +314,15 @@ class Target:
         allowed: Tensor | None,
         key_positions: Tensor | None,
         cache: Any,
+        length: int = 0,
     ) -> Tensor:
-        """Features [B, N, h]; `allowed` [B, N, keys] bool says who attends to whom, before any window."""
+        """Features [B, N, h]; `allowed` [B, N, keys] bool says who attends to whom, before any window. None:
+        the one row to all `length` rows.
+        """
         window = self._window
-        if allowed is None and window is not None and int(positions.max()) >= window:
-            key_positions = torch.arange(int(positions.max()) + 1, device=ids.device)[None]
-            allowed = torch.ones(1, 1, key_positions.shape[1], dtype=torch.bool, device=ids.device)
+        if allowed is None and window is not None and length > window:
+            key_positions = torch.arange(length, device=ids.device)[None]
+            allowed = torch.ones(1, 1, length, dtype=torch.bool, device=ids.device)
         mask: Any = None
         if allowed is not None:
             assert key_positions is not None
@@ -369,10 +380,13 @@ class Target:
 def _pack_mask(lengths: list[int], trees: Sequence[DraftTree], depths: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Mask [1, rows, keys] and key positions [1, keys] of packed trees: a block a sequence, no padding."""
     blocks = [
-        torch.cat([torch.ones(len(tree), length, dtype=torch.bool), tree.mask], 1)
+        torch.cat([tree.mask.new_ones(len(tree), length), tree.mask], 1)
         for length, tree in zip(lengths, trees, strict=True)
     ]
-    keys = [torch.cat([torch.arange(length), depth]) for length, depth in zip(lengths, depths, strict=True)]
+    keys = [
+        torch.cat([torch.arange(length, device=depth.device), depth])
+        for length, depth in zip(lengths, depths, strict=True)
+    ]
     return torch.block_diag(*blocks).bool()[None], torch.cat(keys)[None]
 
 

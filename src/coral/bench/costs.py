@@ -90,8 +90,8 @@ def dtype_name(target: Target) -> str:
 class RefusedTree(DraftTree):
     """A tree of which nothing is accepted."""
 
-    def walk(self, samples: list[int]) -> tuple[list[int], int]:
-        return [0], samples[0]
+    def walk(self, samples: list[int]) -> list[int]:
+        return [0]
 
 
 class PlainPadded:

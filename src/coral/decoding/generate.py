@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Protocol
 
 from coral.decoding.state import Committed, Cycle, State
-from coral.decoding.tree import Budget, DraftTree
+from coral.decoding.tree import Budget, DraftTree, read
 from coral.target import Target
 
 
@@ -38,30 +38,31 @@ def generate(
     committed = target.prefill(live)
     while live:
         begin = perf_counter()
-        trees = proposer.propose(live, committed, budget)
+        trees = [tree.to(target.device) for tree in proposer.propose(live, committed, budget)]
         for state, rows in zip(live, committed, strict=True):
             state.rows_read = rows.start + len(rows.tokens)
         drafted = perf_counter()
         logits, features = target.verify(live, trees)
         for state, tree, scores in zip(live, trees, logits, strict=True):
             state.tree, state.logits = tree, scores
-        samples = [
-            state.sampling.sample(scores, len(state.tokens) + tree.depth, state.sequence_id).tolist()
+        written = [
+            state.sampling.sample(scores, len(state.tokens) + tree.depth, state.sequence_id)
             for state, tree, scores in zip(live, trees, logits, strict=True)
         ]
+        trees, samples = read(trees, written)
         verified = perf_counter()
         paths, outcomes = [], []
         for state, tree, sample in zip(live, trees, samples, strict=True):
-            path, bonus = tree.walk(sample)
-            emitted = [*tree.tokens[path[1:]].tolist(), bonus]
+            path = tree.walk(sample)
+            emitted = [sample[node] for node in path]
             taken = state.extend(emitted)
             paths.append(path[:taken])  # the end may fall inside the path: the cache is cut there too
             outcomes.append((tree, emitted[:taken], len(path) - 1, taken < len(emitted)))
         committed = target.keep(live, paths, features)
         times = (drafted - begin, verified - drafted, perf_counter() - begin)
         for state, (tree, tokens, accepted, cut) in zip(live, outcomes, strict=True):
-            depth = int(tree.depth.max())
-            state.cycle = Cycle(tokens, len(tree) - 1, accepted, depth, tree.num_forwards, cut, *times)
+            nodes, depth = len(tree) - 1, tree.max_depth
+            state.cycle = Cycle(tokens, nodes, accepted, depth, tree.num_forwards, cut, *times)
         yield [state.cycle for state in live if state.cycle]
         kept = [(state, rows) for state, rows in zip(live, committed, strict=True) if not state.done]
         live, committed = [state for state, _ in kept], [rows for _, rows in kept]

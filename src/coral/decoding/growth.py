@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from coral.decoding.tree import Budget, DraftTree, best_nodes
+from coral.device import has_queue
 
 
 class Rows(NamedTuple):
@@ -28,7 +29,8 @@ class Rows(NamedTuple):
 
 
 class Growth:
-    """The tree of one sequence.
+    """The tree of one sequence. On a GPU it grows as deep as the budget allows, since `min_gain` would have
+    to be waited for.
 
     Args:
         root: the sequence's last token.
@@ -71,7 +73,9 @@ class Growth:
         self._count += n * k
         self.depth += 1
         self.wants_more = self.depth < self.budget.max_depth and (
-            self.budget.min_gain == 0 or float(self.scores.exp().sum()) >= self.budget.min_gain
+            self.budget.min_gain == 0
+            or has_queue(ids.device)
+            or float(self.scores.exp().sum()) >= self.budget.min_gain
         )
         if not self.wants_more:
             return
@@ -83,15 +87,16 @@ class Growth:
         """Rerank all nodes and keep the best; indices are renumbered, parents first."""
         if not self._levels:
             return DraftTree.root(self.root)
-        ids, scores, parents = (torch.cat(parts).cpu() for parts in zip(*self._levels, strict=True))
+        ids, scores, parents = (torch.cat(parts) for parts in zip(*self._levels, strict=True))
         kept = best_nodes(scores, self.budget.num_nodes)
-        new_index = torch.zeros(self._count, dtype=torch.int64)
-        new_index[kept + 1] = torch.arange(1, len(kept) + 1)
+        new_index = parents.new_zeros(self._count)
+        new_index[kept + 1] = torch.arange(1, len(kept) + 1, device=kept.device)
         return DraftTree(
-            tokens=torch.cat([torch.tensor([self.root]), ids[kept]]),
-            parents=torch.cat([torch.tensor([-1]), new_index[parents[kept]]]),
-            scores=torch.cat([torch.zeros(1), scores[kept]]),
+            tokens=torch.cat([ids.new_full((1,), self.root), ids[kept]]),
+            parents=torch.cat([parents.new_full((1,), -1), new_index[parents[kept]]]),
+            scores=torch.cat([scores.new_zeros(1), scores[kept]]),
             num_forwards=self.depth,
+            levels=self.depth if has_queue(ids.device) else None,
         )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coral.device import has_queue, upload
 from coral.errors import CoralError
 
 _MASK64 = (1 << 64) - 1
@@ -60,7 +61,9 @@ class Sampling:
             kth = log_probs.topk(self.top_k, dim=-1).values[..., -1:]
             log_probs = log_probs.masked_fill(log_probs < kth, -math.inf)
         if self.top_p < 1:
-            least = _crossing(log_probs, self.top_p, min(_LIKELY, log_probs.shape[-1]))
+            size = log_probs.shape[-1]
+            count = size if has_queue(log_probs.device) else min(_LIKELY, size)
+            least = _crossing(log_probs, self.top_p, count)
             log_probs = log_probs.masked_fill(log_probs < least[:, None], -math.inf)
         return log_probs
 
@@ -75,9 +78,9 @@ class Sampling:
     def sample(self, logits: Tensor, positions: Tensor, sequence_id: int | Sequence[int]) -> Tensor:
         """[N, V] target logits, [N] positions -> [N] int64 tokens the target writes at these positions.
 
-        The argmax of `scores`, of which only the few that can be the largest are computed in full.
+        The argmax of `scores`, of which on a CPU only the few that can be the largest are computed in full.
         """
-        if self.temperature == 0 or logits.shape[-1] <= _RIVALS:
+        if self.temperature == 0 or logits.shape[-1] <= _RIVALS or has_queue(logits.device):
             return self.scores(logits, positions, sequence_id).argmax(-1)
         processed = self.process(logits)
         ids = torch.arange(logits.shape[-1], device=logits.device)
@@ -104,12 +107,20 @@ class Sampling:
         """64 bits that a sequence's noise is made from."""
         return _splitmix(_splitmix(self.seed & _MASK64) ^ (sequence_id & _MASK64))
 
+    def _halves(self, sequence_id: int) -> tuple[int, int]:
+        """The stream as two signed integers of 32 bits, the lower first."""
+        stream = self.stream(sequence_id)
+        return _signed32(stream & 0xFFFFFFFF), _signed32(stream >> 32)
+
     def _bits(self, positions: Tensor, sequence_id: int | Sequence[int], ids: Tensor) -> Tensor:
         """24 random bits [N, K] int32."""
-        sequences = [sequence_id] if isinstance(sequence_id, int) else sequence_id
-        streams = [self.stream(i) for i in sequences]
-        halves = [[_signed32(x & 0xFFFFFFFF), _signed32(x >> 32)] for x in streams]
-        low, high = torch.tensor(halves, dtype=torch.int32, device=positions.device).unbind(-1)
+        low: int | Tensor
+        high: int | Tensor
+        if isinstance(sequence_id, int):
+            low, high = self._halves(sequence_id)
+        else:
+            halves = torch.tensor([self._halves(i) for i in sequence_id], dtype=torch.int32)
+            low, high = upload(halves, positions.device).unbind(-1)
         rows = _mix(_mix(positions.to(torch.int32) ^ low) ^ high)[:, None]
         return (_mix(_mix(ids.to(torch.int32) + 0x3C6EF372) ^ rows) >> 8) & 0xFFFFFF
 

@@ -115,7 +115,7 @@ class Cycle:
     depth: levels of the tree below the root. num_forwards: drafter forwards.
     cut: the sequence ended inside the path, so the cycle does not count for tau.
     draft_seconds, verify_seconds, seconds: wall time of propose, of verify, and of the whole cycle; shared by
-    all sequences of the batch.
+    all sequences of the batch. A GPU is waited for in verify alone, so that its drafting counts there.
     """
 
     tokens: list[int]

@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from coral.device import has_queue, upload
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -43,16 +45,20 @@ DEFAULT = Budget(top_k=8, max_depth=6, num_nodes=15, min_gain=0.2)
 class DraftTree:
     """Nodes in an order in which every parent stands before its children.
 
-    tokens: [N] int64 on the CPU; tokens[0], the root, is the last token of the sequence.
-    parents: [N] int64 on the CPU; parents[0] = -1 and parents[i] < i.
-    scores: [N] float32 on the CPU; cumulative log-probability of the path, 0 at the root.
+    tokens: [N] int64; tokens[0], the root, is the last token of the sequence.
+    parents: [N] int64; parents[0] = -1 and parents[i] < i.
+    scores: [N] float32; cumulative log-probability of the path, 0 at the root.
     num_forwards: drafter forwards that the proposer spent on this tree.
+    levels: the depth is at most this, for a tree on a GPU, where to look at it is to wait; None: look.
+
+    All three are on one device: the CPU, or the GPU on which the tree grew.
     """
 
     tokens: Tensor
     parents: Tensor
     scores: Tensor
     num_forwards: int = 0
+    levels: int | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -60,19 +66,18 @@ class DraftTree:
     @classmethod
     def root(cls, token: int) -> DraftTree:
         """The tree of plain decoding: one node."""
-        return cls(torch.tensor([token]), torch.tensor([-1]), torch.zeros(1))
+        return cls(torch.tensor([token]), torch.tensor([-1]), torch.zeros(1), levels=0)
 
     @cached_property
     def mask(self) -> Tensor:
         """[N, N] bool: row i may attend to column j when j is i or an ancestor of i."""
         n = len(self)
-        reach = torch.eye(n)
-        if n > 1:
-            reach[torch.arange(1, n), self.parents[1:]] = 1.0
-        steps = 1
-        while steps < n - 1:  # each squaring doubles the reach of the ancestor closure
+        nodes = torch.arange(n, device=self.parents.device)
+        reach = ((nodes == self.parents[:, None]) | (nodes == nodes[:, None])).float()
+        steps, farthest = 1, n - 1 if self.levels is None else self.levels
+        while steps < farthest:  # each squaring doubles the reach of the ancestor closure
             closer = (reach @ reach).clamp_(max=1.0)
-            if torch.equal(closer, reach):
+            if self.levels is None and torch.equal(closer, reach):
                 break
             reach, steps = closer, 2 * steps
         return reach.bool()
@@ -82,22 +87,52 @@ class DraftTree:
         """[N] int64 distance from the root."""
         return self.mask.sum(-1) - 1
 
-    def walk(self, samples: list[int]) -> tuple[list[int], int]:
+    @property
+    def max_depth(self) -> int:
+        """Levels below the root, or more where that is not known without waiting."""
+        return int(self.depth.max()) if self.levels is None else self.levels
+
+    def to(self, device: torch.device) -> DraftTree:
+        """The same tree on a device; only the way to the CPU waits."""
+        if self.tokens.device == device:
+            return self
+        tokens, parents, scores = (upload(part, device) for part in (self.tokens, self.parents, self.scores))
+        levels = self.max_depth if has_queue(device) else None
+        return replace(self, tokens=tokens, parents=parents, scores=scores, levels=levels)
+
+    def walk(self, samples: list[int]) -> list[int]:
         """Follow the target's samples from the root.
 
         Args:
             samples: the token the target writes after each node, [N].
 
         Returns:
-            The path (node indices, root first) and the bonus token: the first sample that is no child. Only
-            target samples are ever emitted, so any tree is lossless.
+            The path: node indices, root first. Its samples are what is emitted, the last of them, which is no
+            child, as the bonus token; since it is only target samples, any tree is lossless.
         """
         tokens, parents = self.tokens.tolist(), self.parents.tolist()
         children = {(parents[i], tokens[i]): i for i in range(len(tokens) - 1, 0, -1)}
         path = [0]
         while (child := children.get((path[-1], samples[path[-1]]))) is not None:
             path.append(child)
-        return path, samples[path[-1]]
+        return path
+
+
+def read(trees: Sequence[DraftTree], samples: Sequence[Tensor]) -> tuple[list[DraftTree], list[list[int]]]:
+    """The trees on the CPU, and the target's samples [N] of each; all in one copy, the wait of a cycle."""
+    if not has_queue(samples[0].device):
+        return list(trees), [sample.tolist() for sample in samples]
+    parts = [
+        torch.stack([tree.tokens, tree.parents, tree.scores.view(torch.int32).long(), sample])
+        for tree, sample in zip(trees, samples, strict=True)
+    ]
+    here = []
+    for tree, part in zip(trees, torch.cat(parts, 1).cpu().split([*map(len, trees)], 1), strict=True):
+        tokens, parents, scores, sample = part
+        scores = scores.int().view(torch.float32)
+        tree = replace(tree, tokens=tokens, parents=parents, scores=scores, levels=None)
+        here.append((tree, sample.tolist()))
+    return [tree for tree, _ in here], [sample for _, sample in here]
 
 
 def merge(trees: Sequence[DraftTree], num_nodes: int) -> DraftTree:
@@ -108,7 +143,7 @@ def merge(trees: Sequence[DraftTree], num_nodes: int) -> DraftTree:
     """
     tokens, parents, scores = [int(trees[0].tokens[0])], [-1], [0.0]
     children: dict[tuple[int, int], int] = {}
-    for tree in trees:
+    for tree in (tree.to(torch.device("cpu")) for tree in trees):
         merged = {0: 0}  # node of this tree -> node of the result
         for node in _best_first(tree.scores, tree.depth).tolist()[1:]:
             if (parent := merged.get(int(tree.parents[node]))) is None:

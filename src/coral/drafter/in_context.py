@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from coral.device import upload
 from coral.drafter.reduced import Table
 from coral.drafter.vocabulary import special_ids
 from coral.target import Target
@@ -78,7 +79,7 @@ class _Window:
         self.size, vocab_size, device = size, len(self.weight), self.weight.device
         special = special_ids(target)
         self.arrived = -torch.arange(vocab_size + 1, device=device)
-        self.arrived[special] = torch.iinfo(torch.int64).max
+        self.arrived[upload(special, device)] = torch.iinfo(torch.int64).max
         first = self.arrived[:vocab_size].argsort(descending=True)[:size]
         self.ids = torch.cat([first, first.new_full((1,), vocab_size)])
         self.held = torch.zeros(vocab_size + 1, dtype=torch.bool, device=device)
@@ -111,8 +112,8 @@ class _Window:
         if state.tree is not None:
             arrivals.append(state.tree.tokens[1:].to(device))
             arrivals.append(likeliest(state.logits, _CANDIDATES).flatten().to(device))
-        text = torch.tensor([*dict.fromkeys(reversed(new))][::-1], dtype=torch.int64)
-        self.add(torch.cat([*arrivals, text.to(device, non_blocking=True)]))
+        text = upload([*dict.fromkeys(reversed(new))][::-1], device)
+        self.add(torch.cat([*arrivals, text]))
 
     @torch.inference_mode()
     def add(self, ids: Tensor) -> None:

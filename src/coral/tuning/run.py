@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -16,6 +16,7 @@ from coral.decoding.generate import Proposer, generate
 from coral.decoding.proposers.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.tree import DEFAULT, Budget
+from coral.device import has_queue
 from coral.errors import CoralError
 from coral.target import Target
 from coral.tuning.costs import Costs, measure
@@ -101,7 +102,7 @@ def tune(
             f"no prompt leaves room for {max_new_tokens} tokens in the target's context of "
             f"{target.context_length}; use shorter prompts or a smaller --max-new-tokens."
         )
-    rows = COMPILED_ROWS if compile else ROWS
+    rows, waits = COMPILED_ROWS if compile else ROWS, has_queue(target.device)
     with Progress(console=console, transient=True) as progress:
         if compile:
             target = target.compiled(rows)
@@ -117,7 +118,9 @@ def tune(
             sampling,
             progress=lambda: progress.advance(task),
         )
-        runs = {run.budget: run for run in simulate(texts, grid(max(rows) - 1))}
+        # On a GPU, growth does not stop early: that would have to be waited for.
+        gains, default = ((0.0,), replace(DEFAULT, min_gain=0.0)) if waits else (MIN_GAIN, DEFAULT)
+        runs = {run.budget: run for run in simulate(texts, grid(max(rows) - 1, gains))}
         predictions = {budget: _predict(run, costs) for budget, run in runs.items()}
         best = fastest([*predictions.values()])
         progress.update(task, description="decoding")
@@ -141,16 +144,16 @@ def tune(
     predicted = _predict(runs[best[0].budget], Costs.mean(meanwhile)).speedup
     by_cost = Prediction(chosen[1].budget, 1.0, 0.0, 0.0, 1 / costs.plain, 1.0)
     fast, slow = (way.tokens / way.seconds for way in chosen)
-    return Tuned(best, predictions[DEFAULT], by_cost, costs.plain_rows, predicted, (fast, slow))
+    return Tuned(best, predictions[default], by_cost, costs.plain_rows, predicted, (fast, slow))
 
 
-def grid(most_nodes: int) -> list[Budget]:
+def grid(most_nodes: int, min_gains: Sequence[float] = MIN_GAIN) -> list[Budget]:
     """The budgets that are compared, the default among them; none has more nodes than can grow."""
     return [
         Budget(top_k, max_depth, num_nodes, min_gain)
-        for top_k, max_depth, num_nodes, min_gain in product(TOP_K, MAX_DEPTH, NUM_NODES, MIN_GAIN)
+        for top_k, max_depth, num_nodes, min_gain in product(TOP_K, MAX_DEPTH, NUM_NODES, min_gains)
         if num_nodes <= min(most_nodes, everything(top_k, max_depth, 0).num_nodes)
-        and (max_depth > 1 or min_gain == MIN_GAIN[0])  # a single level is always grown
+        and (max_depth > 1 or min_gain == min_gains[0])  # a single level is always grown
     ]
 
 

@@ -20,6 +20,7 @@ from coral.decoding.growth import Growth, Rows
 from coral.decoding.native import MOST_ROWS, NativeDrafter
 from coral.decoding.state import Committed, State
 from coral.decoding.tree import Budget, DraftTree
+from coral.device import upload
 from coral.drafter.drafter import Drafter
 from coral.drafter.heads import FullHead, Head
 from coral.packed import pack_linears
@@ -99,7 +100,8 @@ class Feature:
         """The first draft step reads the accepted pairs; the last row is the root."""
         if not isinstance(state.memory, KVCache):
             room = budget.top_k * budget.max_depth + _MOST
-            state.memory = KVCache(len(self.drafter.layers), state.max_length + room)
+            capacity = self.target.room(state.max_length + room)
+            state.memory = KVCache(len(self.drafter.layers), capacity)
         cache = state.memory
         cache.keep(min(cache.length, pairs.start))
         growth = Growth(state.tokens[-1], _accepted(pairs, cache.length), budget.within(state.remaining))
@@ -147,7 +149,7 @@ class Feature:
         padded, slots, storage = fix(caches[0], size, allowed[None])
         ids, positions = (pad(part, (0, size - n)) for part in (ids, positions))
         features = pad(features, (0, 0, 0, size - n))
-        self._fixed = self._fixed or compiled(self._fixed_step, self.target.device)
+        self._fixed = self._fixed or compiled(self._fixed_step, self.target.device, inputs=5)
         return self._fixed(ids, features, positions, padded, slots, *storage)[:n]
 
     def _fixed_step(
@@ -178,7 +180,7 @@ def _accepted(pairs: Committed, length: int) -> Rows:
     device = pairs.features.device
     keys = torch.arange(length + len(pairs.tokens), device=device)
     positions = keys[length:]
-    ids = torch.tensor(pairs.tokens, device=device)
+    ids = upload(pairs.tokens, device)
     return Rows(ids, pairs.features, positions, keys[None, :] <= positions[:, None])
 
 
@@ -186,7 +188,7 @@ def _best(state: State, depth: int, ids: Tensor, log_probs: Tensor, top_k: int) 
     """Of ids and log-probabilities [n, pool], likeliest first, the best top_k under the sampler's noise."""
     sampling = state.sampling
     if sampling.temperature > 0:
-        position = torch.tensor([len(state.tokens) + depth], device=ids.device)
+        position = torch.full((1,), len(state.tokens) + depth, device=ids.device)
         noise = sampling.noise(position, state.sequence_id, ids)
         log_probs = ((sampling.process(log_probs) + noise) * sampling.temperature).log_softmax(-1)
     values, best = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)

@@ -4,8 +4,9 @@ Times a plain step, verification, and the draft step with four heads, on random 
 on what they are. Two ways: `eager`, each forward as the package runs it, and `prepared`, the same layers with
 all inputs on the device and, on CUDA, replayed from a CUDA graph: what is left once the host is out of the
 way. From these follows speedup / tau = 1 / (v + S c) of a tree, and with `--tau RESULTS.json`, the results of
-a `coral bench`, the speedup that its drafters would have at these sizes. Writes OUTPUT/results.json and
-OUTPUT/results.md. `--shape tiny --device cpu` tries it out in seconds.
+a `coral bench`, the speedup that its drafters would have at these sizes. Beside them stands what whole cycles
+take, as `--compile` decodes. Writes OUTPUT/results.json and OUTPUT/results.md. `--shape tiny --device cpu`
+tries it out in seconds.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -27,12 +29,17 @@ from coral.attention import GROUPED_SDPA
 from coral.bench.costs import Costs, verify_seconds
 from coral.bench.deepen import plain_bytes
 from coral.cache import KVCache
-from coral.decoding.tree import DEFAULT
+from coral.decoding.generate import Proposer, generate
+from coral.decoding.proposers.feature import Feature
+from coral.decoding.proposers.plain import Plain
+from coral.decoding.state import State
+from coral.decoding.tree import DEFAULT, Budget
 from coral.drafter.drafter import Drafter, DrafterConfig, num_bytes
 from coral.drafter.groups import contiguous
 from coral.drafter.heads import FullHead, Head
 from coral.drafter.reduced import StaticHead
 from coral.drafter.routed import RoutedHead, Router
+from coral.graphs import record
 from coral.target import Target
 
 SHAPES: dict[str, PreTrainedConfig] = {
@@ -52,6 +59,7 @@ SHAPES: dict[str, PreTrainedConfig] = {
 ROWS = (1, 8, 16, 32, 64)  # of a verification; 1 is a plain step
 WIDTHS = (1, 4, 8)  # nodes of a level
 TREES = ((16, 4), (16, 6), (32, 6), (64, 8))  # rows verified and draft steps, where no tau is given
+WARM_UPS = 3  # cycles, in which forwards are compiled and recorded
 CALLS = 10  # between two looks at the clock
 
 
@@ -130,18 +138,7 @@ def draft_step(
 
 def prepared(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """`run` as a CUDA graph; elsewhere as it is."""
-    if device.type != "cuda":
-        return run
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # what is made or compiled on first use
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    return record(run)[1] if device.type == "cuda" else run
 
 
 def seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
@@ -196,6 +193,32 @@ def measure(name: str, target: Target, context: int, repeats: int) -> list[dict[
                 step, score = (seconds(run, device, repeats) for run in runs)
                 read = num_bytes(drafter) + head.num_bytes
                 add(way, "draft", width, step, read, head=head_name, head_seconds=score)
+    return found
+
+
+def cycles(name: str, target: Target, context: int, repeats: int) -> list[dict[str, Any]]:
+    """Real cycles by tree and head, with plain steps first: median seconds; on CUDA compiled and replayed."""
+    with target.device:
+        drafter = Drafter(DrafterConfig.for_target(target.config)).to(target.dtype).eval()
+    fast = target
+    if target.device.type == "cuda":
+        fast = target.compiled([1, *(rows for rows, _ in TREES)])
+    prefix = torch.randint(target.vocab_size, (context + 1,)).tolist()
+
+    def timed(proposer: Proposer, budget: Budget) -> float:
+        deepest = len(prefix) + (repeats + WARM_UPS) * (budget.max_depth + 1)
+        state = State(list(prefix), deepest, fast.new_cache(deepest + budget.num_nodes))
+        run = islice(generate(fast, proposer, [state], budget), WARM_UPS + repeats)
+        return median([cycle.seconds for (cycle,) in run][WARM_UPS:])
+
+    plain = timed(Plain(), Budget(1, 0, 0))
+    found = [{"shape": name, "tree": "plain step", "head": "", "seconds": plain, "speedup_by_tau": 1.0}]
+    for head_name, head in heads_of(target):
+        for rows, steps in TREES:
+            taken = timed(Feature(drafter, fast, head), Budget(WIDTHS[-1], steps, rows - 1))
+            tree = f"{rows} rows, {steps} draft steps"
+            row = {"shape": name, "tree": tree, "head": head_name, "seconds": taken}
+            found.append({**row, "speedup_by_tau": plain / taken})
     return found
 
 
@@ -270,12 +293,18 @@ def markdown(results: dict[str, Any]) -> str:
                 sizes = [f"{row['rows']:.1f}", f"{row['steps']:.2f}", f"{row['v']:.2f}", f"{row['c']:.3f}"]
                 names = [row["tree"], row["way"], row["head"], tau]
                 lines.append(_line([*names, *sizes, f"{row['speedup_by_tau']:.2f}", speedup]))
+        lines += ["", "| cycle | head | ms | speedup / tau |", "|---|---|---|---|"]
+        for row in results["cycles"]:
+            if row["shape"] == shape:
+                numbers = [f"{1e3 * row['seconds']:.3f}", f"{row['speedup_by_tau']:.2f}"]
+                lines.append(_line([row["tree"], row["head"], *numbers]))
         lines.append("")
     return "\n".join(
         [
             *lines,
             f"Projected: speedup / tau = 1 / (v + S c) with c at {WIDTHS[-1]} nodes; the host's work between "
-            "forwards is not in it, and a tau was measured with its method's own head.",
+            "forwards is not in it, and a tau was measured with its method's own head. Cycles are measured "
+            "whole, as `--compile` decodes.",
             "",
             reproduce(results),
             "",
@@ -315,12 +344,16 @@ def main() -> None:
         "context": given.context,
         "bandwidth": bandwidth(device, given.repeats),
         "rows": [],
+        "cycles": [],
     }
     trees = trees_of(given.tau)
     for name in given.shape:
         if not _fits(SHAPES[name], device, dtype):
             continue
-        results["rows"] += measure(name, build(SHAPES[name], device, dtype), given.context, given.repeats)
+        target = build(SHAPES[name], device, dtype)
+        for part, run in (("rows", measure), ("cycles", cycles)):
+            results[part] += run(name, target, given.context, given.repeats)
+        del target
         gc.collect()  # the target is part of a circle, and the next one may need its room
         torch.cuda.empty_cache()
         results["projected"] = project(results["rows"], trees)

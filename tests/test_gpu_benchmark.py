@@ -44,6 +44,9 @@ def test_the_benchmark_runs_on_a_cpu(tau, tmp_path, monkeypatch, capsys):
     assert len(projected) == (4 if tau is None else 7) * 2 * 4
     for row in projected:
         assert row["speedup_by_tau"] == pytest.approx(1 / (row["v"] + row["steps"] * row["c"]))
+    cycles = results["cycles"]
+    assert len(cycles) == 1 + 4 * 4 and all(row["seconds"] > 0 for row in cycles)
+    assert all(row["speedup_by_tau"] == cycles[0]["seconds"] / row["seconds"] for row in cycles)
     if tau is not None:
         row = next(r for r in projected if r["tree"].startswith("shipped,"))
         assert row["tau"] == pytest.approx(3.008, abs=1e-3) and row["rows"] == pytest.approx(14.78, abs=0.01)

@@ -245,27 +245,35 @@ void attend_block(const Block<T>& block, const T* keys, const T* values, int64_t
 template <typename T>
 constexpr std::array kAttend{attend_block<T, 1>, attend_block<T, 2>, attend_block<T, 3>, attend_block<T, 4>};
 
+// The same numbers, with those of a row side by side.
+Tensor dense(const Tensor& rows) { return rows.stride(-1) == 1 ? rows : rows.contiguous(); }
+
 template <typename T>
 Tensor attend_all(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale) {
-  const Tensor queries = q.to(at::kFloat).contiguous(), keys = k.contiguous(), values = v.contiguous();
+  const Tensor queries = dense(q), allowed = dense(mask), keys = k.contiguous(), values = v.contiguous();
   const int64_t batch = q.size(0), heads = q.size(1), n = q.size(2), size = q.size(3);
-  const Tensor allowed = mask.expand({batch, 1, n, k.size(2)}).contiguous();
   const int64_t kv_heads = k.size(1), num_keys = k.size(2), rows = heads / kv_heads * n;  // rows of a k/v head
   Tensor output = at::empty({batch, n, heads, size}, q.options());
   const int64_t share = (batch * kv_heads * rows + at::get_num_threads() - 1) / at::get_num_threads();
   const int64_t most = std::clamp<int64_t>(share, 1, kQueries), blocks = (rows + most - 1) / most;
-  const float* x = queries.const_data_ptr<float>();
   const T *ks = keys.const_data_ptr<T>(), *vs = values.const_data_ptr<T>();
+  const auto place = [](const Tensor& tensor, int64_t b, int64_t head, int64_t i) {
+    return (tensor.size(0) == 1 ? 0 : b * tensor.stride(0)) + head * tensor.stride(1) + i * tensor.stride(2);
+  };
+  const T* x = queries.const_data_ptr<T>();
   const bool* seen = allowed.const_data_ptr<bool>();
   T* y = output.mutable_data_ptr<T>();
   at::parallel_for(0, batch * kv_heads * blocks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> copies(kQueries * size);
     for (int64_t task = begin; task < end; task++) {
       const int64_t pair = task / blocks, b = pair / kv_heads, first = task % blocks * most;
       Block<T> block;
       for (int64_t row = first; row < std::min(first + most, rows); row++) {
         const int64_t head = pair % kv_heads * (rows / n) + row / n, i = row % n;
-        block.queries[block.count] = x + ((b * heads + head) * n + i) * size;
-        block.allowed[block.count] = seen + (b * n + i) * num_keys;
+        float* copy = copies.data() + block.count * size;
+        convert<T, T>(x + place(queries, b, head, i), nullptr, size, copy);
+        block.queries[block.count] = copy;
+        block.allowed[block.count] = seen + place(allowed, b, 0, i);
         block.outputs[block.count++] = y + ((b * n + i) * heads + head) * size;
       }
       kAttend<T>[block.count - 1](block, ks + pair * num_keys * size, vs + pair * num_keys * size, num_keys, size,

@@ -23,14 +23,13 @@ using at::BFloat16;
 using at::Tensor;
 
 constexpr int64_t kLanes = Vec::size();
-constexpr int64_t kPanel = 16;                    // outputs whose weights stand together; few_rows.py packs them
-constexpr int64_t kParts = kPanel / kLanes;       // vectors that hold a panel
-constexpr int64_t kBlock = 256;                   // inputs at a time: at most 16 KiB of a panel
-constexpr int64_t kStride = kBlock + kPanel;      // between copied rows; a power of two would crowd the L1 cache
-constexpr int64_t kTile = kLanes == 16 ? 16 : 4;  // rows whose sums the registers hold
-constexpr int64_t kAhead = 3072;                  // bytes of weights between what is fetched and what is needed
-constexpr int64_t kQueries = 4;                   // rows that attend together,
-constexpr int64_t kKeys = 4;                      // and keys that they are multiplied with at a time
+constexpr int64_t kPanel = 16;                      // outputs whose weights stand together; few_rows.py packs them
+constexpr int64_t kParts = kPanel / kLanes;         // vectors that hold a panel
+constexpr int64_t kBlock = 256;                     // inputs at a time: at most 16 KiB of a panel
+constexpr int64_t kStride = kBlock + kPanel;        // between copied rows; a power of two would crowd the L1 cache
+constexpr int64_t kTile = kLanes == 16 ? 16 : 4;    // rows whose sums the registers hold
+constexpr int64_t kAhead = 3072;                    // bytes of weights between what is fetched and what is needed
+constexpr int64_t kQueries = kLanes == 16 ? 8 : 4;  // rows that attend together
 
 Vec load(const float* numbers) { return Vec::loadu(numbers); }
 
@@ -172,11 +171,11 @@ void add_values(const Block<T>& block, const float* weights, int64_t stride, con
 #pragma GCC unroll 2
     for (int64_t part = 0; part < C; part++) {
       const Vec value = load(values + key * size + c + part * kLanes);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int64_t r = 0; r < R; r++)
         sums[r][part] = at::vec::fmadd(value, Vec(weights[r * stride + key]), sums[r][part]);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int64_t r = 0; r < R; r++)
 #pragma GCC unroll 2
     for (int64_t part = 0; part < C; part++)
@@ -187,7 +186,8 @@ void add_values(const Block<T>& block, const float* weights, int64_t stride, con
 template <typename T, int64_t R>
 void attend_block(const Block<T>& block, const T* keys, const T* values, int64_t num_keys, int64_t size,
                   float scale) {
-  int64_t end = num_keys;  // one behind the last key that any row attends to
+  constexpr int64_t kKeys = R > 4 ? 2 : 4;  // multiplied at a time: as many sums as registers hold
+  int64_t end = num_keys;                   // one behind the last key that any row attends to
   const auto unseen = [&](int64_t key) {
     for (int64_t r = 0; r < R; r++)
       if (block.allowed[r][key]) return false;
@@ -202,16 +202,16 @@ void attend_block(const Block<T>& block, const T* keys, const T* values, int64_t
     for (int64_t i = 0; i < count; i += kKeys) {
       Vec sums[kKeys][R];
       for (int64_t c = 0; c < size; c += kLanes)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int64_t j = 0; j < kKeys; j++) {
           const Vec part = load(keys + std::min(first + i + j, end - 1) * size + c);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int64_t r = 0; r < R; r++)
             sums[j][r] = at::vec::fmadd(part, Vec::loadu(block.queries[r] + c), sums[j][r]);
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int64_t j = 0; j < kKeys; j++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int64_t r = 0; r < R; r++) sums[j][r].store(lanes[r] + (i + j) * kLanes);
     }
     for (int64_t r = 0; r < R; r++) {  // the lanes of all these keys are added at once, a key a lane
@@ -243,7 +243,8 @@ void attend_block(const Block<T>& block, const T* keys, const T* values, int64_t
   if (c < size) add_values<R, 1>(block, weights.data(), padded, values, end, size, c, shares);
 }
 template <typename T>
-constexpr std::array kAttend{attend_block<T, 1>, attend_block<T, 2>, attend_block<T, 3>, attend_block<T, 4>};
+constexpr std::array kAttend{attend_block<T, 1>, attend_block<T, 2>, attend_block<T, 3>, attend_block<T, 4>,
+                             attend_block<T, 5>, attend_block<T, 6>, attend_block<T, 7>, attend_block<T, 8>};
 
 // The same numbers, with those of a row side by side.
 Tensor dense(const Tensor& rows) { return rows.stride(-1) == 1 ? rows : rows.contiguous(); }

@@ -387,7 +387,8 @@ def _pack_mask(lengths: list[int], trees: Sequence[DraftTree], depths: list[Tens
         torch.cat([torch.arange(length, device=depth.device), depth])
         for length, depth in zip(lengths, depths, strict=True)
     ]
-    return torch.block_diag(*blocks).bool()[None], torch.cat(keys)[None]
+    mask = blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks).bool()
+    return mask[None], torch.cat(keys)[None]
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:

@@ -159,3 +159,26 @@ def pack(caches: list[KVCache], counts: list[int]) -> Cache:
     return Cache(
         layers=[PackedLayer(list(layers), counts) for layers in zip(*(c.layers for c in caches), strict=True)]
     )
+
+
+def pack_masks(lengths: list[int], masks: list[Tensor], new: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Who attends to whom in a packed forward: a block a sequence, no padding.
+
+    Args:
+        lengths: rows in each cache, all of which the new rows may attend to.
+        masks: [n, n] bool, who of a sequence's new rows may attend to whom.
+        new: [n] int64, their positions.
+
+    Returns:
+        The mask [1, rows, keys] and the keys' positions [1, keys].
+    """
+    blocks = [
+        torch.cat([mask.new_ones(len(mask), length), mask], 1)
+        for length, mask in zip(lengths, masks, strict=True)
+    ]
+    keys = [
+        torch.cat([torch.arange(length, device=positions.device), positions])
+        for length, positions in zip(lengths, new, strict=True)
+    ]
+    mask = blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks).bool()
+    return mask[None], torch.cat(keys)[None]

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 
 def has_queue(device: torch.device) -> bool:
     """Whether to look at a number there is to wait."""

@@ -242,9 +242,13 @@ void attend_block(const Block<T>& block, const T* keys, const T* values, int64_t
     add_values<R, 2>(block, weights.data(), padded, values, end, size, c, shares);
   if (c < size) add_values<R, 1>(block, weights.data(), padded, values, end, size, c, shares);
 }
+
+template <typename T, int64_t... R>
+constexpr auto attend_each_count(std::integer_sequence<int64_t, R...>) {
+  return std::array{attend_block<T, R + 1>...};
+}
 template <typename T>
-constexpr std::array kAttend{attend_block<T, 1>, attend_block<T, 2>, attend_block<T, 3>, attend_block<T, 4>,
-                             attend_block<T, 5>, attend_block<T, 6>, attend_block<T, 7>, attend_block<T, 8>};
+constexpr auto kAttend = attend_each_count<T>(std::make_integer_sequence<int64_t, kQueries>{});
 
 // The same numbers, with those of a row side by side.
 Tensor dense(const Tensor& rows) { return rows.stride(-1) == 1 ? rows : rows.contiguous(); }

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from coral.attention import GROUPED_SDPA
-from coral.cache import KVCache, pack
+from coral.cache import KVCache, pack, pack_masks
 from coral.compiled import compiled, fix, fixed_cache
 from coral.device import upload
 from coral.errors import CoralError
@@ -276,9 +276,9 @@ class Target:
                 "rotary frequencies may change there; a proposer must keep to budget.within(state.remaining)."
             )
         ids = torch.cat([tree.tokens for tree in trees])[None]
-        depths = [length + tree.depth for length, tree in zip(lengths, trees, strict=True)]
-        positions = torch.cat(depths)[None]
-        mask, key_positions = _pack_mask(lengths, trees, depths)
+        new = [length + tree.depth for length, tree in zip(lengths, trees, strict=True)]
+        positions = torch.cat(new)[None]
+        mask, key_positions = pack_masks(lengths, [tree.mask for tree in trees], new)
         if size is None:
             # In plain decoding one row sees everything, and a kernel without a mask is faster.
             allowed = None if counts == [1] else mask
@@ -375,20 +375,6 @@ class Target:
             return allowed[:, None]
         zero = torch.zeros((), dtype=self.dtype, device=allowed.device)
         return torch.where(allowed, zero, torch.finfo(self.dtype).min)[:, None]
-
-
-def _pack_mask(lengths: list[int], trees: Sequence[DraftTree], depths: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mask [1, rows, keys] and key positions [1, keys] of packed trees: a block a sequence, no padding."""
-    blocks = [
-        torch.cat([tree.mask.new_ones(len(tree), length), tree.mask], 1)
-        for length, tree in zip(lengths, trees, strict=True)
-    ]
-    keys = [
-        torch.cat([torch.arange(length, device=depth.device), depth])
-        for length, depth in zip(lengths, depths, strict=True)
-    ]
-    mask = blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks).bool()
-    return mask[None], torch.cat(keys)[None]
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:

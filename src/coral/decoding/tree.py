@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from coral.device import has_queue, upload
+from coral.device import CPU, has_queue, upload
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def merge(trees: Sequence[DraftTree], num_nodes: int) -> DraftTree:
     """
     tokens, parents, scores = [int(trees[0].tokens[0])], [-1], [0.0]
     children: dict[tuple[int, int], int] = {}
-    for tree in (tree.to(torch.device("cpu")) for tree in trees):
+    for tree in (tree.to(CPU) for tree in trees):
         merged = {0: 0}  # node of this tree -> node of the result
         for node in _best_first(tree.scores, tree.depth).tolist()[1:]:
             if (parent := merged.get(int(tree.parents[node]))) is None:

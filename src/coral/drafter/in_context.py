@@ -110,8 +110,8 @@ class _Window:
         device = self.ids.device
         arrivals = []
         if state.tree is not None:
-            arrivals.append(state.tree.tokens[1:].to(device))
-            arrivals.append(likeliest(state.logits, _CANDIDATES).flatten().to(device))
+            arrivals.append(state.tree.tokens[1:])
+            arrivals.append(likeliest(state.logits, _CANDIDATES).flatten())
         text = upload([*dict.fromkeys(reversed(new))][::-1], device)
         self.add(torch.cat([*arrivals, text]))
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from coral.decoding.generate import Proposer, generate
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Committed, State
 from coral.decoding.tree import Budget, DraftTree
+from coral.device import CPU
 from coral.target import Target
 
 
@@ -26,7 +25,6 @@ def everything(top_k: int, max_depth: int, min_gain: float) -> Budget:
 
 POOL = everything(top_k=10, max_depth=10, min_gain=0.05)
 """What is recorded. Budgets that go on where less than this `min_gain` is left hardly accept more."""
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class _Recorder:
     def propose(
         self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
     ) -> list[DraftTree]:
-        self.pools += [tree.to(_CPU) for tree in self.proposer.propose(states, committed, self.pool)]
+        self.pools += [tree.to(CPU) for tree in self.proposer.propose(states, committed, self.pool)]
         return [DraftTree.root(state.tokens[-1]) for state in states]
 
 

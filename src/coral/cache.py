@@ -117,6 +117,13 @@ class KVCache(Cache):
         """Keys and values of each layer in turn, [1, kv_heads, capacity, head_dim]."""
         return [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
 
+    def reserve(self, rows: int, like: Tensor) -> None:
+        """Make room for `rows` more rows; `like`: [1, kv_heads, any, head_dim], what they will be."""
+        for layer in self.layers:
+            if not layer.is_initialized:
+                layer.lazy_initialization(like, like)
+            layer.reserve(rows)
+
     def keep(self, start: int, rows: Sequence[int] = ()) -> None:
         """Keep rows [0, start) and start + rows (ascending), moved to directly follow; drop all others."""
         if rows and rows[-1] != len(rows) - 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from ctypes import CDLL
@@ -29,6 +30,13 @@ def use_own_cache() -> None:
         os.environ[_CACHE_DIR] = str(own)
 
 
+def _with_headers(source: Path) -> str:
+    """The text of a source with our own headers in it: torch compiles a text, which lies nowhere near them."""
+    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+    ours = re.compile(r'#include "(.*)"')
+    return "".join(_with_headers(source.parent / m[1]) if (m := ours.match(line)) else line for line in lines)
+
+
 @cache
 def build(source: Path) -> CDLL | None:
     """A source, built once for all processes, as a library. None where that cannot be: no compiler, one that
@@ -37,7 +45,7 @@ def build(source: Path) -> CDLL | None:
     import torch
 
     use_own_cache()
-    text = source.read_text(encoding="utf-8")
+    text = _with_headers(source)
     made_for = torch.__version__, torch.backends.cpu.get_cpu_capability(), text
     key = sha256(repr(made_for).encode()).hexdigest()[:16]
     known = Path(os.environ[_CACHE_DIR]) / f"{source.stem}-{key}"  # the path of the library

@@ -1,104 +1,14 @@
-// Products and attention of a few rows, float32 or bfloat16, on the CPU; few_rows.py binds them and says what for.
-//
-// All arithmetic is float32: bfloat16 numbers are widened when they are read, and results are rounded once.
-// A row's sums are made in one order, whatever the number of rows beside it: in a verification the products of a
-// node's row are, bit for bit, those of a plain step.
+// few_rows.h as torch's operators, for compiled forwards; few_rows.py binds them.
 
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <array>
-#include <limits>
-#include <type_traits>
-#include <utility>
-#include <vector>
+#include "few_rows.h"
 
 namespace {
 
-using Vec = at::vec::Vectorized<float>;
-using at::BFloat16;
 using at::Tensor;
-
-constexpr int64_t kLanes = Vec::size();
-constexpr int64_t kPanel = 16;                      // outputs whose weights stand together; few_rows.py packs them
-constexpr int64_t kParts = kPanel / kLanes;         // vectors that hold a panel
-constexpr int64_t kBlock = 256;                     // inputs at a time: at most 16 KiB of a panel
-constexpr int64_t kStride = kBlock + kPanel;        // between copied rows; a power of two would crowd the L1 cache
-constexpr int64_t kTile = kLanes == 16 ? 16 : 4;    // rows whose sums the registers hold
-constexpr int64_t kAhead = 3072;                    // bytes of weights between what is fetched and what is needed
-constexpr int64_t kQueries = kLanes == 16 ? 8 : 4;  // rows that attend together
-
-Vec load(const float* numbers) { return Vec::loadu(numbers); }
-
-Vec load(const BFloat16* numbers) {
-  Vec wide;
-  at::vec::load_fp32_from_bf16(numbers, wide);
-  return wide;
-}
-
-void store(const Vec& numbers, float* to) { numbers.store(to); }
-
-void store(const Vec& numbers, BFloat16* to) { at::vec::convert<BFloat16>(numbers).store(to, kLanes); }
-
-// What one read of weights brings, input by input: bfloat16 weights of two inputs share 32 bits.
-std::array<Vec, 1> load_weights(const float* weights) { return {Vec::loadu(weights)}; }
-
-std::array<Vec, 2> load_weights(const BFloat16* weights) {
-  using Bits = at::vec::Vectorized<int32_t>;
-  const Bits both = Bits::loadu(weights);
-  return {at::vec::cast<float>(both << Bits(16)), at::vec::cast<float>(both & Bits(int32_t(0xFFFF0000)))};
-}
-
-template <typename Weight>
-constexpr int64_t kTogether = sizeof(float) / sizeof(Weight);  // inputs of one read
-
-// Products of `M` rows with one panel, `depth` inputs of it, added to what `out` holds, unless they are the first.
-template <typename Weight, int64_t M>
-void multiply(const Weight* panel, const float* rows, float* out, int64_t stride, int64_t width, int64_t depth,
-              bool first) {
-  Vec sums[M][kParts];
-  int64_t real[kParts];  // outputs of the panel that exist
-#pragma GCC unroll 4
-  for (int64_t p = 0; p < kParts; p++) {
-    real[p] = std::clamp<int64_t>(width - p * kLanes, 0, kLanes);
-#pragma GCC unroll 16
-    for (int64_t m = 0; m < M; m++)
-      sums[m][p] = first ? Vec(0) : Vec::loadu(out + m * stride + p * kLanes, real[p]);
-  }
-  for (int64_t k = 0; k < depth; k += kTogether<Weight>) {
-    __builtin_prefetch(panel + k * kPanel + kAhead / sizeof(Weight));
-    for (int64_t p = 0; p < kParts; p++) {
-      const auto weights = load_weights(panel + k * kPanel + p * kLanes * kTogether<Weight>);
-#pragma GCC unroll 2
-      for (int64_t i = 0; i < kTogether<Weight>; i++)
-#pragma GCC unroll 16
-        for (int64_t m = 0; m < M; m++)
-          sums[m][p] = at::vec::fmadd(weights[i], Vec(rows[m * kStride + k + i]), sums[m][p]);
-    }
-  }
-  for (int64_t p = 0; p < kParts; p++)
-#pragma GCC unroll 16
-    for (int64_t m = 0; m < M; m++) sums[m][p].store(out + m * stride + p * kLanes, real[p]);
-}
-
-template <typename Weight, int64_t... M>
-constexpr auto each_count(std::integer_sequence<int64_t, M...>) {
-  return std::array{multiply<Weight, M + 1>...};
-}
-template <typename Weight>
-constexpr auto kMultiply = each_count<Weight>(std::make_integer_sequence<int64_t, kTile>{});
-
-// to[i] = from[i] + offsets[i], or from[i] where `offsets` is null; inductor's flags let no compiler vectorize this.
-template <typename From, typename Offset, typename To>
-void convert(const From* from, const Offset* offsets, int64_t count, To* to) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    store(offsets ? load(from + i) + load(offsets + i) : load(from + i), to + i);
-  for (; i < count; i++) to[i] = To(float(from[i]) + (offsets ? float(offsets[i]) : 0));
-}
 
 template <typename Row, typename Weight>
 Tensor multiply_all(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias, int64_t width) {
@@ -112,22 +22,10 @@ Tensor multiply_all(const Tensor& input, const Tensor& packed, const std::option
   float* sums = exact.mutable_data_ptr<float>();
   Row* y = output.mutable_data_ptr<Row>();
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    alignas(64) float copy[kTile * kStride];
-    for (int64_t k = 0; k < inputs; k += kBlock) {
-      const int64_t depth = std::min(kBlock, inputs - k);
-      const int64_t stored = (depth + kTogether<Weight> - 1) / kTogether<Weight> * kTogether<Weight>;
-      for (int64_t top = 0; top < n; top += kTile) {
-        const int64_t count = std::min(kTile, n - top);
-        for (int64_t i = 0; i < count; i++) {
-          convert<Row, Row>(x + (top + i) * inputs + k, nullptr, depth, copy + i * kStride);
-          std::fill(copy + i * kStride + depth, copy + i * kStride + stored, 0.f);
-        }
-        for (int64_t p = begin; p < end; p++)
-          kMultiply<Weight>[count - 1](weights + kPanel * (panels * k + p * stored), copy,
-                                       sums + top * width + p * kPanel, width, std::min(kPanel, width - p * kPanel),
-                                       stored, k == 0);
-      }
-    }
+    const auto copy_row = [&](int64_t i, int64_t k, int64_t depth, float* to) {
+      convert<Row, Row>(x + i * inputs + k, nullptr, depth, to);
+    };
+    multiply_panels(weights, {begin, end}, n, inputs, width, copy_row, sums);
     const int64_t first = begin * kPanel, columns = std::min(end * kPanel, width) - first;
     if (offsets || rounds)
       for (int64_t i = 0; i < n; i++)
@@ -148,107 +46,6 @@ Tensor linear(const Tensor& input, const Tensor& packed, const std::optional<Ten
     });
   });
 }
-
-float total(const Vec& vector) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, vector);
-}
-
-// What one block of at most kQueries rows, all on the same key/value head, reads and writes.
-template <typename T>
-struct Block {
-  int64_t count = 0;
-  const float* queries[kQueries];
-  const bool* allowed[kQueries];
-  T* outputs[kQueries];
-};
-
-// Columns c to c + C * kLanes of the outputs: values [end, size] weighed by the rows of `weights` [R, stride].
-template <int64_t R, int64_t C, typename T>
-void add_values(const Block<T>& block, const float* weights, int64_t stride, const T* values, int64_t end,
-                int64_t size, int64_t c, const float* shares) {
-  Vec sums[R][C];
-  for (int64_t key = 0; key < end; key++)
-#pragma GCC unroll 2
-    for (int64_t part = 0; part < C; part++) {
-      const Vec value = load(values + key * size + c + part * kLanes);
-#pragma GCC unroll 8
-      for (int64_t r = 0; r < R; r++)
-        sums[r][part] = at::vec::fmadd(value, Vec(weights[r * stride + key]), sums[r][part]);
-    }
-#pragma GCC unroll 8
-  for (int64_t r = 0; r < R; r++)
-#pragma GCC unroll 2
-    for (int64_t part = 0; part < C; part++)
-      store(sums[r][part] * Vec(shares[r]), block.outputs[r] + c + part * kLanes);
-}
-
-// Keys and values [num_keys, size]; a row that may attend to nothing becomes 0.
-template <typename T, int64_t R>
-void attend_block(const Block<T>& block, const T* keys, const T* values, int64_t num_keys, int64_t size,
-                  float scale) {
-  constexpr int64_t kKeys = R > 4 ? 2 : 4;  // multiplied at a time: as many sums as registers hold
-  int64_t end = num_keys;                   // one behind the last key that any row attends to
-  const auto unseen = [&](int64_t key) {
-    for (int64_t r = 0; r < R; r++)
-      if (block.allowed[r][key]) return false;
-    return true;
-  };
-  while (end > 0 && unseen(end - 1)) end--;
-  const int64_t padded = (end + kLanes - 1) / kLanes * kLanes;
-  std::vector<float> weights(R * padded, -std::numeric_limits<float>::infinity());
-  float lanes[R][kLanes * kLanes], turned[kLanes * kLanes];
-  for (int64_t first = 0; first < end; first += kLanes) {
-    const int64_t count = std::min(kLanes, end - first);
-    for (int64_t i = 0; i < count; i += kKeys) {
-      Vec sums[kKeys][R];
-      for (int64_t c = 0; c < size; c += kLanes)
-#pragma GCC unroll 8
-        for (int64_t j = 0; j < kKeys; j++) {
-          const Vec part = load(keys + std::min(first + i + j, end - 1) * size + c);
-#pragma GCC unroll 8
-          for (int64_t r = 0; r < R; r++)
-            sums[j][r] = at::vec::fmadd(part, Vec::loadu(block.queries[r] + c), sums[j][r]);
-        }
-#pragma GCC unroll 8
-      for (int64_t j = 0; j < kKeys; j++)
-#pragma GCC unroll 8
-        for (int64_t r = 0; r < R; r++) sums[j][r].store(lanes[r] + (i + j) * kLanes);
-    }
-    for (int64_t r = 0; r < R; r++) {  // the lanes of all these keys are added at once, a key a lane
-      at::vec::transpose_mxn<float, kLanes, kLanes>(lanes[r], kLanes, turned, kLanes);
-      Vec score(0);
-      for (int64_t lane = 0; lane < kLanes; lane++) score = score + Vec::loadu(turned + lane * kLanes);
-      (score * Vec(scale)).store(turned);
-      for (int64_t i = 0; i < count; i++)
-        if (block.allowed[r][first + i]) weights[r * padded + first + i] = turned[i];
-    }
-  }
-  float shares[R];
-  for (int64_t r = 0; r < R; r++) {
-    float* row = weights.data() + r * padded;
-    Vec most(std::numeric_limits<float>::lowest()), sum(0);  // for a row that sees nothing, too
-    for (int64_t key = 0; key < padded; key += kLanes) most = at::vec::maximum(most, Vec::loadu(row + key));
-    most = Vec(at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, most));
-    for (int64_t key = 0; key < padded; key += kLanes) {
-      const Vec weight = (Vec::loadu(row + key) - most).exp();
-      weight.store(row + key);
-      sum = sum + weight;
-    }
-    const float all = total(sum);
-    shares[r] = all > 0 ? 1 / all : 0;
-  }
-  int64_t c = 0;
-  for (; c + 2 * kLanes <= size; c += 2 * kLanes)
-    add_values<R, 2>(block, weights.data(), padded, values, end, size, c, shares);
-  if (c < size) add_values<R, 1>(block, weights.data(), padded, values, end, size, c, shares);
-}
-
-template <typename T, int64_t... R>
-constexpr auto attend_each_count(std::integer_sequence<int64_t, R...>) {
-  return std::array{attend_block<T, R + 1>...};
-}
-template <typename T>
-constexpr auto kAttend = attend_each_count<T>(std::make_integer_sequence<int64_t, kQueries>{});
 
 // The same numbers, with those of a row side by side.
 Tensor dense(const Tensor& rows) { return rows.stride(-1) == 1 ? rows : rows.contiguous(); }

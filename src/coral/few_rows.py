@@ -28,7 +28,7 @@ aten = torch.ops.aten
 MOST_ROWS = 64
 """Above this, products are arithmetic, and libraries are better at it."""
 DTYPES = torch.float32, torch.bfloat16
-_PANEL, _BLOCK, _LANES = 16, 256, 16  # as in few_rows.cpp; lanes: the most there
+PANEL, _BLOCK, _LANES = 16, 256, 16  # as in few_rows.cpp; lanes: the most there
 _packed: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
 
 
@@ -61,17 +61,17 @@ def pack(weight: Tensor) -> Tensor:
     if torch.equal(narrow.to(weight.dtype), weight):
         weight = narrow
     together = 4 // weight.itemsize
-    panels, inputs = -(-len(weight) // _PANEL), weight.shape[1]
-    padded = pad(weight, (0, -inputs % together, 0, panels * _PANEL - len(weight)))
+    panels, inputs = -(-len(weight) // PANEL), weight.shape[1]
+    padded = pad(weight, (0, -inputs % together, 0, panels * PANEL - len(weight)))
     packed = torch.empty(padded.numel(), dtype=weight.dtype)
     ask_for_huge_pages(packed)
     for start in range(0, inputs, _BLOCK):
-        block = padded[:, start : start + _BLOCK].reshape(panels, _PANEL, -1, together).transpose(1, 2)
-        packed.narrow(0, panels * _PANEL * start, block.numel()).view(block.shape).copy_(block)
+        block = padded[:, start : start + _BLOCK].reshape(panels, PANEL, -1, together).transpose(1, 2)
+        packed.narrow(0, panels * PANEL * start, block.numel()).view(block.shape).copy_(block)
     return packed
 
 
-def _pack_once(weight: Tensor, met: Counter[Any]) -> Tensor:
+def pack_once(weight: Tensor, met: Counter[Any]) -> Tensor:
     """`pack`, shared by all graphs of this process that multiply with the same numbers.
 
     Args:
@@ -122,7 +122,7 @@ def use_in(graph: Graph) -> None:
                 continue
             name, width = f"{weight.target}_few_rows", weight.meta["val"].shape[1]
             if not hasattr(module, name):
-                module.register_buffer(name, _pack_once(getattr(module, weight.target).mT, met))
+                module.register_buffer(name, pack_once(getattr(module, weight.target).mT, met))
             with graph.inserting_before(node):
                 packed = graph.get_attr(name)
                 stored = getattr(module, name)

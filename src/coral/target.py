@@ -28,6 +28,7 @@ from coral.compiled import compiled, fix, fixed_cache
 from coral.device import upload
 from coral.errors import CoralError
 from coral.files import refuse_missing
+from coral.forward import NativeForward
 from coral.graphs import steady
 from coral.packed import pack_linears
 from coral.support import check_supported, context_length
@@ -92,6 +93,7 @@ class Target:
         self.eos_ids = _eos_ids(model, tokenizer)
         self.sizes: tuple[int, ...] = ()
         self._decode: Any = None
+        self._native: NativeForward | None = None
 
     @classmethod
     def load(
@@ -180,12 +182,14 @@ class Target:
         """
         target = copy(self)
         target.sizes = tuple(sorted(set(rows)))
-        target._decode = compiled(self._forward_and_score, self.device, inputs=5)
+        target._native = NativeForward.of(self)
+        if target._native is None:
+            target._decode = compiled(self._forward_and_score, self.device, inputs=5)
         return target
 
     def _size(self, states: Sequence[State], counts: list[int]) -> int | None:
         """To how many rows this forward is padded and compiled; None: neither."""
-        if len(counts) > 1 or states[0].cache.length == 0:
+        if self._decode is None or len(counts) > 1 or states[0].cache.length == 0:
             return None
         return next((size for size in self.sizes if size >= counts[0]), None)
 
@@ -210,7 +214,7 @@ class Target:
             [B, L, h] in the model's dtype.
         """
         rows = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
-        if document_starts is None and (self._window is None or len(rows[0]) <= self._window):
+        if document_starts is None and (self.window is None or len(rows[0]) <= self.window):
             return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state.to(self.device)
         starts = torch.zeros_like(rows)
         if document_starts is not None:
@@ -219,7 +223,7 @@ class Target:
         if self.config._attn_implementation != GROUPED_SDPA:
             allowed = (starts[:, :, None] == starts[:, None, :]) & (rows[:, :, None] >= rows[:, None, :])
             return self._forward(input_ids, positions, allowed, positions, cache=None)
-        near = starts if self._window is None else torch.maximum(starts, rows - self._window + 1)
+        near = starts if self.window is None else torch.maximum(starts, rows - self.window + 1)
         mask = self._for_layers(starts[:, None, None], near[:, None, None])
         return self._run(input_ids, positions, mask, cache=None)
 
@@ -275,6 +279,8 @@ class Target:
                 f"a draft tree reaches position {last}, but the target's context is {self.context_length}; "
                 "rotary frequencies may change there; a proposer must keep to budget.within(state.remaining)."
             )
+        if self._native and (verified := self._native.verify(states, trees)):
+            return verified
         ids = torch.cat([tree.tokens for tree in trees])[None]
         new = [length + tree.depth for length, tree in zip(lengths, trees, strict=True)]
         positions = torch.cat(new)[None]
@@ -319,7 +325,7 @@ class Target:
         """Features [B, N, h]; `allowed` [B, N, keys] bool says who attends to whom, before any window. None:
         the one row to all `length` rows.
         """
-        window = self._window
+        window = self.window
         if allowed is None and window is not None and length > window:
             key_positions = torch.arange(length, device=ids.device)[None]
             allowed = torch.ones(1, 1, length, dtype=torch.bool, device=ids.device)
@@ -333,14 +339,14 @@ class Target:
         return self._run(ids, positions, mask, cache)
 
     @property
-    def _window(self) -> int | None:
+    def window(self) -> int | None:
         """The sliding window of the layers that have one; None where none has."""
         used = getattr(self.config, "use_sliding_window", True)
         return getattr(self.config, "sliding_window", None) if used else None
 
     def _for_layers(self, full: Tensor, windowed: Tensor) -> Any:
         """Masks of layers without and with a window as the model's family takes them."""
-        if self._window is None:
+        if self.window is None:
             return full
         kinds = getattr(self.config, "layer_types", None)
         if kinds is None or self.config.model_type in ("mistral", "phi3"):

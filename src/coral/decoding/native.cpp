@@ -4,34 +4,18 @@
 // libraries start their threads anew for every product. Weights are read as the model keeps them, [outputs, inputs].
 // n: rows of a level, h: hidden size, d: head size.
 
-#include <ATen/cpu/vec/functional.h>
-#include <omp.h>
+#include "../vectors.h"
 
-#include <algorithm>
 #include <array>
-#include <cmath>
-#include <cstdint>
 #include <limits>
 #include <numeric>
 #include <vector>
 
 namespace {
 
-using Vec = at::vec::Vectorized<float>;
-
-constexpr int64_t kLanes = Vec::size();
 constexpr int64_t kOutputs = 4;               // whose weights are multiplied together
 constexpr int64_t kRows = kLanes / kOutputs;  // with so many rows: their sums are as many as a vector's lanes
 constexpr float kNever = -std::numeric_limits<float>::infinity();
-
-using Half = c10::BFloat16;
-
-Vec load(const float* from) { return Vec::loadu(from); }
-Vec load(const Half* from) {
-  Vec wide;
-  at::vec::load_fp32_from_bf16(from, wide);
-  return wide;
-}
 
 // Numbers in one of two formats; `visit` calls f with the typed pointer.
 struct Numbers {
@@ -39,7 +23,7 @@ struct Numbers {
   bool wide;  // float32, not bfloat16
   template <typename F>
   void visit(const F& f) const {
-    wide ? f(static_cast<float*>(data)) : f(static_cast<Half*>(data));
+    wide ? f(static_cast<float*>(data)) : f(static_cast<BFloat16*>(data));
   }
 };
 
@@ -71,31 +55,6 @@ struct Job {
   float* tree_scores;
   int64_t size, depth;  // nodes and levels that there are
 };
-
-float total(const Vec& vector) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, vector);
-}
-
-template <typename A, typename B>
-float dot(const A* a, const B* b, int64_t size) {
-  Vec sum(0);
-  for (int64_t c = 0; c < size; c += kLanes) sum = at::vec::fmadd(load(a + c), load(b + c), sum);
-  return total(sum);
-}
-
-struct Range {
-  int64_t begin, end;
-};
-
-// The part of `count` things, in whole multiples of `unit`, that belongs to this thread.
-Range share(int64_t count, int64_t unit) {
-  const int64_t units = (count + unit - 1) / unit, team = omp_get_num_threads(), own = omp_get_thread_num();
-  return {std::min(count, units * own / team * unit), std::min(count, units * (own + 1) / team * unit)};
-}
-
-void wait_for_all() {
-#pragma omp barrier
-}
 
 // The sum of each vector's lanes, in order: neighbours are added until one vector holds them all.
 template <size_t N>
@@ -167,7 +126,7 @@ void product(const float* x, int64_t n, int64_t inputs, const Numbers& matrix, R
 
 // x / rms(x), times the weight if there is one.
 void normalise(const float* x, const float* weight, float* out, int64_t size, float eps) {
-  const Vec scale(1 / std::sqrt(dot(x, x, size) / size + eps));
+  const Vec scale(scale_of(x, size, eps));
   for (int64_t c = 0; c < size; c += kLanes) {
     Vec value = load(x + c) * scale;
     if (weight) value = value * load(weight + c);

@@ -1,0 +1,278 @@
+// A forward of the target over a few rows in one call on the CPU; forward.py binds it and says what for.
+//
+// One team of threads walks through the products of all layers and meets at barriers, a microsecond each. Numbers
+// between operations are float32; with bfloat16 rows each operation rounds its results as the model does.
+// n: rows of all sequences, h: hidden size, d: head size.
+
+#include "few_rows.h"
+
+#include <memory>
+
+namespace {
+
+// A packed weight [outputs, inputs], as few_rows.py writes it.
+struct Matrix {
+  const void* panels;
+  const float* bias;  // or none
+  int64_t inputs, outputs;
+  bool narrow;  // bfloat16, not float32
+};
+
+struct Layer {
+  const float *input_norm, *norm;
+  const float *query_norm, *key_norm;  // or none
+  Matrix qkv, o, gate_up, down;        // gate_up: a panel of one, a panel of the other, and so on
+};
+
+struct Sequence {
+  int64_t length, count, capacity;  // rows in the cache, rows behind them now, rows that it has room for
+  const int64_t *ids, *parents;     // [count], a tree
+  void* storage;                    // keys and values of each layer in turn, [2 * layers, kv_heads, capacity, d]
+};
+
+// What forward.py asks for, in its order; it makes the buffers of the result.
+struct Job {
+  int64_t threads, hidden, heads, kv_heads, head_size, num_layers;
+  const Layer* layers;
+  const void* embedding;
+  const float* norm;
+  Matrix head;
+  const float *cos, *sin;  // [positions, d]
+  float eps, scale;
+  bool narrow;  // rows are bfloat16, as the embedding, keys, values, and what is returned
+
+  int64_t num_sequences;
+  const Sequence* sequences;
+  void *features, *logits;  // [n, h], [n, V]
+};
+
+template <typename T>
+Vec rounded(const Vec& numbers) {
+  if constexpr (std::is_same_v<T, float>) return numbers;
+  T kept[kLanes];
+  store(numbers, kept);
+  return load(kept);
+}
+
+template <typename T>
+using Buffer = std::unique_ptr<T[]>;
+
+template <typename T>
+Buffer<T> buffer(int64_t count) {
+  return Buffer<T>(new T[count]);  // not set to zero
+}
+
+struct Place {
+  const Sequence* sequence;
+  int64_t node;
+};
+
+// Rows of one sequence that attend together: `begin` to `end` of a key/value head's, head after head.
+struct Task {
+  const Sequence* sequence;
+  int64_t first, kv_head, begin, end;  // first: the sequence's first row
+};
+
+template <typename T>
+struct Forward {
+  const Job& job;
+  const int64_t h = job.hidden, d = job.head_size, attended_width = job.heads * d,
+                width = attended_width + 2 * job.kv_heads * d;
+
+  int64_t n = 0;
+  std::vector<Place> place;  // of each row; so are the next two
+  std::vector<int64_t> position;
+  std::vector<Buffer<bool>> seen;  // rows of the cache that it attends to
+  std::vector<Task> tasks;
+
+  Buffer<float> x, qkv, sums, inner;
+  Buffer<T> attended;
+
+  void start() {
+    const Sequence* end = job.sequences + job.num_sequences;
+    for (const Sequence* s = job.sequences; s < end; s++) n += s->count;
+    const int64_t group = job.heads / job.kv_heads;
+    const int64_t most = std::clamp<int64_t>((n * job.heads + job.threads - 1) / job.threads, 1, kQueries);
+    for (const Sequence* s = job.sequences; s < end; s++) {
+      const int64_t first = place.size(), all = s->length + s->count;
+      for (int64_t i = 0; i < s->count; i++) {
+        auto allowed = buffer<bool>(all);
+        std::fill_n(allowed.get(), all, false);
+        if (i > 0) std::copy_n(seen[first + s->parents[i]].get(), all, allowed.get());
+        std::fill_n(allowed.get(), s->length, true);
+        allowed[s->length + i] = true;
+        position.push_back(i > 0 ? position[first + s->parents[i]] + 1 : s->length);
+        place.push_back({s, i}), seen.push_back(std::move(allowed));
+      }
+      for (int64_t head = 0; head < job.kv_heads; head++)
+        for (int64_t row = 0; row < group * s->count; row += most)
+          tasks.push_back({s, first, head, row, std::min(row + most, group * s->count)});
+    }
+    int64_t widest = 0;
+    for (int64_t l = 0; l < job.num_layers; l++) widest = std::max(widest, job.layers[l].gate_up.outputs);
+    x = buffer<float>(n * h), qkv = buffer<float>(n * width), attended = buffer<T>(n * attended_width);
+    inner = buffer<float>(n * widest / 2), sums = buffer<float>(n * std::max(widest, job.head.outputs));
+  }
+
+  void run() {
+    start();
+#pragma omp parallel num_threads(job.threads)
+    {
+      const Range rows = share(n, 1);
+      for (int64_t r = rows.begin; r < rows.end; r++) {
+        const int64_t id = place[r].sequence->ids[place[r].node];
+        convert<T, T>(static_cast<const T*>(job.embedding) + id * h, nullptr, h, &x[r * h]);
+      }
+      wait_for_all();
+      for (int64_t l = 0; l < job.num_layers; l++) {
+        const Layer& layer = job.layers[l];
+        normalised_product(layer.input_norm, layer.qkv, qkv.get(), 1, [&](int64_t r, int64_t j, int64_t count) {
+          store(result(layer.qkv, &qkv[r * width], j, count), &qkv[r * width + j], count);
+        });
+        wait_for_all();
+        rotate(layer, l);
+        wait_for_all();
+        attend(l);
+        wait_for_all();
+        add_product(layer.o, [&](int64_t r, int64_t k, int64_t depth, float* to) {
+          convert<T, T>(&attended[r * attended_width + k], nullptr, depth, to);
+        });
+        wait_for_all();
+        feed_forward(layer);
+        wait_for_all();
+        add_product(layer.down, [&](int64_t r, int64_t k, int64_t depth, float* to) {
+          std::copy_n(&inner[r * layer.down.inputs + k], depth, to);
+        });
+        wait_for_all();
+      }
+      T *features = static_cast<T*>(job.features), *logits = static_cast<T*>(job.logits);
+      const int64_t ids = job.head.outputs;
+      normalised_product(job.norm, job.head, sums.get(), 1, [&](int64_t r, int64_t j, int64_t count) {
+        store(result(job.head, &sums[r * ids], j, count), logits + r * ids + j, count);
+      });
+      for (int64_t r = rows.begin; r < rows.end; r++)
+        for (int64_t c = 0; c < h; c += kLanes)
+          store(normalised(r, c, job.norm, scale_of(&x[r * h], h, job.eps)), features + r * h + c);
+    }
+  }
+
+  Vec normalised(int64_t row, int64_t column, const float* weight, float scale) const {
+    return rounded<T>(rounded<T>(load(&x[row * h + column]) * Vec(scale)) * load(weight + column));
+  }
+
+  // A product's sum with its bias, for `count` outputs.
+  static Vec result(const Matrix& matrix, const float* row, int64_t output, int64_t count) {
+    const Vec sum = Vec::loadu(row + output, count);
+    return rounded<T>(matrix.bias ? sum + Vec::loadu(matrix.bias + output, count) : sum);
+  }
+
+  // This thread's part of a product; finish(row, output, count) is called for all of its sums, a vector at a time.
+  template <typename CopyRow, typename Finish>
+  void product(const Matrix& matrix, const CopyRow& copy_row, float* to, int64_t unit, const Finish& finish) {
+    const Range mine = share((matrix.outputs + kPanel - 1) / kPanel, unit);
+    const auto multiply_with = [&](const auto* panels) {
+      multiply_panels(panels, mine, n, matrix.inputs, matrix.outputs, copy_row, to);
+    };
+    matrix.narrow ? multiply_with(static_cast<const BFloat16*>(matrix.panels))
+                  : multiply_with(static_cast<const float*>(matrix.panels));
+    const int64_t end = std::min(mine.end * kPanel, matrix.outputs);
+    for (int64_t r = 0; r < n; r++)
+      for (int64_t j = mine.begin * kPanel; j < end; j += kLanes) finish(r, j, std::min(kLanes, end - j));
+  }
+
+  template <typename Finish>
+  void normalised_product(const float* norm, const Matrix& matrix, float* to, int64_t unit, const Finish& finish) {
+    std::vector<float> scales(n);
+    for (int64_t r = 0; r < n; r++) scales[r] = scale_of(&x[r * h], h, job.eps);
+    const auto copy_row = [&](int64_t r, int64_t k, int64_t depth, float* copy) {
+      for (int64_t c = 0; c < depth; c += kLanes) normalised(r, k + c, norm, scales[r]).store(copy + c);
+    };
+    product(matrix, copy_row, to, unit, finish);
+  }
+
+  template <typename CopyRow>
+  void add_product(const Matrix& matrix, const CopyRow& copy_row) {
+    product(matrix, copy_row, sums.get(), 1, [&](int64_t r, int64_t j, int64_t count) {
+      const Vec added = load(&x[r * h + j]) + result(matrix, &sums[r * h], j, count);
+      store(rounded<T>(added), &x[r * h + j]);
+    });
+  }
+
+  // SiLU(gate) * up; both panels of a pair are this thread's.
+  void feed_forward(const Layer& layer) {
+    const Matrix& both = layer.gate_up;
+    normalised_product(layer.norm, both, sums.get(), 2, [&](int64_t r, int64_t j, int64_t count) {
+      if (j / kPanel % 2) return;
+      const float* row = &sums[r * both.outputs];
+      const Vec gate = result(both, row, j, count), up = result(both, row, j + kPanel, count);
+      const Vec active = rounded<T>(gate / (Vec(1) + gate.neg().exp()));
+      const int64_t output = j / (2 * kPanel) * kPanel + j % kPanel;
+      store(rounded<T>(active * up), &inner[r * layer.down.inputs + output]);
+    });
+  }
+
+  T* stored(const Sequence& s, int64_t part, int64_t kv_head) const {
+    return static_cast<T*>(s.storage) + (part * job.kv_heads + kv_head) * s.capacity * d;
+  }
+
+  // Queries are turned in place; keys, and values, go to the cache. A task is a head of a row.
+  void rotate(const Layer& layer, int64_t l) {
+    const int64_t heads = job.heads + job.kv_heads;
+    const Range mine = share(n * heads, 1);
+    for (int64_t task = mine.begin; task < mine.end; task++) {
+      const int64_t r = task / heads, head = task % heads, kv_head = head - job.heads;
+      float* row = &qkv[r * width + head * d];
+      turn(row, kv_head < 0 ? layer.query_norm : layer.key_norm, position[r]);
+      if (kv_head < 0) continue;
+      const Sequence& s = *place[r].sequence;
+      const int64_t slot = (s.length + place[r].node) * d;
+      for (int64_t c = 0; c < d; c += kLanes) {
+        store(load(row + c), stored(s, 2 * l, kv_head) + slot + c);
+        store(load(row + job.kv_heads * d + c), stored(s, 2 * l + 1, kv_head) + slot + c);
+      }
+    }
+  }
+
+  void turn(float* head, const float* norm, int64_t at_position) const {
+    if (norm) {
+      const Vec scale(scale_of(head, d, job.eps));
+      for (int64_t c = 0; c < d; c += kLanes)
+        store(rounded<T>(rounded<T>(load(head + c) * scale) * load(norm + c)), head + c);
+    }
+    const float *cos = job.cos + at_position * d, *sin = job.sin + at_position * d;
+    for (int64_t c = 0, half = d / 2; c < half; c += kLanes) {
+      const int64_t count = std::min(kLanes, half - c), other = half + c;
+      const auto at = [count](const float* numbers) { return Vec::loadu(numbers, count); };
+      const auto sum = [](const Vec& a, const Vec& b) { return rounded<T>(rounded<T>(a) + rounded<T>(b)); };
+      const Vec low = at(head + c), high = at(head + other);
+      store(sum(low * at(cos + c), high.neg() * at(sin + c)), head + c, count);
+      store(sum(high * at(cos + other), low * at(sin + other)), head + other, count);
+    }
+  }
+
+  void attend(int64_t l) {
+    const Range mine = share(tasks.size(), 1);
+    for (int64_t t = mine.begin; t < mine.end; t++) {
+      const Task& task = tasks[t];
+      const Sequence& s = *task.sequence;
+      Block<T> block;
+      for (int64_t i = task.begin; i < task.end; i++) {
+        const int64_t head = task.kv_head * (job.heads / job.kv_heads) + i / s.count, r = task.first + i % s.count;
+        block.queries[block.count] = &qkv[r * width + head * d];
+        block.allowed[block.count] = seen[r].get();
+        block.outputs[block.count++] = &attended[r * attended_width + head * d];
+      }
+      kAttend<T>[block.count - 1](block, stored(s, 2 * l, task.kv_head), stored(s, 2 * l + 1, task.kv_head),
+                                  s.length + s.count, d, job.scale);
+    }
+  }
+};
+
+}  // namespace
+
+extern "C" void coral_forward(const Job* job) {
+  if (job->narrow)
+    Forward<BFloat16>{*job}.run();
+  else
+    Forward<float>{*job}.run();
+}

@@ -1,0 +1,212 @@
+"""A forward of the target over a few rows in one call on the CPU: `forward.cpp`, for the families of `FAMILIES`.
+
+A plain step of a small model is some two hundred products that each take microseconds, and a compiled graph
+starts all threads anew for each; here one team walks through all layers. Nothing is traced, so it stands as
+soon as the weights are packed, and it takes any number of rows, of any number of sequences.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from ctypes import CDLL, Structure, addressof, byref, c_bool, c_float, c_int64, c_void_p
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from coral.cpp import build
+from coral.few_rows import DTYPES, MOST_ROWS, PANEL, pack_once
+from coral.packed import PackedLinear
+
+if TYPE_CHECKING:
+    from coral.decoding.state import State
+    from coral.decoding.tree import DraftTree
+    from coral.target import Target
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""RMSNorm before attention and before a gated SiLU, rotated queries and keys; with their own module names."""
+_FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # whose frequencies do not follow the length
+_MULTIPLE = 16  # of every size but the vocabulary's: what a vector holds at most
+
+
+class _Matrix(Structure):
+    _fields_ = (
+        ("panels", c_void_p),
+        ("bias", c_void_p),
+        ("inputs", c_int64),
+        ("outputs", c_int64),
+        ("narrow", c_bool),
+    )
+
+
+class _Layer(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("input_norm", "norm", "query_norm", "key_norm")),
+        *((name, _Matrix) for name in ("qkv", "o", "gate_up", "down")),
+    )
+
+
+class _Sequence(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("length", "count", "capacity")),
+        *((name, c_void_p) for name in ("ids", "parents", "storage")),
+    )
+
+
+class _Job(Structure):
+    """As in forward.cpp, field by field."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("threads", "hidden", "heads", "kv_heads", "head_size", "num_layers")),
+        *((name, c_void_p) for name in ("layers", "embedding", "norm")),
+        ("head", _Matrix),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("eps", c_float),
+        ("scale", c_float),
+        ("narrow", c_bool),
+        ("num_sequences", c_int64),
+        *((name, c_void_p) for name in ("sequences", "features", "logits")),
+    )
+
+
+class NativeForward:
+    """Verifies trees with packed copies of a target's weights as they are now; see `of`."""
+
+    def __init__(self, library: CDLL, target: Target) -> None:
+        decoder, config = target.decoder, target.config
+        attention = decoder.layers[0].self_attn
+        self._run, self._decoder = library.coral_forward, decoder
+        self._owned: list[Tensor] = [target.embedding_weight]  # what the pointers below lead to
+        self._met = Counter[Any]()
+        layers = []
+        for layer in decoder.layers:
+            a, mlp = layer.self_attn, layer.mlp
+            norms = (layer.input_layernorm, layer.post_attention_layernorm)
+            head_norms = (getattr(a, "q_norm", None), getattr(a, "k_norm", None))
+            layers.append(
+                _Layer(
+                    *(None if norm is None else self._vector(norm.weight) for norm in norms + head_norms),
+                    self._matrix([a.q_proj, a.k_proj, a.v_proj]),
+                    self._matrix([a.o_proj]),
+                    self._matrix([mlp.gate_proj, mlp.up_proj], interleaved=True),
+                    self._matrix([mlp.down_proj]),
+                )
+            )
+        self._layers = (_Layer * len(layers))(*layers)
+        head_size = attention.head_dim
+        kv_heads = attention.k_proj.out_features // head_size
+        self._no_rows = target.embedding_weight.new_empty(1, kv_heads, 0, head_size)
+        self._shapes = target.hidden_size, target.vocab_size
+        self._job = _Job(
+            hidden=target.hidden_size,
+            heads=attention.q_proj.out_features // head_size,
+            kv_heads=kv_heads,
+            head_size=head_size,
+            num_layers=len(layers),
+            layers=addressof(self._layers),
+            embedding=target.embedding_weight.data_ptr(),
+            norm=self._vector(decoder.norm.weight),
+            head=self._matrix([target.model.get_output_embeddings()]),
+            eps=config.rms_norm_eps,
+            scale=attention.scaling,
+            narrow=target.dtype == torch.bfloat16,
+        )
+        self._rotation = self._rotate(0)
+
+    @classmethod
+    def of(cls, target: Target) -> NativeForward | None:
+        """None where there can be none: another family, or code that is not transformers' own; a sliding window
+        or rotary frequencies that follow the length; attention that was asked to be eager; another device,
+        number format or activation; sizes that do not fill vectors; layers that are not plain linear ones; no C++
+        compiler, or one that does not know this processor's vectors.
+        """
+        config, decoder = target.config, target.decoder
+        rope = getattr(config, "rope_parameters", None) or {}
+        if (
+            config.model_type not in FAMILIES
+            or not type(target.model).__module__.startswith("transformers.models.")
+            or target.window is not None
+            or rope.get("rope_type", "default") not in _FIXED_ROPE
+            or config._attn_implementation == "eager"
+            or config.hidden_act != "silu"
+        ):
+            return None
+        weights = [*target.model.parameters()]
+        linears = [
+            *(m for m in decoder.layers.modules() if hasattr(m, "weight") and m.weight.dim() == 2),
+            target.model.get_output_embeddings(),
+        ]
+        attention = decoder.layers[0].self_attn
+        sizes = [linear.in_features for linear in linears] + [attention.head_dim]
+        if (
+            any(weight.device.type != "cpu" or weight.dtype != target.dtype for weight in weights)
+            or target.dtype not in DTYPES
+            or any(type(linear) not in (nn.Linear, PackedLinear) for linear in linears)
+            or any(size % _MULTIPLE for size in sizes)
+            or not target.embedding_weight.is_contiguous()
+        ):
+            return None
+        library = build(Path(__file__).with_suffix(".cpp"))
+        return None if library is None else cls(library, target)
+
+    def verify(
+        self, states: Sequence[State], trees: Sequence[DraftTree]
+    ) -> tuple[list[Tensor], list[Tensor]] | None:
+        """As `Target.verify`, for trees on the CPU; None: there are more rows than `few_rows.MOST_ROWS`."""
+        counts = [len(tree) for tree in trees]
+        n = sum(counts)
+        if n > MOST_ROWS:
+            return None
+        sequences = (_Sequence * len(trees))()
+        kept = []
+        for sequence, state, tree in zip(sequences, states, trees, strict=True):
+            cache, count = state.cache, len(tree)
+            cache.reserve(count, self._no_rows)
+            if len(self._rotation[0]) < cache.capacity:
+                self._rotation = self._rotate(cache.capacity)
+            ids, parents, storage = tree.tokens.contiguous(), tree.parents.contiguous(), cache.buffer.whole
+            assert storage is not None
+            kept += [ids, parents]
+            sequence.length, sequence.count, sequence.capacity = cache.length, count, cache.capacity
+            sequence.ids, sequence.parents = ids.data_ptr(), parents.data_ptr()
+            sequence.storage = storage.data_ptr()
+        features, logits = (self._no_rows.new_empty(n, width) for width in self._shapes)
+        job = _Job.from_buffer_copy(self._job)
+        job.threads = torch.get_num_threads()
+        job.cos, job.sin = (part.data_ptr() for part in self._rotation)
+        job.num_sequences, job.sequences = len(trees), addressof(sequences)
+        job.features, job.logits = features.data_ptr(), logits.data_ptr()
+        self._run(byref(job))
+        for state, count in zip(states, counts, strict=True):
+            state.cache.set_length(state.cache.length + count)
+        return list(logits.split(counts)), list(features.split(counts))
+
+    def _rotate(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos, sin [length, d] float32 of all positions, rounded as the model rounds them."""
+        cos, sin = self._decoder.rotary_emb(self._no_rows, torch.arange(length)[None])
+        return cos[0].float().contiguous(), sin[0].float().contiguous()
+
+    def _matrix(self, linears: list[Any], interleaved: bool = False) -> _Matrix:
+        """One product of layers that read the same rows; interleaved: a panel of the first, one of the second."""
+
+        def joined(parts: list[Tensor]) -> Tensor:
+            if not interleaved:
+                return torch.cat(parts)
+            return torch.stack([part.unflatten(0, (-1, PANEL)) for part in parts], 1).flatten(0, 2)
+
+        weight = joined([linear.weight.detach() for linear in linears])
+        self._owned.append(pack_once(weight, self._met))
+        return _Matrix(
+            panels=self._owned[-1].data_ptr(),
+            inputs=weight.shape[1],
+            outputs=len(weight),
+            narrow=self._owned[-1].dtype == torch.bfloat16,
+            bias=None if linears[0].bias is None else self._vector(joined([each.bias for each in linears])),
+        )
+
+    def _vector(self, values: Tensor) -> int:
+        self._owned.append(values.detach().float().contiguous())
+        return self._owned[-1].data_ptr()

@@ -1,0 +1,60 @@
+// What the native sources share: vectors of float32, and how a team of threads divides its work.
+
+#include <ATen/cpu/vec/functional.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+namespace {
+
+using Vec = at::vec::Vectorized<float>;
+using c10::BFloat16;
+
+constexpr int64_t kLanes = Vec::size();
+
+inline Vec load(const float* numbers) { return Vec::loadu(numbers); }
+
+inline Vec load(const BFloat16* numbers) {
+  Vec wide;
+  at::vec::load_fp32_from_bf16(numbers, wide);
+  return wide;
+}
+
+inline void store(const Vec& numbers, float* to, int64_t count = kLanes) { numbers.store(to, count); }
+
+inline void store(const Vec& numbers, BFloat16* to, int64_t count = kLanes) {
+  at::vec::convert<BFloat16>(numbers).store(to, count);
+}
+
+inline float total(const Vec& vector) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, vector);
+}
+
+// Sizes are multiples of kLanes, here as in `scale_of`.
+template <typename A, typename B>
+float dot(const A* a, const B* b, int64_t size) {
+  Vec sum(0);
+  for (int64_t c = 0; c < size; c += kLanes) sum = at::vec::fmadd(load(a + c), load(b + c), sum);
+  return total(sum);
+}
+
+// 1 / rms(x)
+inline float scale_of(const float* x, int64_t size, float eps) { return 1 / std::sqrt(dot(x, x, size) / size + eps); }
+
+struct Range {
+  int64_t begin, end;
+};
+
+// The part of `count` things, in whole multiples of `unit`, that belongs to this thread.
+inline Range share(int64_t count, int64_t unit) {
+  const int64_t units = (count + unit - 1) / unit, team = omp_get_num_threads(), own = omp_get_thread_num();
+  return {std::min(count, units * own / team * unit), std::min(count, units * (own + 1) / team * unit)};
+}
+
+inline void wait_for_all() {
+#pragma omp barrier
+}
+
+}  // namespace

@@ -110,7 +110,15 @@ def test_the_import_order_holds() -> None:
 
 def test_the_target_knows_no_decoder() -> None:
     """Nothing below decoding imports it on loading; what is imported late is listed with its reason."""
-    below = ("coral.target", "coral.cache", "coral.attention", "coral.config", "coral.errors", "coral.files")
+    below = (
+        "coral.target",
+        "coral.cache",
+        "coral.forward",
+        "coral.attention",
+        "coral.config",
+        "coral.errors",
+        "coral.files",
+    )
     seen = set()
     for module in below:
         for imported, at_once in imports(module):

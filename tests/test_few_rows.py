@@ -13,6 +13,7 @@ from coral.attention import GROUPED_SDPA
 from coral.compiled import compiled
 from coral.decoding.state import State
 from coral.decoding.tree import DraftTree
+from coral.forward import NativeForward
 from coral.target import Target
 
 
@@ -152,6 +153,7 @@ def test_a_verification_in_bfloat16_is_plain_steps_bit_for_bit(monkeypatch):
 
     use_in = few_rows.use_in
     monkeypatch.setattr(few_rows, "use_in", watch)
+    monkeypatch.setattr(NativeForward, "of", lambda target: None)
     model = tiny_model(
         "llama", GROUPED_SDPA, hidden_size=64, intermediate_size=112, head_dim=16, num_hidden_layers=4
     )

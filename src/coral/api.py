@@ -16,6 +16,7 @@ from coral.decoding.state import Cycle, State
 from coral.decoding.text import Detokenizer, cut_at, stop_at
 from coral.decoding.tree import DEFAULT, Budget
 from coral.errors import CoralError
+from coral.forward import suits
 from coral.target import Target
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     attention: str = "sdpa",
     budget: Budget | None = None,
-    compile: bool = False,
+    compile: bool | None = None,
     head: str = "auto",
     coupled: bool = True,
     fallback: bool = True,
@@ -55,7 +56,7 @@ def load(
             None for plain decoding.
         budget: how large draft trees grow; None: what `coral tune` found for this drafter here, else
             `tree.DEFAULT`.
-        compile: see `Target.compiled`.
+        compile: see `Target.compiled`; None: if no time is spent on compiling.
         head: the drafter's LM head, see `heads.load`.
         coupled: at temperature > 0 draft with the noise that the sampler will use.
         fallback: take plain steps while drafting is slower than they are.
@@ -78,6 +79,7 @@ def load(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
+    compile = suits(target) if compile is None else compile
     budget, origin = choose_budget(target, drafter, budget, head, compile)
     if compile:
         target = target.compiled((1, budget.num_nodes + 1))

@@ -64,7 +64,7 @@ def generate(
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     tree: options.Tree = None,
-    compile: options.Compile = False,
+    compile: options.Compile = None,
     head: options.Head = "auto",
     coupled: options.Coupled = True,
     fallback: options.Fallback = True,

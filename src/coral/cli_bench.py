@@ -87,7 +87,7 @@ def _bench(
         budget=options.read_budget(tree),
         peers=peers,
         assistant=assistant,
-        compile=compile,
+        compile=bool(compile),
         head=head,
         fallback=fallback,
         seed=seed,

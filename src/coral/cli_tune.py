@@ -36,7 +36,7 @@ def tune(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens written for each prompt.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="That of the texts; 0 is greedy.")] = 0.0,
     head: options.Head = "auto",
-    compile: options.Compile = False,
+    compile: options.Compile = None,
     deepen: Annotated[
         int | None,
         typer.Option(help="Append layers that change no output, up to N, as `coral bench --deepen` does."),
@@ -61,6 +61,7 @@ def tune(
     from coral.data import shards
     from coral.decoding.sampling import Sampling
     from coral.drafter import checkpoint, heads
+    from coral.forward import suits
     from coral.tuning.run import tune as run
 
     sampling = Sampling(temperature, seed=seed)  # refuses what is out of range before any weight is read
@@ -77,6 +78,7 @@ def tune(
     loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows)
     if deepen:
         deepen_(loaded.model, deepen)
+    compile = suits(loaded) if compile is None else compile
     place = tuned.Place.of(loaded, kind, compile)
     tuned.find(directory, place)  # a file that cannot be read is refused before minutes of work
     found = run(

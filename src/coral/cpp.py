@@ -31,7 +31,7 @@ def use_own_cache() -> None:
 
 
 def _with_headers(source: Path) -> str:
-    """The text of a source with our own headers in it: torch compiles a text, which lies nowhere near them."""
+    """The text of a source with our own headers in it, since torch compiles a copy elsewhere."""
     lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
     ours = re.compile(r'#include "(.*)"')
     return "".join(_with_headers(source.parent / m[1]) if (m := ours.match(line)) else line for line in lines)

@@ -1,4 +1,4 @@
-"""A forward of the target over a few rows in one call on the CPU: `forward.cpp`, for the families of `FAMILIES`.
+"""A forward of the target over a few rows in one call on the CPU: `forward.cpp`, for some families.
 
 A plain step of a small model is some two hundred products that each take microseconds, and a compiled graph
 starts all threads anew for each; here one team walks through all layers. Nothing is traced, so it stands as
@@ -13,6 +13,7 @@ from ctypes import CDLL, Structure, addressof, byref, c_bool, c_float, c_int64, 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -72,8 +73,50 @@ class _Job(Structure):
     )
 
 
+def suits(target: Target) -> bool:
+    """Whether a target can be run here. Not so: another family, or code that is not transformers' own; a
+    sliding window, or rotary frequencies that follow the length; attention that was asked to be eager;
+    another device, number format or activation; sizes that do not fill vectors; layers that are not plain
+    linear ones; no memory for copies; no C++ compiler, or one that does not know this processor's vectors.
+    """
+    config, decoder = target.config, target.decoder
+    rope = getattr(config, "rope_parameters", None) or {}
+    if (
+        config.model_type not in FAMILIES
+        or not type(target.model).__module__.startswith("transformers.models.")
+        or target.window is not None
+        or rope.get("rope_type", "default") not in _FIXED_ROPE
+        or config._attn_implementation == "eager"
+        or config.hidden_act != "silu"
+    ):
+        return False
+    weights = [*target.model.parameters()]
+    linears = [
+        *(
+            module
+            for module in decoder.layers.modules()
+            if module._parameters.get("weight") is not None and module.weight.dim() == 2
+        ),
+        target.model.get_output_embeddings(),
+    ]
+    sizes = [linear.in_features for linear in linears] + [decoder.layers[0].self_attn.head_dim]
+    return (
+        all(weight.device.type == "cpu" and weight.dtype == target.dtype for weight in weights)
+        and target.dtype in DTYPES
+        and all(type(linear) in (nn.Linear, PackedLinear) for linear in linears)
+        and all(size % _MULTIPLE == 0 for size in sizes)
+        and target.embedding_weight.is_contiguous()
+        and psutil.virtual_memory().available > 1.2 * sum(linear.weight.nbytes for linear in linears)
+        and _library() is not None
+    )
+
+
+def _library() -> CDLL | None:
+    return build(Path(__file__).with_suffix(".cpp"))
+
+
 class NativeForward:
-    """Verifies trees with packed copies of a target's weights as they are now; see `of`."""
+    """Verifies trees with packed copies of a target's weights as they are now; see `suits`."""
 
     def __init__(self, library: CDLL, target: Target) -> None:
         decoder, config = target.decoder, target.config
@@ -118,38 +161,8 @@ class NativeForward:
 
     @classmethod
     def of(cls, target: Target) -> NativeForward | None:
-        """None where there can be none: another family, or code that is not transformers' own; a sliding window
-        or rotary frequencies that follow the length; attention that was asked to be eager; another device,
-        number format or activation; sizes that do not fill vectors; layers that are not plain linear ones; no C++
-        compiler, or one that does not know this processor's vectors.
-        """
-        config, decoder = target.config, target.decoder
-        rope = getattr(config, "rope_parameters", None) or {}
-        if (
-            config.model_type not in FAMILIES
-            or not type(target.model).__module__.startswith("transformers.models.")
-            or target.window is not None
-            or rope.get("rope_type", "default") not in _FIXED_ROPE
-            or config._attn_implementation == "eager"
-            or config.hidden_act != "silu"
-        ):
-            return None
-        weights = [*target.model.parameters()]
-        linears = [
-            *(m for m in decoder.layers.modules() if hasattr(m, "weight") and m.weight.dim() == 2),
-            target.model.get_output_embeddings(),
-        ]
-        attention = decoder.layers[0].self_attn
-        sizes = [linear.in_features for linear in linears] + [attention.head_dim]
-        if (
-            any(weight.device.type != "cpu" or weight.dtype != target.dtype for weight in weights)
-            or target.dtype not in DTYPES
-            or any(type(linear) not in (nn.Linear, PackedLinear) for linear in linears)
-            or any(size % _MULTIPLE for size in sizes)
-            or not target.embedding_weight.is_contiguous()
-        ):
-            return None
-        library = build(Path(__file__).with_suffix(".cpp"))
+        """None for a target that it does not suit."""
+        library = _library() if suits(target) else None
         return None if library is None else cls(library, target)
 
     def verify(
@@ -190,7 +203,7 @@ class NativeForward:
         return cos[0].float().contiguous(), sin[0].float().contiguous()
 
     def _matrix(self, linears: list[Any], interleaved: bool = False) -> _Matrix:
-        """One product of layers that read the same rows; interleaved: a panel of the first, one of the second."""
+        """One product of layers that read the same rows; interleaved: a panel of each in turn."""
 
         def joined(parts: list[Tensor]) -> Tensor:
             if not interleaved:

@@ -1,8 +1,8 @@
-"""Which models can be decoded losslessly, and up to which length."""
+"""Which models can be decoded losslessly, up to which length, and what ends their texts."""
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from coral.errors import CoralError
 
@@ -43,3 +43,13 @@ def context_length(config: PreTrainedConfig) -> int:
     if rope.get("rope_type") == "dynamic":
         return min(limit, int(rope.get("original_max_position_embeddings") or limit))
     return limit
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """The ids that end a text, empty if none is named."""
+    generation = model.generation_config
+    eos = generation.eos_token_id if generation is not None else None
+    eos = model.config.eos_token_id if eos is None else eos
+    if eos is None:
+        eos = getattr(tokenizer, "eos_token_id", None)
+    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)

@@ -31,7 +31,7 @@ from coral.files import refuse_missing
 from coral.forward import NativeForward
 from coral.graphs import steady
 from coral.packed import pack_linears
-from coral.support import check_supported, context_length
+from coral.support import check_supported, context_length, eos_ids
 
 if TYPE_CHECKING:
     from coral.decoding.state import Committed, State
@@ -90,7 +90,7 @@ class Target:
         embedding: Any = model.get_input_embeddings()
         self.embedding_weight: Tensor = embedding.weight
         self.context_length = context_length(model.config)
-        self.eos_ids = _eos_ids(model, tokenizer)
+        self.eos_ids = eos_ids(model, tokenizer)
         self.sizes: tuple[int, ...] = ()
         self._decode: Any = None
         self._native: NativeForward | None = None
@@ -167,6 +167,11 @@ class Target:
         return self.head_weight.dtype
 
     @property
+    def pads(self) -> bool:
+        """Whether trees are padded to one of `sizes`, so that each costs what that size does."""
+        return self._decode is not None
+
+    @property
     def hidden_size(self) -> int:
         return self.head_weight.shape[1]
 
@@ -175,10 +180,12 @@ class Target:
         return self.head_weight.shape[0]
 
     def compiled(self, rows: Sequence[int]) -> Target:
-        """This target with a compiled forward for trees of one sequence; the model is shared.
+        """This target with a faster forward for trees; the model is shared.
 
-        A tree is padded to the next size in `rows`; a larger one, or several sequences, run as before. Each
-        size is compiled when it is first met, which takes a few seconds a layer on a CPU.
+        On a CPU that is native code (`coral.forward`) if the model is of a kind that it knows. Else it is
+        compiled by torch, for one sequence: a tree is padded to the next size in `rows`; a larger one, or
+        several sequences, run as before. Each size is compiled when it is first met, which takes a few
+        seconds a layer on a CPU.
         """
         target = copy(self)
         target.sizes = tuple(sorted(set(rows)))
@@ -189,7 +196,7 @@ class Target:
 
     def _size(self, states: Sequence[State], counts: list[int]) -> int | None:
         """To how many rows this forward is padded and compiled; None: neither."""
-        if self._decode is None or len(counts) > 1 or states[0].cache.length == 0:
+        if not self.pads or len(counts) > 1 or states[0].cache.length == 0:
             return None
         return next((size for size in self.sizes if size >= counts[0]), None)
 
@@ -381,15 +388,6 @@ class Target:
             return allowed[:, None]
         zero = torch.zeros((), dtype=self.dtype, device=allowed.device)
         return torch.where(allowed, zero, torch.finfo(self.dtype).min)[:, None]
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    generation = model.generation_config
-    eos = generation.eos_token_id if generation is not None else None
-    eos = model.config.eos_token_id if eos is None else eos
-    if eos is None:
-        eos = getattr(tokenizer, "eos_token_id", None)
-    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 
 def _first_line(error: Exception) -> str:

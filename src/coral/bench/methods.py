@@ -65,7 +65,7 @@ def sized(target: Target, rows: int) -> Target:
 
     A target that is not compiled comes back as it is.
     """
-    if target.sizes:
+    if target.pads:
         target = copy(target)
         target.sizes = tuple({1, rows})
     return target

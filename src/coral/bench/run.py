@@ -155,8 +155,10 @@ def bench(
             targets = {"eager": loaded}
             if compile:
                 sizes = {1, 2, *tree_rows}
-                console.print(f"{dtype}: compiling, a few seconds a layer for each of {len(sizes)} forwards")
                 targets["compiled"] = loaded.compiled(tuple(sizes))
+                if targets["compiled"].pads:
+                    count = len(sizes)
+                    console.print(f"{dtype}: compiling, a few seconds a layer for each of {count} forwards")
             fastest = [*targets.values()][-1]
             made = {name: maker(source, head) for name, source in drafters.items()}
             heads = _measure_apart(targets, made, few, log, max_new_tokens, budgets, max(tree_rows), helper)

@@ -95,7 +95,7 @@ def measure(
     first = {k: levels[k, 1] for k in top_ks}
     level = {k: max(0.0, levels[k, _DEEP] - levels[k, 1]) / (_DEEP - 1) for k in top_ks}
     cycles = _cycle_seconds(target, prompt, sampling, rows, repeats)
-    return Costs(cycles, first, level, padded=bool(target.sizes))
+    return Costs(cycles, first, level, padded=target.pads)
 
 
 class _Refused:

@@ -102,10 +102,11 @@ def tune(
             f"no prompt leaves room for {max_new_tokens} tokens in the target's context of "
             f"{target.context_length}; use shorter prompts or a smaller --max-new-tokens."
         )
-    rows, waits = COMPILED_ROWS if compile else ROWS, has_queue(target.device)
+    waits = has_queue(target.device)
     with Progress(console=console, transient=True) as progress:
         if compile:
-            target = target.compiled(rows)
+            target = target.compiled(COMPILED_ROWS)
+        rows = COMPILED_ROWS if target.pads else ROWS
         proposer = make(target)
         task = progress.add_task("measuring costs", total=2 * len(prompts) + 1)
         costs = measure(target, proposer, max(prompts, key=len), sampling, rows, TOP_K)

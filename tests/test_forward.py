@@ -1,0 +1,154 @@
+"""The target's forward in one native call against its slow twin, transformers' own code."""
+
+import shutil
+
+import pytest
+import torch
+from tiny import Bushes, prompt_of, random_tree, tiny_model, tree_of, write
+
+from coral import few_rows
+from coral.attention import GROUPED_SDPA
+from coral.decoding.proposers.plain import Plain
+from coral.decoding.sampling import Sampling
+from coral.decoding.state import State
+from coral.decoding.tree import Budget
+from coral.forward import NativeForward
+from coral.target import Target
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+
+SIZES = {"hidden_size": 32, "head_dim": 16, "intermediate_size": 48}
+KINDS = ["llama", "llama-tied", "llama-ungrouped", "llama-llama3", "mistral", "qwen2", "qwen3"]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def targets(kind="llama", dtype=torch.float32, attention=GROUPED_SDPA, **changes):
+    """A target as it is, and with its native forward."""
+    slow = Target(tiny_model(kind, attention, **SIZES | changes).bfloat16().to(dtype))
+    return slow, slow.compiled((1, 8))
+
+
+def states_of(target, lengths, room=40):
+    states = [
+        State(prompt_of(n, seed=n), n + room, target.new_cache(n + room), sequence_id=i)
+        for i, n in enumerate(lengths)
+    ]
+    target.prefill(states)
+    return states
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_features_and_cache_are_the_models(kind, dtype):
+    """Stops: a bias, a norm or a scale that is left out, heads on another head's keys, rotation at the node's
+    index instead of its depth, and a node that sees a sibling or another sequence.
+    """
+    slow, fast = targets(kind, dtype)
+    exact, _ = targets(kind)
+    assert fast._native is not None
+    for lengths, sizes in (((9,), (1,)), ((1,), (8,)), ((14, 2, 23), (8, 1, 17))):
+        trees = [random_tree(size, seed=size) for size in sizes]
+        results = []
+        for target in (slow, fast, exact):
+            states = states_of(target, lengths)
+            logits, features = target.verify(states, trees)
+            rows = [rows[:, :, : state.cache.length] for state in states for rows in state.cache.storage]
+            assert [state.cache.length for state in states] == [
+                n - 1 + size for n, size in zip(lengths, sizes, strict=True)
+            ]
+            results.append([*logits, *features, *rows])
+        for model, own, wide in zip(*results, strict=True):
+            assert own.dtype == dtype and own.shape == model.shape
+            if dtype == torch.float32:
+                torch.testing.assert_close(own, model, rtol=1e-4, atol=1e-4)
+            else:
+                assert (own - model).float().norm() <= 2 * (wide - model).norm() + 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_is_rounded_where_the_model_rounds(kind):
+    """Stops an operation that rounds nowhere, or twice. Attention, where kernels differ, has one key here."""
+    slow, fast = targets(kind, torch.bfloat16)
+    same = []
+    for token in range(20):
+        results = [target.verify(states_of(target, [1]), [tree_of([token], [-1])]) for target in (slow, fast)]
+        same += [(own == model).float().mean() for (model,), (own,) in zip(*results, strict=True)]
+    assert sum(same) / len(same) > 0.99
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_the_rows_beside_it(dtype):
+    """Stops a verification that rounds otherwise than plain steps, so that ties fall otherwise."""
+    _, fast = targets("qwen3", dtype)
+    (state,), tokens = states_of(fast, [9]), prompt_of(7, seed=2)
+    chain = tree_of(tokens, range(-1, len(tokens) - 1))
+    together = fast.verify([state], [chain])
+    state.cache.keep(8)
+    alone = [fast.verify([state], [tree_of([token], [-1])]) for token in tokens]
+    for (rows,), steps in zip(together, zip(*alone, strict=True), strict=True):
+        assert torch.equal(rows, torch.cat([row for (row,) in steps]))
+    batch = states_of(fast, [4, 9, 2])
+    (_, rows, _), _ = fast.verify(batch, [random_tree(5), chain, random_tree(9)])
+    assert torch.equal(rows, together[0][0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_texts_stay_the_same(sequences, dtype):
+    """Stops a forward that loses rows when a cache grows or is cut, or of a prompt of one token; and trees of
+    more rows than it takes, which transformers' code verifies.
+    """
+    slow, fast = targets(dtype=dtype)
+    for length, sampling in ((1, Sampling()), (9, Sampling(1.0, seed=3))):
+        prompts = [prompt_of(length + i, seed=i) for i in range(sequences)]
+        plain = write(fast, Plain(), prompts, 40, sampling)
+        bushes = Bushes(plain.texts)
+        assert write(fast, bushes, prompts, 40, sampling, Budget(4, 4, 9)).texts == plain.texts
+        if dtype == torch.float32:
+            assert write(slow, Plain(), prompts, 40, sampling).texts == plain.texts
+            many = Budget(4, 4, few_rows.MOST_ROWS)
+            assert write(fast, bushes, prompts, 40, sampling, many).texts == plain.texts
+
+
+def test_threads_share_the_work():
+    """Stops parts of a product that no thread does, and threads that read before others have written."""
+    _, fast = targets()
+    tree, results = random_tree(13), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(fast.verify(states_of(fast, [11]), [tree])[0][0])
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("phi3", {}),
+        ("olmo2", {}),
+        ("mistral-sliding", {}),
+        ("llama-dynamic", {}),
+        ("llama", {"attention": "eager"}),
+        ("llama", {"hidden_act": "gelu"}),
+        ("llama", {"head_dim": 8}),
+        ("llama", {"dtype": torch.float16}),
+    ],
+)
+def test_what_it_cannot_run_is_left_to_the_compiler(kind, changes):
+    """Stops a model that is run wrongly in silence."""
+    slow, fast = targets(kind, **changes)
+    assert NativeForward.of(slow) is None and fast._decode is not None
+
+
+def test_code_that_is_not_transformers_own_is_left_to_the_compiler():
+    """Stops a model that bears a family's name and does something else: adapters, or remote code."""
+    slow, _ = targets()
+    linear = slow.decoder.layers[1].mlp.up_proj
+    linear.__class__ = type("Adapted", (torch.nn.Linear,), {})
+    assert NativeForward.of(slow) is None
+    linear.__class__ = torch.nn.Linear
+    assert NativeForward.of(slow) is not None
+    slow.model.__class__ = type("Remote", (type(slow.model),), {"__module__": "elsewhere"})
+    assert NativeForward.of(slow) is None

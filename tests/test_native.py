@@ -1,7 +1,6 @@
 """Whole trees in one call against their slow twin, which drafts level by level."""
 
 import shutil
-from functools import partial
 
 import pytest
 import torch
@@ -49,10 +48,10 @@ def proposers(target, drafter, head):
     return fast, slow
 
 
-def draft(target, proposer, budget, sampling, accepted):
-    """The trees of three cycles behind a prompt, and the drafter's cache after them."""
-    ids = prompt_of(20 + 3 * accepted, 67)
-    state = State(ids[:20], 150, target.new_cache(160), sampling, sequence_id=5)
+def draft(target, proposer, budget, sampling, accepted, length=20):
+    """The trees of four cycles behind a prompt, and the drafter's cache after them."""
+    ids = prompt_of(length + 3 * accepted, 67)
+    state = State(ids[:length], 150, target.new_cache(160), sampling, sequence_id=5)
     (committed,) = target.prefill([state])
     features = target.features(torch.tensor([ids]))[0]
     trees = [proposer.propose([state], [committed], budget)[0]]
@@ -76,21 +75,21 @@ def draft(target, proposer, budget, sampling, accepted):
 )
 def test_trees_are_those_of_levels(head, options):
     """Stops: a row of the cache that belongs to another row, branch or level; rotation at another position; a
-    path that sees a sibling; other children, ranks, ties, noise or ends of growth; and accepted rows that a
-    later cycle does not find.
+    path that sees a sibling; other children, ranks, ties, noise or ends of growth; accepted rows that a
+    later cycle does not find; and rows of a long prompt that are read twice or not at all.
     """
     target, drafter = pair(**options)
     for sampling in (Sampling(), Sampling(0.8, seed=9)):
         for budget in BUDGETS:
-            for accepted in (1, 4):
+            for behind in ((1, 20), (4, 20), (2, 90)):
                 fast, slow = proposers(target, drafter, HEADS[head])
-                quick, quick_rows = draft(target, fast, budget, sampling, accepted)
-                trees, rows = draft(target, slow, budget, sampling, accepted)
+                quick, quick_rows = draft(target, fast, budget, sampling, *behind)
+                trees, rows = draft(target, slow, budget, sampling, *behind)
                 for one, other in zip(quick, trees, strict=True):
                     assert one.tokens.tolist() == other.tokens.tolist()
                     assert one.parents.tolist() == other.parents.tolist()
                     assert one.num_forwards == other.num_forwards
-                    torch.testing.assert_close(one.scores, other.scores, rtol=1e-4, atol=1e-4)
+                    torch.testing.assert_close(one.scores, other.scores, rtol=1e-3, atol=1e-3)
                 torch.testing.assert_close(quick_rows, rows, rtol=1e-4, atol=1e-4)
 
 
@@ -118,7 +117,6 @@ def test_texts_stay_the_same(dtype, monkeypatch):
     """Stops a drafter that a compiled target does not find, or whose trees end behind the text's end; and
     number formats that are mixed up.
     """
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     target, drafter = pair(dtype)
     fast = target.compiled((1, 8))
     proposer = Feature(drafter, fast, HEADS["static"](target))

@@ -24,7 +24,7 @@ from coral.few_rows import DTYPES
 from coral.target import Target
 
 MOST_ROWS = 64
-"""Above this many accepted rows, as behind a prompt, libraries are better at the products."""
+"""Above this many accepted rows, as of a prompt, libraries are better at the products."""
 _MULTIPLE = 16  # of every size: what a vector holds at most
 
 
@@ -95,6 +95,7 @@ class NativeDrafter:
             eps=config.rms_norm_eps,
             feed_back_normalised=config.normalised_feedback,
         )
+        self._no_rows = drafter.fc.weight.new_empty(1, config.num_key_value_heads, 0, config.head_dim)
         self._rotation = self._rotate(0)
 
     @classmethod
@@ -127,14 +128,13 @@ class NativeDrafter:
         """The tree of one sequence.
 
         Args:
-            pairs: what was accepted behind what the cache holds, at least one and `MOST_ROWS` at most; the
-                cache then has their rows, too.
+            pairs: what was accepted behind what the cache holds, at least one; the cache then has their rows,
+                too.
             budget: with at least one level.
             pool: ids of a node that compete after the sampler's noise is added; 0: it is not.
         """
         length, n = cache.length, len(pairs.tokens)
-        for layer in cache.layers:
-            layer.reserve(n + budget.top_k * budget.max_depth)
+        cache.reserve(n + budget.top_k * budget.max_depth, self._no_rows)
         if len(self._rotation[0]) < cache.capacity:
             self._rotation = self._rotate(cache.capacity)
         layers = type(self._layers).from_buffer_copy(self._layers)

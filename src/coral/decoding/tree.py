@@ -85,7 +85,12 @@ class DraftTree:
     @cached_property
     def depth(self) -> Tensor:
         """[N] int64 distance from the root."""
-        return self.mask.sum(-1) - 1
+        if has_queue(self.parents.device):
+            return self.mask.sum(-1) - 1
+        depths: list[int] = []  # of few nodes: sooner counted than multiplied
+        for parent in self.parents.tolist():
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
+        return torch.tensor(depths)
 
     @property
     def max_depth(self) -> int:

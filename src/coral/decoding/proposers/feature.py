@@ -70,18 +70,22 @@ class Feature:
 
     def _at_once(self, state: State, pairs: Committed, budget: Budget) -> DraftTree | None:
         """The tree of one sequence in one call; None where that cannot be done."""
-        cache, sampling, budget = state.memory, state.sampling, budget.within(state.remaining)
+        sampling, budget = state.sampling, budget.within(state.remaining)
         pool = _POOL if self.coupled and sampling.temperature > 0 else 0
         if (
             self._native is None
-            or not isinstance(cache, KVCache)  # the first call makes it
-            or not 0 < len(pairs.tokens) <= MOST_ROWS
+            or not pairs.tokens
             or min(budget.max_depth, budget.num_nodes) == 0
             or (pool and sampling.filters)
             or (table := self.head.table(state)) is None
         ):
             return None
-        cache.keep(min(cache.length, pairs.start))
+        cache = self._cache(state, pairs.start, budget)
+        if len(pairs.tokens) > MOST_ROWS:  # those of a prompt; all but the last are only to be read
+            ids, features, positions, allowed = _accepted(pairs, cache.length)
+            self._step(ids[:-1], features[:-1], positions[:-1], allowed[None, :-1, :-1], cache)
+            last = len(pairs.tokens) - 1
+            pairs = Committed(pairs.tokens[last:], pairs.features[last:], pairs.start + last)
         return self._native.grow(state, pairs, cache, table, budget, pool)
 
     def _level_by_level(self, pairs: Sequence[tuple[State, Committed]], budget: Budget) -> list[DraftTree]:
@@ -98,14 +102,19 @@ class Feature:
 
     def _begin(self, state: State, pairs: Committed, budget: Budget) -> _Text:
         """The first draft step reads the accepted pairs; the last row is the root."""
-        if not isinstance(state.memory, KVCache):
-            room = budget.top_k * budget.max_depth + _MOST
-            capacity = self.target.room(state.max_length + room)
-            state.memory = KVCache(len(self.drafter.layers), capacity)
-        cache = state.memory
-        cache.keep(min(cache.length, pairs.start))
+        cache = self._cache(state, pairs.start, budget)
         growth = Growth(state.tokens[-1], _accepted(pairs, cache.length), budget.within(state.remaining))
         return _Text(state, cache, growth, cache.length + len(pairs.tokens))
+
+    def _cache(self, state: State, start: int, budget: Budget) -> KVCache:
+        """The drafter's cache of a sequence, cut to the rows in front of `start`."""
+        cache = state.memory
+        if not isinstance(cache, KVCache):
+            room = budget.top_k * budget.max_depth + _MOST
+            capacity = self.target.room(state.max_length + room)
+            cache = state.memory = KVCache(len(self.drafter.layers), capacity)
+        cache.keep(min(cache.length, start))
+        return cache
 
     def _draft(self, texts: Sequence[_Text], budget: Budget) -> list[tuple[Tensor, Tensor, Tensor]]:
         """One draft step: for the n frontier nodes of each sequence, which are its last rows, the ids and
@@ -143,7 +152,7 @@ class Feature:
             allowed = torch.block_diag(*(row.allowed for row in rows)).bool()
         n = len(ids)
         size, widest = _padded(n), _padded(min(top_k, _MOST))
-        if not self.target.sizes or len(rows) > 1 or size > widest or caches[0].length == 0:
+        if not self.target.pads or len(rows) > 1 or size > widest or caches[0].length == 0:
             cache = pack(list(caches), [len(row.ids) for row in rows])
             return self._step(ids, features, positions, allowed[None], cache)
         padded, slots, storage = fix(caches[0], size, allowed[None])

@@ -13,8 +13,6 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 from transformers.cache_utils import Cache, DynamicLayer
 
-from coral.device import upload
-
 
 class _Buffer:
     """The keys and values of all layers, which are alike in shape, as one tensor [2 * layers, ...].
@@ -127,11 +125,13 @@ class KVCache(Cache):
     def keep(self, start: int, rows: Sequence[int] = ()) -> None:
         """Keep rows [0, start) and start + rows (ascending), moved to directly follow; drop all others."""
         if rows and rows[-1] != len(rows) - 1:
-            devices = {layer.keys.device for layer in self.layers}
-            index = {device: upload([start + row for row in rows], device) for device in devices}
             storage = self.storage if self.buffer.whole is None else [self.buffer.whole]
-            moved = [tensor.index_select(-2, index[tensor.device]) for tensor in storage]
-            torch._foreach_copy_([tensor[..., start : start + len(rows), :] for tensor in storage], moved)
+            for place, row in enumerate(rows):  # they move forward, so that none is overwritten before
+                if place != row:
+                    torch._foreach_copy_(
+                        [tensor[..., start + place, :] for tensor in storage],
+                        [tensor[..., start + row, :] for tensor in storage],
+                    )
         self.set_length(start + len(rows))
 
     def set_length(self, length: int) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from coral.device import has_queue, upload
 from coral.errors import CoralError
+from coral.forward import argmax
 
 _MASK64 = (1 << 64) - 1
 
@@ -80,7 +81,9 @@ class Sampling:
 
         The argmax of `scores`, of which on a CPU only the few that can be the largest are computed in full.
         """
-        if self.temperature == 0 or logits.shape[-1] <= _RIVALS or has_queue(logits.device):
+        if self.temperature == 0:
+            return argmax(logits)
+        if logits.shape[-1] <= _RIVALS or has_queue(logits.device):
             return self.scores(logits, positions, sequence_id).argmax(-1)
         processed = self.process(logits)
         ids = torch.arange(logits.shape[-1], device=logits.device)

@@ -85,17 +85,21 @@ class DraftTree:
     @cached_property
     def depth(self) -> Tensor:
         """[N] int64 distance from the root."""
-        if has_queue(self.parents.device):
-            return self.mask.sum(-1) - 1
-        depths: list[int] = []  # of few nodes: sooner counted than multiplied
+        on_device = has_queue(self.parents.device)
+        return self.mask.sum(-1) - 1 if on_device else torch.tensor(self._depths)
+
+    @cached_property
+    def _depths(self) -> list[int]:
+        """`depth`, of few nodes sooner counted than multiplied."""
+        depths: list[int] = []
         for parent in self.parents.tolist():
             depths.append(depths[parent] + 1 if parent >= 0 else 0)
-        return torch.tensor(depths)
+        return depths
 
     @property
     def max_depth(self) -> int:
         """Levels below the root, or more where that is not known without waiting."""
-        return int(self.depth.max()) if self.levels is None else self.levels
+        return max(self._depths) if self.levels is None else self.levels
 
     def to(self, device: torch.device) -> DraftTree:
         """The same tree on a device; only the way to the CPU waits."""

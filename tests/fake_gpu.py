@@ -132,7 +132,6 @@ def main() -> None:
         patch("coral.cache.from_dlpack", lambda tensor: tensor),  # knows no device of this name
         patch("coral.decoding.generate.read", read),
         patch("coral.target.upload", uploaded),
-        patch("coral.cache.upload", uploaded),
         patch("coral.decoding.tree.upload", uploaded),
         patch("coral.decoding.proposers.feature.upload", uploaded),
         patch("coral.drafter.in_context.upload", uploaded),

@@ -146,7 +146,7 @@ void attend_block(const Block<T>& block, const T* keys, const T* values, int64_t
   while (end > 0 && unseen(end - 1)) end--;
   const int64_t padded = (end + kLanes - 1) / kLanes * kLanes;
   std::vector<float> weights(R * padded, -std::numeric_limits<float>::infinity());
-  float lanes[R][kLanes * kLanes], turned[kLanes * kLanes];
+  float lanes[R][kLanes * kLanes];
   for (int64_t first = 0; first < end; first += kLanes) {
     const int64_t count = std::min(kLanes, end - first);
     for (int64_t i = 0; i < count; i += kKeys) {
@@ -165,12 +165,12 @@ void attend_block(const Block<T>& block, const T* keys, const T* values, int64_t
         for (int64_t r = 0; r < R; r++) sums[j][r].store(lanes[r] + (i + j) * kLanes);
     }
     for (int64_t r = 0; r < R; r++) {  // the lanes of all these keys are added at once, a key a lane
-      at::vec::transpose_mxn<float, kLanes, kLanes>(lanes[r], kLanes, turned, kLanes);
-      Vec score(0);
-      for (int64_t lane = 0; lane < kLanes; lane++) score = score + Vec::loadu(turned + lane * kLanes);
-      (score * Vec(scale)).store(turned);
+      std::array<Vec, kLanes> sums;
+      for (int64_t i = 0; i < kLanes; i++) sums[i] = Vec::loadu(lanes[r] + i * kLanes);
+      float scores[kLanes];
+      (totals(sums) * Vec(scale)).store(scores);
       for (int64_t i = 0; i < count; i++)
-        if (block.allowed[r][first + i]) weights[r * padded + first + i] = turned[i];
+        if (block.allowed[r][first + i]) weights[r * padded + first + i] = scores[i];
     }
   }
   float shares[R];

@@ -46,12 +46,13 @@ struct Job {
   void *features, *logits;  // [n, h], [n, V]
 };
 
+// To the nearest number that T holds, of two as near to the even one.
 template <typename T>
 Vec rounded(const Vec& numbers) {
   if constexpr (std::is_same_v<T, float>) return numbers;
-  T kept[kLanes];
-  store(numbers, kept);
-  return load(kept);
+  using Bits = at::vec::Vectorized<int32_t>;
+  const Bits bits = at::vec::cast<int32_t>(numbers), odd = (bits >> Bits(16)) & Bits(1);
+  return at::vec::cast<float>((bits + Bits(0x7FFF) + odd) & Bits(int32_t(0xFFFF0000)));
 }
 
 template <typename T>

@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 
@@ -30,6 +31,22 @@ inline void store(const Vec& numbers, BFloat16* to, int64_t count = kLanes) {
 
 inline float total(const Vec& vector) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, vector);
+}
+
+// The sum of each vector's lanes, in order: neighbours are added until one vector holds them all.
+template <size_t N>
+Vec totals(const std::array<Vec, N>& vectors) {
+  if constexpr (N == 1) {
+    return vectors[0];
+  } else {
+    std::array<Vec, N / 2> halves;
+#pragma GCC unroll 8
+    for (size_t i = 0; i < N / 2; i++) {
+      const auto [even, odd] = at::vec::deinterleave2(vectors[2 * i], vectors[2 * i + 1]);
+      halves[i] = even + odd;
+    }
+    return totals(halves);
+  }
 }
 
 // Sizes are multiples of kLanes, here as in `scale_of`.

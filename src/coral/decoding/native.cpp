@@ -56,22 +56,6 @@ struct Job {
   int64_t size, depth;  // nodes and levels that there are
 };
 
-// The sum of each vector's lanes, in order: neighbours are added until one vector holds them all.
-template <size_t N>
-Vec totals(const std::array<Vec, N>& vectors) {
-  if constexpr (N == 1) {
-    return vectors[0];
-  } else {
-    std::array<Vec, N / 2> halves;
-#pragma GCC unroll 8
-    for (size_t i = 0; i < N / 2; i++) {
-      const auto [even, odd] = at::vec::deinterleave2(vectors[2 * i], vectors[2 * i + 1]);
-      halves[i] = even + odd;
-    }
-    return totals(halves);
-  }
-}
-
 // Where products go: `to` [rows, stride], added to what is there or instead of it.
 struct Sums {
   float* to;

@@ -7,12 +7,19 @@ import torch
 from tiny import V
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from coral import sampler
 from coral.decoding.sampling import _ROUGH, Sampling, _crossing, _gumbel, _rough_gumbel
 from coral.errors import CoralError
 
 EULER = 0.5772156649
 POSITIONS, IDS = torch.arange(40, 80), torch.arange(500)
 SAMPLING = Sampling(temperature=1.0, seed=7)
+
+
+@pytest.fixture(autouse=True)
+def torch_alone(monkeypatch):
+    """What follows is about torch's operations; test_sampler.py compares the native ones with them."""
+    monkeypatch.setattr(sampler, "_loaded", [])
 
 
 def noise(seed=7, sequence_id=3, positions=POSITIONS, ids=IDS):

@@ -150,12 +150,15 @@ def regenerate(
             servers, max_new_tokens=max_new_tokens, seed=seed, keep_unfinished=keep_unfinished
         )
     else:
+        from coral import sampler
         from coral.data.batches import answer_in_batches
         from coral.decoding.batch import write
         from coral.decoding.sampling import Sampling
 
         loaded = options.load_target(target, dtype, device, revision, trust_remote_code)
         assert loaded.tokenizer is not None  # it was loaded from a directory or the hub
+        if loaded.device.type == "cpu":
+            sampler.load()
 
         def answers(prompts: list[list[int]], at: list[float], ids: list[int]) -> list[list[int]]:
             return write(loaded, prompts, [Sampling(t, seed=seed) for t in at], ids, max_new_tokens)

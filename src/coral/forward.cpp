@@ -269,41 +269,7 @@ struct Forward {
   }
 };
 
-// The index of the largest of `count` numbers, the first of equals.
-template <typename T>
-int64_t best(const T* numbers, int64_t count) {
-  constexpr int64_t kPart = 32 * kLanes;
-  float highest = -std::numeric_limits<float>::infinity();
-  int64_t part = 0;  // where it is
-  for (int64_t begin = 0; begin < count; begin += kPart) {
-    const int64_t end = std::min(begin + kPart, count);
-    Vec most(highest);
-    int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) most = at::vec::maximum(most, load(numbers + i));
-    float here = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, most);
-    for (; i < end; i++) here = std::max(here, float(numbers[i]));
-    if (here > highest) highest = here, part = begin;
-  }
-  const T *first = numbers + part, *last = numbers + std::min(part + kPart, count);
-  const T* found = std::find_if(first, last, [highest](T number) { return float(number) == highest; });
-  return std::min(found - numbers, count - 1);  // of a row of NaN none is the largest
-}
-
-template <typename T>
-void best_of_rows(const T* logits, int64_t rows, int64_t width, int64_t threads, int64_t* ids) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t r = 0; r < rows; r++) ids[r] = best(logits + r * width, width);
-}
-
 }  // namespace
-
-extern "C" void coral_best(const void* logits, bool narrow, int64_t rows, int64_t width, int64_t threads,
-                           int64_t* ids) {
-  if (narrow)
-    best_of_rows(static_cast<const BFloat16*>(logits), rows, width, threads, ids);
-  else
-    best_of_rows(static_cast<const float*>(logits), rows, width, threads, ids);
-}
 
 extern "C" void coral_forward(const Job* job) {
   if (job->narrow)

@@ -17,6 +17,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from coral import sampler
 from coral.cpp import build
 from coral.few_rows import DTYPES, MOST_ROWS, PANEL, pack_once
 from coral.packed import PackedLinear
@@ -115,34 +116,13 @@ def _library() -> CDLL | None:
     return build(Path(__file__).with_suffix(".cpp"))
 
 
-def argmax(logits: Tensor) -> Tensor:
-    """[N, V] -> [N] int64, as torch's, which takes up to ten times as long (where no target is native)."""
-    library, rows = NativeForward.library, logits.contiguous()
-    if library is None or rows.device.type != "cpu" or rows.dtype not in DTYPES:
-        return logits.argmax(-1)
-    ids = torch.empty(len(rows), dtype=torch.int64)
-    library.coral_best(
-        c_void_p(rows.data_ptr()),
-        c_bool(rows.dtype == torch.bfloat16),
-        *map(c_int64, (*rows.shape, torch.get_num_threads())),
-        c_void_p(ids.data_ptr()),
-    )
-    return ids
-
-
 class NativeForward:
-    """Verifies trees with packed copies of a target's weights as they are now; see `suits`.
-
-    Attributes:
-        library: of this class; None before the first target.
-    """
-
-    library: CDLL | None = None
+    """Verifies trees with packed copies of a target's weights as they are now; see `suits`."""
 
     def __init__(self, library: CDLL, target: Target) -> None:
         decoder, config = target.decoder, target.config
         attention = decoder.layers[0].self_attn
-        NativeForward.library = library
+        sampler.load()  # else sampling would take as long as the forward
         self._run, self._decoder = library.coral_forward, decoder
         self._owned: list[Tensor] = [target.embedding_weight]  # what the pointers below lead to
         self._met = Counter[Any]()

@@ -5,6 +5,7 @@
 // n: rows of a level, h: hidden size, d: head size.
 
 #include "../vectors.h"
+#include "../noise.h"
 
 #include <array>
 #include <limits>
@@ -117,23 +118,6 @@ void normalise(const float* x, const float* weight, float* out, int64_t size, fl
     value.store(out + c);
   }
 }
-
-// The sampler's noise for one id at one position; decoding/sampling.py says how it is made.
-struct Noise {
-  uint32_t low, high;
-
-  static uint32_t mix(uint32_t x) {
-    x = (x ^ (x >> 16)) * 0x7FEB352Du;
-    x = (x ^ (x >> 15)) * 0x846CA68Bu;
-    return x ^ (x >> 16);
-  }
-  float operator()(int64_t position, int64_t id) const {
-    const uint32_t row = mix(mix(uint32_t(position) ^ low) ^ high);
-    const uint32_t bits = mix(mix(uint32_t(id) + 0x3C6EF372u) ^ row) >> 8;
-    const double gumbel = -std::log(-std::log((bits + 0.5) * 0x1p-24));
-    return float(std::nearbyint(gumbel * 65536) * 0x1p-16);
-  }
-};
 
 struct Child {
   float score;  // log-probability, or what it is made from
@@ -389,12 +373,11 @@ struct Draft {
                      [&](int64_t a, int64_t b) { return scores[a] > scores[b]; });
     rows.resize(count);
     std::sort(rows.begin(), rows.end());
-    const Noise noise{uint32_t(job.stream), uint32_t(job.stream >> 32)};
-    const int64_t position = positions.back() + 2;  // of the child, which its parent's row predicts
+    const auto noise = Noise{job.stream}.row(positions.back() + 2);  // the child's, which its parent's row predicts
     float highest = kNever, sum = 0;
     std::vector<float> noisy;
     for (int64_t row : rows) {
-      const float drawn = noise(position, job.head_ids ? job.head_ids[row] : row);
+      const float drawn = noise(job.head_ids ? job.head_ids[row] : row);
       noisy.push_back(((scores[row] - all) / job.temperature + drawn) * job.temperature);
       highest = std::max(highest, noisy.back());
     }

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coral import sampler
 from coral.device import has_queue, upload
 from coral.errors import CoralError
-from coral.forward import argmax
 
 _MASK64 = (1 << 64) - 1
 
@@ -57,7 +57,8 @@ class Sampling:
         log_probs = log_probs.float()
         if self.temperature == 0:
             return log_probs
-        log_probs = log_probs / self.temperature
+        if self.temperature != 1:
+            log_probs = log_probs / self.temperature
         if 0 < self.top_k < log_probs.shape[-1]:
             kth = log_probs.topk(self.top_k, dim=-1).values[..., -1:]
             log_probs = log_probs.masked_fill(log_probs < kth, -math.inf)
@@ -82,10 +83,13 @@ class Sampling:
         The argmax of `scores`, of which on a CPU only the few that can be the largest are computed in full.
         """
         if self.temperature == 0:
-            return argmax(logits)
+            return sampler.argmax(logits)
         if logits.shape[-1] <= _RIVALS or has_queue(logits.device):
             return self.scores(logits, positions, sequence_id).argmax(-1)
         processed = self.process(logits)
+        many = [sequence_id] * len(logits) if isinstance(sequence_id, int) else sequence_id
+        if (tokens := sampler.sample(processed, positions, [self.stream(i) for i in many])) is not None:
+            return tokens
         ids = torch.arange(logits.shape[-1], device=logits.device)
         bits = self._bits(positions.to(logits.device), sequence_id, ids)
         values, rivals = (processed + _rough_gumbel(bits)).topk(_RIVALS, dim=-1)

@@ -19,7 +19,7 @@ from coral.bench.run import bench
 from coral.data import prepared
 from coral.decoding.generate import acceptance_length, generate
 from coral.decoding.sampling import Sampling
-from coral.decoding.tree import DEFAULT, Budget, DraftTree
+from coral.decoding.tree import CPU_DEFAULT, DEFAULT, Budget, DraftTree
 from coral.drafter import checkpoint, heads
 from coral.errors import CoralError
 from coral.target import Target
@@ -120,7 +120,7 @@ def test_measured_costs_are_there() -> None:
 def test_the_grid_and_its_best() -> None:
     """Stops a table without the built-in tree, and one that shows five variants of the same tree."""
     budgets = grid(31)
-    assert DEFAULT in budgets and len(budgets) == len(set(budgets)) > 1000
+    assert {DEFAULT, CPU_DEFAULT} <= {*budgets} and len(budgets) == len(set(budgets)) > 1000
     assert all(b.num_nodes <= min(31, b.top_k + (b.max_depth - 1) * b.top_k**2) for b in budgets)
     assert all(b.min_gain in MIN_GAIN for b in budgets)
     found = fastest([
@@ -189,7 +189,7 @@ def test_generate_uses_the_tuned_tree(coral, models: Path, pair: tuple[Path, Tar
         assert max(cycle.num_drafted for cycle in cycles) == TREE.num_nodes
     for name in (None, "ngram", models / "drafter"):
         loaded = library.load(target, name)
-        assert (loaded.budget, loaded.budget_origin) == (DEFAULT, "default")
+        assert (loaded.budget, loaded.budget_origin) == (CPU_DEFAULT, "default")
     command = (
         "generate",
         "--target",
@@ -222,19 +222,19 @@ def test_bench_gives_each_drafter_its_tree(models: Path, pair: tuple[Path, Targe
 
     trees = read()["trees"]["float32"]
     assert Budget(**trees["mine"]["budget"]) == TREE and trees["mine"]["origin"] == "tuned"
-    assert Budget(**trees["untuned"]["budget"]) == DEFAULT and trees["untuned"]["origin"] == "default"
+    assert Budget(**trees["untuned"]["budget"]) == CPU_DEFAULT and trees["untuned"]["origin"] == "default"
     lines = [json.loads(line) for line in results.with_name("records.jsonl").read_text().splitlines()]
     most: dict[str, int] = {}
     for record_ in (line["record"] for line in lines if "record" in line):
         drafted = max(cycle["num_drafted"] for cycle in record_["cycles"])
         most[record_["method"]] = max(drafted, most.get(record_["method"], 0))
-    first_level = DEFAULT.top_k  # an untrained drafter is so unsure that no other level is grown
+    first_level = CPU_DEFAULT.top_k  # an untrained drafter is so unsure that no other level is grown
     assert (most["mine"], most["untuned"]) == (TREE.num_nodes, first_level)
     from coral.bench.compare import compare, line
     from coral.bench.log import read as read_log
     from coral.bench.report import markdown
 
-    assert "mine 2,3,5,0 (tuned), untuned 8,6,15,0.2 (default)" in markdown(read())
+    assert "mine 2,3,5,0 (tuned), untuned 2,6,7,0.15 (default)" in markdown(read())
     found = compare(["mine"], ["untuned"], [read_log(tmp_path / "out")])
     assert "their trees differ" in line(found[0], "mine", "untuned")
     same = compare(["mine"], ["mine"], [read_log(tmp_path / "out")])
@@ -298,7 +298,7 @@ def test_tune_then_generate(coral, models: Path, tmp_path: Path) -> None:
     command = ("tune", drafter, "--target", models / "target", "--prompts", 2, "--max-new-tokens", 10)
     shown = coral(*command, "--no-write")
     assert shown.code == 0 and not (drafter / "coral" / "trees.json").exists()
-    assert "8,6,15,0.2 (built in)" in shown.out
+    assert "2,6,7,0.15 (built in)" in shown.out
     assert re.search(r"predicted [\d.]+x, achieved [\d.]+x, deviation [+-]\d+%", shown.out)
     result = coral(*command, "--temperature", 1, "--deepen", 3)
     assert result.code == 0, result.err

@@ -14,7 +14,7 @@ from coral.decoding.proposers.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle, State
 from coral.decoding.text import Detokenizer, cut_at, stop_at
-from coral.decoding.tree import DEFAULT, Budget
+from coral.decoding.tree import CPU_DEFAULT, DEFAULT, Budget
 from coral.errors import CoralError
 from coral.forward import suits
 from coral.target import Target
@@ -55,7 +55,7 @@ def load(
             lookup, no training), both in one tree as "DIRECTORY+ngram", a drafter that is already loaded, or
             None for plain decoding.
         budget: how large draft trees grow; None: what `coral tune` found for this drafter here, else
-            `tree.DEFAULT`.
+            `tree.DEFAULT`, or `tree.CPU_DEFAULT`.
         compile: see `Target.compiled`; None: if no time is spent on compiling.
         head: the drafter's LM head, see `heads.load`.
         coupled: at temperature > 0 draft with the noise that the sampler will use.
@@ -109,15 +109,14 @@ def choose_budget(
 
     if asked is not None:
         return asked, "asked for"
-    if isinstance(drafter, Drafter):
-        return DEFAULT, "default"
-    source, head, _ = read_name(drafter, head)
-    if source is not None:
-        directory = checkpoint.locate(source)
-        place = tuned.Place.of(target, heads.resolve(directory, head), compile)
-        if (found := tuned.find(directory, place)) is not None:
-            return found, "tuned"
-    return DEFAULT, "default"
+    if not isinstance(drafter, Drafter):
+        source, head, _ = read_name(drafter, head)
+        if source is not None:
+            directory = checkpoint.locate(source)
+            place = tuned.Place.of(target, heads.resolve(directory, head), compile)
+            if (found := tuned.find(directory, place)) is not None:
+                return found, "tuned"
+    return (CPU_DEFAULT if target.device.type == "cpu" else DEFAULT), "default"
 
 
 def read_name(drafter: str | Path | None, head: str = "auto") -> tuple[str | Path | None, str, bool]:

@@ -81,7 +81,7 @@ def bench(
         assistant: a small causal LM of the target's vocabulary, with which Hugging Face's assisted generation
             becomes a peer.
         compile: plain decoding may also be compiled, and our own methods are (see `Target.compiled`).
-        budget: of all drafters; None: what `coral tune` found for each, else `tree.DEFAULT`.
+        budget: of all drafters; None: what `coral tune` found for each, else the built-in one.
         head: the drafters' LM head, see `heads.load`.
         fallback: our drafters take plain steps while drafting is slower (see `Fallback`), which changes tau.
         coupled: whether drafting shares the sampler's noise; each value gives a row at temperature > 0.

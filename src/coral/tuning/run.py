@@ -15,7 +15,7 @@ from coral.bench.methods import sized
 from coral.decoding.generate import Proposer, generate
 from coral.decoding.proposers.plain import Plain
 from coral.decoding.sampling import Sampling
-from coral.decoding.tree import DEFAULT, Budget
+from coral.decoding.tree import CPU_DEFAULT, DEFAULT, Budget
 from coral.device import has_queue
 from coral.errors import CoralError
 from coral.target import Target
@@ -47,7 +47,8 @@ class Prediction:
 class Tuned:
     """What tuning found.
 
-    candidates: the fastest budget of every number of nodes, the fastest first. default: `tree.DEFAULT`.
+    candidates: the fastest budget of every number of nodes, the fastest first. default: `tree.DEFAULT`
+    or `tree.CPU_DEFAULT`.
     plain: plain decoding, from the same costs; plain_rows: see `Costs.plain_rows`.
     predicted: the best budget's speedup, from costs measured anew between the texts that were decoded.
     decoded: tokens a second of the best budget and of plain decoding, when both decode the same prompts.
@@ -120,7 +121,7 @@ def tune(
             progress=lambda: progress.advance(task),
         )
         # On a GPU, growth does not stop early: that would have to be waited for.
-        gains, default = ((0.0,), replace(DEFAULT, min_gain=0.0)) if waits else (MIN_GAIN, DEFAULT)
+        gains, default = ((0.0,), replace(DEFAULT, min_gain=0.0)) if waits else (MIN_GAIN, CPU_DEFAULT)
         runs = {run.budget: run for run in simulate(texts, grid(max(rows) - 1, gains))}
         predictions = {budget: _predict(run, costs) for budget, run in runs.items()}
         best = fastest([*predictions.values()])

@@ -2,11 +2,11 @@
 
 The shipped pair, deepened to 32 layers, compiled. Plain steps, bare verifications and every part of real
 cycles are timed in turn, text after text, since a shared machine changes its speed from minute to minute; the
-ratio of a cycle to verification + S draft steps says what everything else costs. A text's first cycle, in
-which the drafter reads the prompt, is left out. Times are means without the stalls, those above three times
-the median. Beside them stands the floor: bytes of weights, as bfloat16, over the bandwidth with which this
-machine sums a large tensor. Writes OUTPUT/results.json and OUTPUT/results.md. Four minutes, most of them
-compiling, on a quiet machine.
+ratio of a cycle to verification + S draft steps says what everything else costs. Bare verifications are of
+the rows that the cycles had, timed in the middle of each text. A text's first cycle, in which the drafter
+reads the prompt, is left out. Times are means without the stalls, those above three times the median. Beside
+them stands the floor: bytes of weights, as bfloat16, over the bandwidth with which this machine sums a large
+tensor. Writes OUTPUT/results.json and OUTPUT/results.md. Half a minute, on a quiet machine.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from coral.decoding.proposers.feature import Feature
 from coral.decoding.proposers.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle
-from coral.decoding.tree import DEFAULT
+from coral.decoding.tree import CPU_DEFAULT
 from coral.demo import PROMPTS
 from coral.memory import keep_freed_memory
 from coral.options import quiet_transformers, read_budget
@@ -97,7 +97,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     quiet_transformers()
-    budget = read_budget(options.tree) or DEFAULT
+    budget = read_budget(options.tree) or CPU_DEFAULT
     rows = budget.num_nodes + 1
     loaded = Target.load(EMBEDDED / "target", dtype=options.dtype)
     if options.layers > loaded.config.num_hidden_layers:
@@ -114,12 +114,14 @@ def main() -> None:
     native = proposer._native
     owners = {"proposer": proposer, "native": native, "target": target, "sampling": Sampling}
     times: dict[str, list[float]] = defaultdict(list)
-    bare: dict[int, list[float]] = {1: [], rows: []}
+    bare: dict[int, list[float]] = defaultdict(list)
     plain_steps, cycles = [], []
     tokens = options.tokens // options.rounds
     for _, prompt in PROMPTS * options.rounds:
-        plain_steps += [c.seconds for c in run(plain, prompt, tokens // 2, options.temperature)]
-        for size, seconds in verify_seconds(target, (1, rows), plain.encode(prompt)).items():
+        half = list(run(plain, prompt, tokens // 2, options.temperature))
+        plain_steps += [cycle.seconds for cycle in half]
+        prefix = plain.encode(prompt) + [token for cycle in half for token in cycle.tokens]
+        for size, seconds in verify_seconds(target, range(1, rows + 1), prefix).items():
             bare[size].append(seconds)
         running = run(pair, prompt, tokens, options.temperature)
         next(running)  # here the drafter reads the prompt
@@ -131,12 +133,13 @@ def main() -> None:
             setattr(owner, name, original)
 
     count, plain_step = len(cycles), steady(plain_steps)
-    bare_rows, bare_row = fmean(bare[rows]), fmean(bare[1])
+    verified = fmean(fmean(bare[cycle.num_drafted + 1]) for cycle in cycles)
+    mean_rows = 1 + fmean(cycle.num_drafted for cycle in cycles)
     tau, steps = acceptance_length(cycles), fmean(cycle.num_forwards for cycle in cycles)
     cycle_seconds = steady([cycle.seconds for cycle in cycles])
     spent = {part: steady(times[part]) * len(times[part]) / count for part in PARTS.values()}
     step = spent["draft steps"] / steps
-    ideal = bare_rows + steps * step
+    ideal = verified + steps * step
     speed, table = bandwidth(), proposer.head.table(None)
     sizes = 2 * plain_bytes(target.model) // target.dtype.itemsize, native.num_bytes(table)
     floor = (sizes[0] + steps * sizes[1]) / speed
@@ -153,7 +156,9 @@ def main() -> None:
         **header(),
         "start_seconds": start,
         "plain_seconds": plain_step,
-        "verify_seconds": {1: bare_row, rows: bare_rows},
+        "verify_seconds": {n: fmean(seconds) for n, seconds in bare.items()},
+        "bare_verification_seconds": verified,
+        "rows": mean_rows,
         "draft_step_seconds": step,
         "cycle_seconds": cycle_seconds,
         "parts": parts,
@@ -176,9 +181,9 @@ def main() -> None:
         *(f"| {part} | {milliseconds(s)} | {s / cycle_seconds:.0%} |" for part, s in parts.items()),
         f"| **cycle** | {milliseconds(cycle_seconds)} | 100% |",
         "",
-        f"- bare: verification of {rows} rows {milliseconds(bare_rows)} ms, of one row "
-        f"{milliseconds(bare_row)} ms, a draft step {milliseconds(step)} ms; a plain step with sampling "
-        f"{milliseconds(plain_step)} ms",
+        f"- bare: verification of {mean_rows:.1f} rows in the mean {milliseconds(verified)} ms, of one row "
+        f"{milliseconds(fmean(bare[1]))} ms, a draft step {milliseconds(step)} ms; a plain step with "
+        f"sampling {milliseconds(plain_step)} ms",
         f"- cycle / (verification + {steps:.2f} draft steps): {cycle_seconds / ideal:.2f}",
         f"- a cycle costs {cycle_seconds / plain_step:.2f} plain steps, so speedup / tau without prefill is "
         f"{plain_step / cycle_seconds:.2f}, the speedup {tau * plain_step / cycle_seconds:.2f}x",

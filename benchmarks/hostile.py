@@ -22,7 +22,7 @@ from coral.decoding.generate import acceptance_length
 from coral.decoding.proposers.fallback import Fallback
 from coral.decoding.proposers.plain import Plain
 from coral.decoding.sampling import Sampling
-from coral.decoding.tree import DEFAULT
+from coral.decoding.tree import CPU_DEFAULT
 from coral.drafter.reduced import StaticHead, Table
 from coral.memory import keep_freed_memory
 from coral.options import quiet_transformers
@@ -56,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     quiet_transformers()
-    target = Target.load(EMBEDDED / "target", dtype="float32").compiled((1, DEFAULT.num_nodes + 1))
+    target = Target.load(EMBEDDED / "target", dtype="float32").compiled((1, CPU_DEFAULT.num_nodes + 1))
     feature: Any = make_proposer(target, EMBEDDED / "drafter")
     feature.head = Missing(feature.head, target.vocab_size)
     loaded = suites.load("mt_bench,humaneval,gsm8k", options.prompts)
@@ -64,12 +64,12 @@ def main() -> None:
     prompts = [ids for ids in prompts if len(ids) + options.tokens <= target.context_length]
     sides = {"plain": Plain, "hostile": lambda: Fallback(feature), "hostile, no fallback": lambda: feature}
     for make in sides.values():
-        ours(target, make(), DEFAULT)(prompts[0], Sampling(), 0, 32)
+        ours(target, make(), CPU_DEFAULT)(prompts[0], Sampling(), 0, 32)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     texts, taus = {}, {}
     for _ in range(options.runs):
         written: dict[str, list[Any]] = {name: [] for name in sides}
-        writers = {name: ours(target, make(), DEFAULT) for name, make in sides.items()}
+        writers = {name: ours(target, make(), CPU_DEFAULT) for name, make in sides.items()}
         for number, ids in enumerate(prompts):
             for name, write in writers.items():
                 written[name].append(write(ids, Sampling(), number, options.tokens))

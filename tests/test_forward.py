@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from tiny import Bushes, prompt_of, random_tree, tiny_model, tree_of, write
+from tiny import Bushes, prompt_of, random_tree, root_path, tiny_model, tree_of, write
 
 from coral import few_rows
 from coral.attention import GROUPED_SDPA
@@ -90,6 +90,21 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(dtype):
     batch = states_of(fast, [4, 9, 2])
     (_, rows, _), _ = fast.verify(batch, [random_tree(5), chain, random_tree(9)])
     assert torch.equal(rows, together[0][0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_node_does_not_depend_on_other_branches(dtype):
+    """Stops sums over keys whose order follows the places of a path's rows in the cache."""
+    _, fast = targets("llama", dtype)
+    for seed in range(8):
+        (state,), tree = states_of(fast, [20 + seed]), random_tree(12, seed=seed)
+        (logits,), (features,) = fast.verify([state], [tree])
+        for node in range(len(tree)):
+            state.cache.keep(19 + seed)
+            path = tree.tokens[root_path(tree, node)].tolist()
+            steps = [fast.verify([state], [tree_of([token], [-1])]) for token in path]
+            assert torch.equal(steps[-1][0][0][0], logits[node])
+            assert torch.equal(steps[-1][1][0][0], features[node])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

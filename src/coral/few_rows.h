@@ -1,8 +1,8 @@
 // Products and attention of a few rows, float32 or bfloat16, on the CPU; few_rows.py says what for.
 //
 // All arithmetic is float32: bfloat16 numbers are widened when they are read, and results are rounded once.
-// A row's sums are made in one order, whatever the number of rows beside it: in a verification the products of a
-// node's row are, bit for bit, those of a plain step.
+// A row's sums are made in one order, whatever rows stand beside it or between those it attends to: in a
+// verification a node's row is, bit for bit, that of a plain step.
 
 #include "vectors.h"
 
@@ -173,20 +173,19 @@ void attend_block(const Block<T>& block, const T* keys, const T* values, int64_t
         if (block.allowed[r][first + i]) weights[r * padded + first + i] = scores[i];
     }
   }
-  float shares[R];
+  float all[R] = {}, shares[R];
   for (int64_t r = 0; r < R; r++) {
     float* row = weights.data() + r * padded;
-    Vec most(std::numeric_limits<float>::lowest()), sum(0);  // for a row that sees nothing, too
+    Vec most(std::numeric_limits<float>::lowest());  // for a row that sees nothing, too
     for (int64_t key = 0; key < padded; key += kLanes) most = at::vec::maximum(most, Vec::loadu(row + key));
     most = Vec(at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, most));
-    for (int64_t key = 0; key < padded; key += kLanes) {
-      const Vec weight = (Vec::loadu(row + key) - most).exp();
-      weight.store(row + key);
-      sum = sum + weight;
-    }
-    const float all = total(sum);
-    shares[r] = all > 0 ? 1 / all : 0;
+    for (int64_t key = 0; key < padded; key += kLanes) (Vec::loadu(row + key) - most).exp().store(row + key);
   }
+  // Key after key, as the values below: keys between those that a row sees, other branches of a tree, add zeros.
+  for (int64_t key = 0; key < end; key++)
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < R; r++) all[r] += weights[r * padded + key];
+  for (int64_t r = 0; r < R; r++) shares[r] = all[r] > 0 ? 1 / all[r] : 0;
   int64_t c = 0;
   for (; c + 2 * kLanes <= size; c += 2 * kLanes)
     add_values<R, 2>(block, weights.data(), padded, values, end, size, c, shares);

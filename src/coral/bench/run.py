@@ -155,8 +155,9 @@ def bench(
             targets = {"eager": loaded}
             if compile:
                 sizes = {1, 2, *tree_rows}
-                targets["compiled"] = loaded.compiled(tuple(sizes))
-                if targets["compiled"].pads:
+                fast = loaded.compiled(tuple(sizes))
+                targets["compiled" if fast.pads else "native"] = fast
+                if fast.pads:
                     count = len(sizes)
                     console.print(f"{dtype}: compiling, a few seconds a layer for each of {count} forwards")
             fastest = [*targets.values()][-1]

@@ -157,10 +157,10 @@ def regenerate(
 
         loaded = options.load_target(target, dtype, device, revision, trust_remote_code)
         assert loaded.tokenizer is not None  # it was loaded from a directory or the hub
-        if loaded.device.type == "cpu":
-            sampler.load()
 
         def answers(prompts: list[list[int]], at: list[float], ids: list[int]) -> list[list[int]]:
+            if loaded.device.type == "cpu":
+                sampler.load()  # which may build it, so not before there is something to write
             return write(loaded, prompts, [Sampling(t, seed=seed) for t in at], ids, max_new_tokens)
 
         answer = answer_in_batches(

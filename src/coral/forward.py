@@ -76,7 +76,7 @@ class _Job(Structure):
 
 def suits(target: Target) -> bool:
     """Whether a target can be run here. Not so: another family, or code that is not transformers' own; a
-    sliding window, or rotary frequencies that follow the length; attention that was asked to be eager;
+    sliding window, or rotary frequencies that follow the length or turn a part of a head; eager attention;
     another device, number format or activation; sizes that do not fill vectors; layers that are not plain
     linear ones; no memory for copies; no C++ compiler, or one that does not know this processor's vectors.
     """
@@ -100,12 +100,13 @@ def suits(target: Target) -> bool:
         ),
         target.model.get_output_embeddings(),
     ]
-    sizes = [linear.in_features for linear in linears] + [decoder.layers[0].self_attn.head_dim]
+    head_size = decoder.layers[0].self_attn.head_dim
     return (
         all(weight.device.type == "cpu" and weight.dtype == target.dtype for weight in weights)
         and target.dtype in DTYPES
         and all(type(linear) in (nn.Linear, PackedLinear) for linear in linears)
-        and all(size % _MULTIPLE == 0 for size in sizes)
+        and all(size % _MULTIPLE == 0 for size in (head_size, *(linear.in_features for linear in linears)))
+        and 2 * len(decoder.rotary_emb.inv_freq) == head_size
         and target.embedding_weight.is_contiguous()
         and psutil.virtual_memory().available > 1.2 * sum(linear.weight.nbytes for linear in linears)
         and _library() is not None
@@ -175,8 +176,7 @@ class NativeForward:
         n = sum(counts)
         if n > MOST_ROWS:
             return None
-        sequences = (_Sequence * len(trees))()
-        kept = []
+        sequences, kept = (_Sequence * len(trees))(), []  # kept: what the pointers lead to
         for sequence, state, tree in zip(sequences, states, trees, strict=True):
             cache, count = state.cache, len(tree)
             cache.reserve(count, self._no_rows)

@@ -115,8 +115,8 @@ class _Refused:
 def _cycle_seconds(
     target: Target, prompt: list[int], sampling: Sampling, rows: Sequence[int], repeats: int
 ) -> dict[int, float]:
-    # Each size twice in a row, of which the second counts: in a text a cycle follows one like it, and behind a
-    # tree of 64 rows a plain step takes longer.
+    # Each size twice in a row, of which the second counts: in a text a cycle follows one like it, and a plain
+    # step behind a tree of 64 rows takes longer.
     twice = [n for n in rows for _ in range(2)]
     room = min((repeats + 1) * len(twice), target.context_length - len(prompt) - 1)
     end = len(prompt) + room

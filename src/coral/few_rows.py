@@ -28,7 +28,7 @@ aten = torch.ops.aten
 MOST_ROWS = 64
 """Above this, products are arithmetic, and libraries are better at it."""
 DTYPES = torch.float32, torch.bfloat16
-PANEL, _BLOCK, _LANES = 16, 256, 16  # as in few_rows.cpp; lanes: the most there
+PANEL, _BLOCK, LANES = 16, 256, 16  # as in few_rows.h; lanes: the most there, of which sizes are multiples
 _packed: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
 
 
@@ -96,7 +96,7 @@ def can_attend(q: Tensor) -> bool:
         and q.device.type == "cpu"
         and q.dtype in DTYPES
         and q.shape[2] <= MOST_ROWS
-        and q.shape[3] % _LANES == 0
+        and q.shape[3] % LANES == 0
     )
 
 

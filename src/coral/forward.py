@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from coral import sampler
 from coral.cpp import build
-from coral.few_rows import DTYPES, MOST_ROWS, PANEL, pack_once
+from coral.few_rows import DTYPES, LANES, MOST_ROWS, PANEL, pack_once
 from coral.packed import PackedLinear
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """RMSNorm before attention and before a gated SiLU, rotated queries and keys; with their own module names."""
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # whose frequencies do not follow the length
-_MULTIPLE = 16  # of every size but the vocabulary's: what a vector holds at most
 
 
 class _Matrix(Structure):
@@ -105,7 +104,7 @@ def suits(target: Target) -> bool:
         all(weight.device.type == "cpu" and weight.dtype == target.dtype for weight in weights)
         and target.dtype in DTYPES
         and all(type(linear) in (nn.Linear, PackedLinear) for linear in linears)
-        and all(size % _MULTIPLE == 0 for size in (head_size, *(linear.in_features for linear in linears)))
+        and all(size % LANES == 0 for size in (head_size, *(linear.in_features for linear in linears)))
         and 2 * len(decoder.rotary_emb.inv_freq) == head_size
         and target.embedding_weight.is_contiguous()
         and psutil.virtual_memory().available > 1.2 * sum(linear.weight.nbytes for linear in linears)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from coral.cpp import build
+from coral.few_rows import DTYPES
 
 _loaded: list[CDLL] = []
 
@@ -27,7 +28,7 @@ def load() -> None:
 
 def argmax(scores: Tensor) -> Tensor:
     """[N, V] -> [N] int64, as torch's; of equal scores the first wins."""
-    if not _loaded or scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.bfloat16):
+    if not _loaded or scores.device.type != "cpu" or scores.dtype not in DTYPES:
         return scores.argmax(-1)
     rows, ids = scores.contiguous(), torch.empty(len(scores), dtype=torch.int64)
     narrow = c_bool(rows.dtype == torch.bfloat16)

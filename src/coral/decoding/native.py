@@ -20,12 +20,11 @@ from coral.decoding.state import Committed, State
 from coral.decoding.tree import Budget, DraftTree
 from coral.drafter.drafter import Drafter, DraftLayer
 from coral.drafter.reduced import Table
-from coral.few_rows import DTYPES
+from coral.few_rows import DTYPES, LANES
 from coral.target import Target
 
 MOST_ROWS = 64
 """Above this many accepted rows, as of a prompt, libraries are better at the products."""
-_MULTIPLE = 16  # of every size: what a vector holds at most
 
 
 class _Numbers(Structure):
@@ -112,7 +111,7 @@ class NativeDrafter:
             any(weight.device.type != "cpu" for weight in weights)
             or any(weight.dtype not in DTYPES for weight in weights)
             or config.hidden_act != "silu"
-            or any(size % _MULTIPLE for size in sizes)
+            or any(size % LANES for size in sizes)
         ):
             return None
         library = build(Path(__file__).with_suffix(".cpp"))

@@ -1,5 +1,7 @@
 """Products and attention of few rows: the kernels against torch, and where compiled forwards use them."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from coral.compiled import compiled
 from coral.decoding.state import State
 from coral.decoding.tree import DraftTree
 from coral.forward import NativeForward
+from coral.memory import weights_like
 from coral.target import Target
 
 
@@ -174,3 +177,15 @@ def test_a_verification_in_bfloat16_is_plain_steps_bit_for_bit(monkeypatch):
         assert rows.dtype == torch.bfloat16
         assert torch.equal(rows, torch.cat(steps))
     assert calls == [17, 4, 17, 4]  # products and attentions of each size
+
+
+def test_weights_in_shared_memory_lie_apart():
+    """Stops weights that overwrite each other, where small ones share a piece of memory."""
+    shapes = [(3, 5), (1,), (700, 33), (0, 4), (17_000, 1024), (2, 2)]
+    made = [
+        weights_like(torch.empty(shape, dtype=dtype)).fill_(index)
+        for index, (shape, dtype) in enumerate(product(shapes, few_rows.DTYPES))
+    ]
+    for index, weights in enumerate(made):
+        assert weights.shape == shapes[index // 2] and weights.is_contiguous()
+        assert (weights == index).all() and weights.data_ptr() % 16 == 0

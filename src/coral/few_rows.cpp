@@ -25,7 +25,7 @@ Tensor multiply_all(const Tensor& input, const Tensor& packed, const std::option
     const auto copy_row = [&](int64_t i, int64_t k, int64_t depth, float* to) {
       convert<Row, Row>(x + i * inputs + k, nullptr, depth, to);
     };
-    multiply_panels(weights, {begin, end}, n, inputs, width, copy_row, sums);
+    multiply_panels(weights, {begin, end}, {0, inputs}, n, inputs, width, copy_row, sums);
     const int64_t first = begin * kPanel, columns = std::min(end * kPanel, width) - first;
     if (offsets || rounds)
       for (int64_t i = 0; i < n; i++)

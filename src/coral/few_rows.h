@@ -7,7 +7,7 @@
 #include "vectors.h"
 
 #include <array>
-#include <limits>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -17,9 +17,8 @@ namespace {
 constexpr int64_t kPanel = 16;                      // outputs whose weights stand together; few_rows.py packs them
 constexpr int64_t kParts = kPanel / kLanes;         // vectors that hold a panel
 constexpr int64_t kBlock = 256;                     // inputs at a time: at most 16 KiB of a panel
-constexpr int64_t kStride = kBlock + kPanel;        // between copied rows; a power of two would crowd the L1 cache
+constexpr int64_t kStride = kBlock + kPanel;        // between rows; a power of two would crowd the L1 cache
 constexpr int64_t kTile = kLanes == 16 ? 16 : 4;    // rows whose sums the registers hold
-constexpr int64_t kAhead = 3072;                    // bytes of weights between what is fetched and what is needed
 constexpr int64_t kQueries = kLanes == 16 ? 8 : 4;  // rows that attend together
 
 // What one read of weights brings, input by input: bfloat16 weights of two inputs share 32 bits.
@@ -34,12 +33,16 @@ std::array<Vec, 2> load_weights(const BFloat16* weights) {
 template <typename Weight>
 constexpr int64_t kTogether = sizeof(float) / sizeof(Weight);  // inputs of one read
 
-// Products of `M` rows with one panel, `depth` inputs of it, added to what `out` holds, unless they are the first.
+// Rows that stand side by side: for M of them, so many numbers of an input.
+constexpr int64_t abreast(int64_t M) { return M > 1 ? 2 * abreast((M + 1) / 2) : 1; }
+
+// Products of M rows, side by side, with one panel, `depth` inputs of it, added to what `out` holds, unless they are
+// the first; `width` of its outputs exist.
 template <typename Weight, int64_t M>
 void multiply(const Weight* panel, const float* rows, float* out, int64_t stride, int64_t width, int64_t depth,
               bool first) {
   Vec sums[M][kParts];
-  int64_t real[kParts];  // outputs of the panel that exist
+  int64_t real[kParts];  // outputs of each vector that exist
 #pragma GCC unroll 4
   for (int64_t p = 0; p < kParts; p++) {
     real[p] = std::clamp<int64_t>(width - p * kLanes, 0, kLanes);
@@ -48,14 +51,14 @@ void multiply(const Weight* panel, const float* rows, float* out, int64_t stride
       sums[m][p] = first ? Vec(0) : Vec::loadu(out + m * stride + p * kLanes, real[p]);
   }
   for (int64_t k = 0; k < depth; k += kTogether<Weight>) {
-    __builtin_prefetch(panel + k * kPanel + kAhead / sizeof(Weight));
+    fetch(panel + k * kPanel);
     for (int64_t p = 0; p < kParts; p++) {
       const auto weights = load_weights(panel + k * kPanel + p * kLanes * kTogether<Weight>);
 #pragma GCC unroll 2
       for (int64_t i = 0; i < kTogether<Weight>; i++)
 #pragma GCC unroll 16
         for (int64_t m = 0; m < M; m++)
-          sums[m][p] = at::vec::fmadd(weights[i], Vec(rows[m * kStride + k + i]), sums[m][p]);
+          sums[m][p] = at::vec::fmadd(weights[i], Vec(rows[(k + i) * abreast(M) + m]), sums[m][p]);
     }
   }
   for (int64_t p = 0; p < kParts; p++)
@@ -70,26 +73,64 @@ constexpr auto each_count(std::integer_sequence<int64_t, M...>) {
 template <typename Weight>
 constexpr auto kMultiply = each_count<Weight>(std::make_integer_sequence<int64_t, kTile>{});
 
-// Rows times some panels of packed weights, into `sums` [n, width].
+// The first vectors of M rows and N - M of zeros, side by side: the first number of each, then the second, and so on.
+template <int64_t M, int64_t N>
+std::array<Vec, N> side_by_side(const float* rows, int64_t stride) {
+  if constexpr (N == 1) {
+    return {M ? Vec::loadu(rows) : Vec(0)};
+  } else {
+    const auto even = side_by_side<(M + 1) / 2, N / 2>(rows, 2 * stride);
+    const auto odd = side_by_side<M / 2, N / 2>(rows + stride, 2 * stride);
+    std::array<Vec, N> both;
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < N / 2; i++) {
+      const auto [low, high] = at::vec::interleave2(even[i], odd[i]);
+      both[2 * i] = low, both[2 * i + 1] = high;
+    }
+    return both;
+  }
+}
+
+// `depth` numbers of M rows, side by side.
+template <int64_t M>
+void stand_side_by_side(const float* rows, int64_t depth, float* to) {
+  constexpr int64_t count = abreast(M);
+  for (int64_t k = 0; k < depth; k += kLanes) {
+    const auto vectors = side_by_side<M, count>(rows + k, kStride);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < count; i++) vectors[i].store(to + k * count + i * kLanes);
+  }
+}
+
+template <int64_t... M>
+constexpr auto each_number(std::integer_sequence<int64_t, M...>) {
+  return std::array{stand_side_by_side<M + 1>...};
+}
+constexpr auto kStand = each_number(std::make_integer_sequence<int64_t, kTile>{});
+
+// Rows times some inputs of some panels of packed weights, into `sums` [n, width]. `inner` begins at an even input.
 // copy_row(i, k, depth, to) brings inputs k to k + depth of row i.
 template <typename Weight, typename CopyRow>
-void multiply_panels(const Weight* weights, Range mine, int64_t n, int64_t inputs, int64_t width,
+void multiply_panels(const Weight* weights, Range mine, Range inner, int64_t n, int64_t inputs, int64_t width,
                      const CopyRow& copy_row, float* sums) {
   constexpr int64_t together = kTogether<Weight>;
+  const auto even = [](int64_t count) { return (count + together - 1) / together * together; };
   const int64_t panels = (width + kPanel - 1) / kPanel;
-  alignas(64) float copy[kTile * kStride];
-  for (int64_t k = 0; k < inputs; k += kBlock) {
-    const int64_t depth = std::min(kBlock, inputs - k), stored = (depth + together - 1) / together * together;
+  alignas(64) float rows[kTile * kStride], copy[kTile * kBlock];
+  for (int64_t block = inner.begin / kBlock * kBlock; block < inner.end; block += kBlock) {
+    const int64_t stored = even(std::min(kBlock, inputs - block));  // inputs of this block of each panel
+    const int64_t k = std::max(block, inner.begin), depth = std::min(block + kBlock, inner.end) - k;
     for (int64_t top = 0; top < n; top += kTile) {
       const int64_t count = std::min(kTile, n - top);
       for (int64_t i = 0; i < count; i++) {
-        copy_row(top + i, k, depth, copy + i * kStride);
-        std::fill(copy + i * kStride + depth, copy + i * kStride + stored, 0.f);
+        copy_row(top + i, k, depth, rows + i * kStride);
+        std::fill_n(rows + i * kStride + depth, even(depth) - depth, 0.f);
       }
+      kStand[count - 1](rows, even(depth), copy);
       for (int64_t p = mine.begin; p < mine.end; p++)
-        kMultiply<Weight>[count - 1](weights + kPanel * (panels * k + p * stored), copy,
-                                     sums + top * width + p * kPanel, width, std::min(kPanel, width - p * kPanel),
-                                     stored, k == 0);
+        kMultiply<Weight>[count - 1](weights + kPanel * (panels * block + p * stored + k - block), copy,
+                                     sums + top * width + p * kPanel, width, width - p * kPanel, even(depth),
+                                     k == inner.begin);
     }
   }
 }
@@ -112,10 +153,10 @@ struct Block {
   T* outputs[kQueries];
 };
 
-// Columns c to c + C * kLanes of the outputs: values [end, size] weighed by the rows of `weights` [R, stride].
+// Columns c to c + C * kLanes of the outputs: values [end, size] weighed by `weights` [end, abreast(R)].
 template <int64_t R, int64_t C, typename T>
-void add_values(const Block<T>& block, const float* weights, int64_t stride, const T* values, int64_t end,
-                int64_t size, int64_t c, const float* shares) {
+void add_values(const Block<T>& block, const float* weights, const T* values, int64_t end, int64_t size, int64_t c,
+                const float* shares) {
   Vec sums[R][C];
   for (int64_t key = 0; key < end; key++)
 #pragma GCC unroll 2
@@ -123,7 +164,7 @@ void add_values(const Block<T>& block, const float* weights, int64_t stride, con
       const Vec value = load(values + key * size + c + part * kLanes);
 #pragma GCC unroll 8
       for (int64_t r = 0; r < R; r++)
-        sums[r][part] = at::vec::fmadd(value, Vec(weights[r * stride + key]), sums[r][part]);
+        sums[r][part] = at::vec::fmadd(value, Vec(weights[key * abreast(R) + r]), sums[r][part]);
     }
 #pragma GCC unroll 8
   for (int64_t r = 0; r < R; r++)
@@ -132,64 +173,64 @@ void add_values(const Block<T>& block, const float* weights, int64_t stride, con
       store(sums[r][part] * Vec(shares[r]), block.outputs[r] + c + part * kLanes);
 }
 
-// Keys and values [num_keys, size]; a row that may attend to nothing becomes 0.
+// Keys and values [num_keys, size]; a row that may attend to nothing becomes 0. The scores of a key stand side by
+// side, row after row, so that a vector holds those of a few keys.
 template <typename T, int64_t R>
 void attend_block(const Block<T>& block, const T* keys, const T* values, int64_t num_keys, int64_t size,
                   float scale) {
-  constexpr int64_t kKeys = R > 4 ? 2 : 4;  // multiplied at a time: as many sums as registers hold
-  int64_t end = num_keys;                   // one behind the last key that any row attends to
-  const auto unseen = [&](int64_t key) {
-    for (int64_t r = 0; r < R; r++)
-      if (block.allowed[r][key]) return false;
-    return true;
-  };
-  while (end > 0 && unseen(end - 1)) end--;
-  const int64_t padded = (end + kLanes - 1) / kLanes * kLanes;
-  std::vector<float> weights(R * padded, -std::numeric_limits<float>::infinity());
-  float lanes[R][kLanes * kLanes];
-  for (int64_t first = 0; first < end; first += kLanes) {
-    const int64_t count = std::min(kLanes, end - first);
-    for (int64_t i = 0; i < count; i += kKeys) {
-      Vec sums[kKeys][R];
-      for (int64_t c = 0; c < size; c += kLanes)
-#pragma GCC unroll 8
-        for (int64_t j = 0; j < kKeys; j++) {
-          const Vec part = load(keys + std::min(first + i + j, end - 1) * size + c);
-#pragma GCC unroll 8
-          for (int64_t r = 0; r < R; r++)
-            sums[j][r] = at::vec::fmadd(part, Vec::loadu(block.queries[r] + c), sums[j][r]);
-        }
-#pragma GCC unroll 8
-      for (int64_t j = 0; j < kKeys; j++)
-#pragma GCC unroll 8
-        for (int64_t r = 0; r < R; r++) sums[j][r].store(lanes[r] + (i + j) * kLanes);
-    }
-    for (int64_t r = 0; r < R; r++) {  // the lanes of all these keys are added at once, a key a lane
-      std::array<Vec, kLanes> sums;
-      for (int64_t i = 0; i < kLanes; i++) sums[i] = Vec::loadu(lanes[r] + i * kLanes);
-      float scores[kLanes];
-      (totals(sums) * Vec(scale)).store(scores);
-      for (int64_t i = 0; i < count; i++)
-        if (block.allowed[r][first + i]) weights[r * padded + first + i] = scores[i];
-    }
-  }
-  float all[R] = {}, shares[R];
+  constexpr int64_t rows = abreast(R), together = kLanes / rows;  // keys of a vector
+  int64_t end = 0, known = num_keys;  // one behind the last key that any row attends to; the first that one does not
   for (int64_t r = 0; r < R; r++) {
-    float* row = weights.data() + r * padded;
-    Vec most(std::numeric_limits<float>::lowest());  // for a row that sees nothing, too
-    for (int64_t key = 0; key < padded; key += kLanes) most = at::vec::maximum(most, Vec::loadu(row + key));
-    most = Vec(at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, most));
-    for (int64_t key = 0; key < padded; key += kLanes) (Vec::loadu(row + key) - most).exp().store(row + key);
+    const bool *begin = block.allowed[r], *last = begin + num_keys;
+    while (last > begin + end && !last[-1]) last--;
+    end = last - begin;
+    const void* unseen = std::memchr(begin, 0, num_keys);
+    if (unseen) known = std::min<int64_t>(known, static_cast<const bool*>(unseen) - begin);
+  }
+  std::vector<float> weights((end + together) * rows);
+  Vec most(std::numeric_limits<float>::lowest());  // for a row that sees nothing, too
+  for (int64_t first = 0; first < end; first += together) {
+    std::array<Vec, kLanes> sums;
+#pragma GCC unroll 16
+    for (auto& sum : sums) sum = Vec(0);
+    for (int64_t c = 0; c < size; c += kLanes)
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < together; j++) {
+        const Vec part = load(keys + std::min(first + j, end - 1) * size + c);
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < R; r++)
+          sums[j * rows + r] = at::vec::fmadd(part, Vec::loadu(block.queries[r] + c), sums[j * rows + r]);
+      }
+    Vec scores = totals(sums) * Vec(scale);
+    if (first + together > known) {
+      float some[kLanes];
+      scores.store(some);
+      for (int64_t j = 0; j < together; j++)
+        for (int64_t r = 0; r < R; r++)
+          if (first + j >= end || !block.allowed[r][first + j]) some[j * rows + r] = kNever;
+      scores = Vec::loadu(some);
+    }
+    scores.store(weights.data() + first * rows);
+    most = at::vec::maximum(most, scores);
+  }
+  float highest[kLanes], all[R] = {}, shares[R];
+  most.store(highest);
+  for (int64_t j = 1; j < together; j++)
+    for (int64_t r = 0; r < rows; r++) highest[r] = std::max(highest[r], highest[j * rows + r]);
+  for (int64_t j = 1; j < together; j++) std::copy_n(highest, rows, highest + j * rows);
+  for (int64_t first = 0; first < end; first += together) {
+    float* some = weights.data() + first * rows;
+    (Vec::loadu(some) - Vec::loadu(highest)).exp_u20().store(some);
   }
   // Key after key, as the values below: keys between those that a row sees, other branches of a tree, add zeros.
   for (int64_t key = 0; key < end; key++)
 #pragma GCC unroll 8
-    for (int64_t r = 0; r < R; r++) all[r] += weights[r * padded + key];
+    for (int64_t r = 0; r < R; r++) all[r] += weights[key * rows + r];
   for (int64_t r = 0; r < R; r++) shares[r] = all[r] > 0 ? 1 / all[r] : 0;
   int64_t c = 0;
   for (; c + 2 * kLanes <= size; c += 2 * kLanes)
-    add_values<R, 2>(block, weights.data(), padded, values, end, size, c, shares);
-  if (c < size) add_values<R, 1>(block, weights.data(), padded, values, end, size, c, shares);
+    add_values<R, 2>(block, weights.data(), values, end, size, c, shares);
+  if (c < size) add_values<R, 1>(block, weights.data(), values, end, size, c, shares);
 }
 
 template <typename T, int64_t... R>

@@ -21,7 +21,7 @@ from torch.fx import Graph, Node
 from torch.nn.functional import pad
 
 from coral.cpp import build
-from coral.memory import ask_for_huge_pages
+from coral.memory import weights_like
 
 aten = torch.ops.aten
 
@@ -63,8 +63,7 @@ def pack(weight: Tensor) -> Tensor:
     together = 4 // weight.itemsize
     panels, inputs = -(-len(weight) // PANEL), weight.shape[1]
     padded = pad(weight, (0, -inputs % together, 0, panels * PANEL - len(weight)))
-    packed = torch.empty(padded.numel(), dtype=weight.dtype)
-    ask_for_huge_pages(packed)
+    packed = weights_like(padded).view(-1)
     for start in range(0, inputs, _BLOCK):
         block = padded[:, start : start + _BLOCK].reshape(panels, PANEL, -1, together).transpose(1, 2)
         packed.narrow(0, panels * PANEL * start, block.numel()).view(block.shape).copy_(block)

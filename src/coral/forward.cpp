@@ -86,7 +86,7 @@ struct Forward {
   std::vector<Buffer<bool>> seen;  // rows of the cache that it attends to
   std::vector<Task> tasks;
 
-  Buffer<float> x, qkv, sums, inner;
+  Buffer<float> x, qkv, sums, inner, parts;  // parts: each thread's of the last product of a layer, [threads, n, h]
   Buffer<T> attended;
 
   void start() {
@@ -113,6 +113,7 @@ struct Forward {
     for (int64_t l = 0; l < job.num_layers; l++) widest = std::max(widest, job.layers[l].gate_up.outputs);
     x = buffer<float>(n * h), qkv = buffer<float>(n * width), attended = buffer<T>(n * attended_width);
     inner = buffer<float>(n * widest / 2), sums = buffer<float>(n * std::max(widest, job.head.outputs));
+    parts = buffer<float>(job.threads * n * h);
   }
 
   void run() {
@@ -141,9 +142,7 @@ struct Forward {
         wait_for_all();
         feed_forward(layer);
         wait_for_all();
-        add_product(layer.down, [&](int64_t r, int64_t k, int64_t depth, float* to) {
-          std::copy_n(&inner[r * layer.down.inputs + k], depth, to);
-        });
+        add_parts(layer.down);
         wait_for_all();
       }
       T *features = static_cast<T*>(job.features), *logits = static_cast<T*>(job.logits);
@@ -153,12 +152,12 @@ struct Forward {
       });
       for (int64_t r = rows.begin; r < rows.end; r++)
         for (int64_t c = 0; c < h; c += kLanes)
-          store(normalised(r, c, job.norm, scale_of(&x[r * h], h, job.eps)), features + r * h + c);
+          store(normalised(&x[r * h + c], job.norm + c, scale_of(&x[r * h], h, job.eps)), features + r * h + c);
     }
   }
 
-  Vec normalised(int64_t row, int64_t column, const float* weight, float scale) const {
-    return rounded<T>(rounded<T>(load(&x[row * h + column]) * Vec(scale)) * load(weight + column));
+  static Vec normalised(const float* numbers, const float* weights, float scale) {
+    return rounded<T>(rounded<T>(load(numbers) * Vec(scale)) * load(weights));
   }
 
   // A product's sum with its bias, for `count` outputs.
@@ -167,15 +166,19 @@ struct Forward {
     return rounded<T>(matrix.bias ? sum + Vec::loadu(matrix.bias + output, count) : sum);
   }
 
+  template <typename CopyRow>
+  void multiply(const Matrix& matrix, Range panels, Range inner, const CopyRow& copy_row, float* to) const {
+    const auto with = [&](const auto* weights) {
+      multiply_panels(weights, panels, inner, n, matrix.inputs, matrix.outputs, copy_row, to);
+    };
+    matrix.narrow ? with(static_cast<const BFloat16*>(matrix.panels)) : with(static_cast<const float*>(matrix.panels));
+  }
+
   // This thread's part of a product; finish(row, output, count) is called for all of its sums, a vector at a time.
   template <typename CopyRow, typename Finish>
   void product(const Matrix& matrix, const CopyRow& copy_row, float* to, int64_t unit, const Finish& finish) {
     const Range mine = share((matrix.outputs + kPanel - 1) / kPanel, unit);
-    const auto multiply_with = [&](const auto* panels) {
-      multiply_panels(panels, mine, n, matrix.inputs, matrix.outputs, copy_row, to);
-    };
-    matrix.narrow ? multiply_with(static_cast<const BFloat16*>(matrix.panels))
-                  : multiply_with(static_cast<const float*>(matrix.panels));
+    multiply(matrix, mine, {0, matrix.inputs}, copy_row, to);
     const int64_t end = std::min(mine.end * kPanel, matrix.outputs);
     for (int64_t r = 0; r < n; r++)
       for (int64_t j = mine.begin * kPanel; j < end; j += kLanes) finish(r, j, std::min(kLanes, end - j));
@@ -186,7 +189,8 @@ struct Forward {
     std::vector<float> scales(n);
     for (int64_t r = 0; r < n; r++) scales[r] = scale_of(&x[r * h], h, job.eps);
     const auto copy_row = [&](int64_t r, int64_t k, int64_t depth, float* copy) {
-      for (int64_t c = 0; c < depth; c += kLanes) normalised(r, k + c, norm, scales[r]).store(copy + c);
+      for (int64_t c = 0; c < depth; c += kLanes)
+        normalised(&x[r * h + k + c], norm + k + c, scales[r]).store(copy + c);
     };
     product(matrix, copy_row, to, unit, finish);
   }
@@ -194,22 +198,45 @@ struct Forward {
   template <typename CopyRow>
   void add_product(const Matrix& matrix, const CopyRow& copy_row) {
     product(matrix, copy_row, sums.get(), 1, [&](int64_t r, int64_t j, int64_t count) {
-      const Vec added = load(&x[r * h + j]) + result(matrix, &sums[r * h], j, count);
-      store(rounded<T>(added), &x[r * h + j]);
+      add(r, j, count, result(matrix, &sums[r * h], j, count));
     });
   }
 
-  // SiLU(gate) * up; both panels of a pair are this thread's.
+  void add(int64_t row, int64_t column, int64_t count, const Vec& change) {
+    float* place = &x[row * h + column];
+    store(rounded<T>(Vec::loadu(place, count) + change), place, count);
+  }
+
+  // SiLU(gate) * up; both panels of a pair are this thread's. Then this thread's part of `down`: what it has just
+  // made, with all outputs, so that no thread waits for another's numbers, or fetches them.
   void feed_forward(const Layer& layer) {
-    const Matrix& both = layer.gate_up;
+    const Matrix &both = layer.gate_up, &down = layer.down;
     normalised_product(layer.norm, both, sums.get(), 2, [&](int64_t r, int64_t j, int64_t count) {
       if (j / kPanel % 2) return;
       const float* row = &sums[r * both.outputs];
       const Vec gate = result(both, row, j, count), up = result(both, row, j + kPanel, count);
       const Vec active = rounded<T>(gate / (Vec(1) + gate.neg().exp()));
       const int64_t output = j / (2 * kPanel) * kPanel + j % kPanel;
-      store(rounded<T>(active * up), &inner[r * layer.down.inputs + output]);
+      store(rounded<T>(active * up), &inner[r * down.inputs + output]);
     });
+    const Range pairs = share(both.outputs / (2 * kPanel), 1), made{pairs.begin * kPanel, pairs.end * kPanel};
+    float* part = &parts[omp_get_thread_num() * n * h];
+    if (made.begin == made.end) std::fill_n(part, n * h, 0.f);
+    const auto copy_row = [&](int64_t r, int64_t k, int64_t depth, float* to) {
+      std::copy_n(&inner[r * down.inputs + k], depth, to);
+    };
+    multiply(down, {0, h / kPanel}, made, copy_row, part);
+  }
+
+  void add_parts(const Matrix& down) {
+    const Range mine = share(h, kLanes);
+    for (int64_t r = 0; r < n; r++)
+      for (int64_t j = mine.begin; j < mine.end; j += kLanes) {
+        Vec sum = load(&parts[r * h + j]);
+        for (int64_t t = 1; t < omp_get_num_threads(); t++) sum = sum + load(&parts[(t * n + r) * h + j]);
+        store(sum, &parts[r * h + j]);
+        add(r, j, kLanes, result(down, &parts[r * h], j, kLanes));
+      }
   }
 
   T* stored(const Sequence& s, int64_t part, int64_t kv_head) const {
@@ -236,9 +263,8 @@ struct Forward {
 
   void turn(float* head, const float* norm, int64_t at_position) const {
     if (norm) {
-      const Vec scale(scale_of(head, d, job.eps));
-      for (int64_t c = 0; c < d; c += kLanes)
-        store(rounded<T>(rounded<T>(load(head + c) * scale) * load(norm + c)), head + c);
+      const float scale = scale_of(head, d, job.eps);
+      for (int64_t c = 0; c < d; c += kLanes) store(normalised(head + c, norm + c, scale), head + c);
     }
     const float *cos = job.cos + at_position * d, *sin = job.sin + at_position * d;
     for (int64_t c = 0, half = d / 2; c < half; c += kLanes) {

@@ -3,12 +3,10 @@
 #include "vectors.h"
 #include "noise.h"
 
-#include <limits>
 #include <vector>
 
 namespace {
 
-constexpr float kNever = -std::numeric_limits<float>::infinity();
 constexpr float kRough = 0.1f;  // above the error of the noise in float32
 constexpr int64_t kPart = 32 * kLanes;
 

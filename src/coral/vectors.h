@@ -7,6 +7,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 namespace {
 
@@ -14,6 +15,7 @@ using Vec = at::vec::Vectorized<float>;
 using c10::BFloat16;
 
 constexpr int64_t kLanes = Vec::size();
+constexpr float kNever = -std::numeric_limits<float>::infinity();  // the score of what is not
 
 inline Vec load(const float* numbers) { return Vec::loadu(numbers); }
 
@@ -27,6 +29,15 @@ inline void store(const Vec& numbers, float* to, int64_t count = kLanes) { numbe
 
 inline void store(const Vec& numbers, BFloat16* to, int64_t count = kLanes) {
   at::vec::convert<BFloat16>(numbers).store(to, count);
+}
+
+constexpr int64_t kFar = 8192, kNear = 512;  // bytes between weights that are fetched and those in use
+
+// Weights on their way: from memory into the L2 cache, and later into the L1.
+template <typename Weight>
+void fetch(const Weight* now) {
+  __builtin_prefetch(now + kFar / sizeof(Weight), 0, 2);
+  __builtin_prefetch(now + kNear / sizeof(Weight));
 }
 
 inline float total(const Vec& vector) {

@@ -8,7 +8,6 @@
 #include "../noise.h"
 
 #include <array>
-#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -16,7 +15,6 @@ namespace {
 
 constexpr int64_t kOutputs = 4;               // whose weights are multiplied together
 constexpr int64_t kRows = kLanes / kOutputs;  // with so many rows: their sums are as many as a vector's lanes
-constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 // Numbers in one of two formats; `visit` calls f with the typed pointer.
 struct Numbers {
@@ -77,7 +75,10 @@ void multiply(const float* x, int64_t inputs, const T* weights, const Sums& sums
   for (int64_t c = 0; c < inputs; c += kLanes) {
     Vec weight[kOutputs];
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < kOutputs; j++) weight[j] = load(weights + j * inputs + c);
+    for (int64_t j = 0; j < kOutputs; j++) {
+      fetch(weights + j * inputs + c);
+      weight[j] = load(weights + j * inputs + c);
+    }
 #pragma GCC unroll 4
     for (int64_t r = 0; r < R; r++) {
       const Vec value = load(x + r * inputs + c);

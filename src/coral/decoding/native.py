@@ -21,6 +21,7 @@ from coral.decoding.tree import Budget, DraftTree
 from coral.drafter.drafter import Drafter, DraftLayer
 from coral.drafter.reduced import Table
 from coral.few_rows import DTYPES, LANES
+from coral.memory import weights_like
 from coral.target import Target
 
 MOST_ROWS = 64
@@ -164,7 +165,8 @@ class NativeDrafter:
         return cos[0].contiguous(), sin[0].contiguous()
 
     def _matrix(self, linear: nn.Linear) -> _Numbers:
-        self._owned.append(linear.weight.detach().bfloat16().contiguous())
+        weight = linear.weight.detach().bfloat16()
+        self._owned.append(weights_like(weight).copy_(weight))
         return _numbers(self._owned[-1])
 
     def _vector(self, values: Tensor) -> int:

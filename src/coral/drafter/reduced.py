@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from coral.drafter.drafter import num_bytes
+from coral.memory import weights_like
 from coral.packed import pack_linears
 from coral.target import Target
 
@@ -51,8 +52,8 @@ class StaticHead:
 
     @cached_property
     def _table(self) -> Table:
-        bias = self.rows.bias
-        return Table(self.rows.weight.bfloat16(), None if bias is None else bias.float(), self.ids)
+        rows, bias = self.rows.weight.detach().bfloat16(), self.rows.bias
+        return Table(weights_like(rows).copy_(rows), None if bias is None else bias.float(), self.ids)
 
     def log_probs(self, features: Tensor) -> Tensor:
         """[N, V] float32; ids that are left out have -inf."""

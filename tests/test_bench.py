@@ -10,14 +10,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from coral.bench import methods, suites
+from coral.bench import rows as made_rows
 from coral.bench.assistant import load_assistant
 from coral.bench.costs import Costs
 from coral.bench.recall import recall_by_depth
 from coral.bench.report import _beside_peers, markdown, report
-from coral.bench.rows import acceptance_by_depth, repeated, tau, unrepeated_cycles
+from coral.bench.rows import Record, acceptance_by_depth, repeated, tau, unrepeated_cycles
 from coral.bench.run import bench
 from coral.data import prepared
 from coral.decoding.proposers.ngram import NGram
+from coral.decoding.proposers.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle
 from coral.decoding.tree import Budget, DraftTree
@@ -26,9 +28,9 @@ from coral.target import Target
 
 ROW = {
     "kind", "drafter", "suite", "temperature", "coupled", "dtype", "tokens", "cycles", "seconds",
-    "prefill_seconds", "tokens_per_second", "speedup", "speedup_over_hf", "tau", "tau_unrepeated",
-    "repeat_share", "acceptance_by_depth", "draft_share", "verify_share", "equal", "near_tie", "wrong",
-    "identical", "c", "nodes", "draft_forwards", "v", "ceiling",
+    "prefill_seconds", "tokens_per_second", "speedup", "speedup_without_prefill", "speedup_over_hf", "tau",
+    "tau_unrepeated", "repeat_share", "acceptance_by_depth", "draft_share", "verify_share", "equal",
+    "near_tie", "wrong", "identical", "c", "nodes", "draft_forwards", "v", "ceiling",
 }  # fmt: skip
 
 
@@ -159,7 +161,8 @@ class Chain:
 DRAFTERS = {"chain": lambda target, coupled: Chain(), "look": lambda target, coupled: NGram(3, 1)}
 OPTIONS = {
     "limit": 2, "deepen": 3, "cost_ratio": 0.2, "temperatures": (0.0, 1.0), "coupled": (True, False),
-    "max_new_tokens": 14, "note": "Random weights.", "command": "coral bench --suite mt_bench,gsm8k",
+    "max_new_tokens": 14, "ignore_eos": True, "note": "Random weights.",
+    "command": "coral bench --suite mt_bench,gsm8k",
 }  # fmt: skip
 
 
@@ -189,6 +192,22 @@ def test_rows(finished: Path) -> None:
     assert all(row["cycles"] == row["tokens"] for row in rows if row["drafter"] in ("plain", "hf_generate"))
 
 
+def test_speedup_is_of_tokens_a_second() -> None:
+    """Stops a peer that looks fast because its samples end early, and prefill that is taken off one side."""
+    shared = {"dtype": "float32", "temperature": 1.0, "coupled": False, "suite": "s", "prompt": "1",
+              "turn": 0, "num_cycles": 1, "cycles": [], "verdict": None}  # fmt: skip
+    texts = [("plain", "plain", 10, 2.0, 1.0), ("peer", "hf_generate", 5, 3.0, 2.5)]
+    records = [
+        Record(**shared, kind=kind, method=name, tokens=[1] * n, seconds=s, prefill_seconds=p)
+        for kind, name, n, s, p in texts
+    ]
+    costs = Costs("float32", "1 row, eager", {}, 1.0, {1: 1.0, 2: 1.0}, {})
+    found = {row["drafter"]: row for row in made_rows.rows(records, {"float32": costs})}
+    assert found["hf_generate"]["speedup"] == pytest.approx((5 / 3) / (10 / 2))
+    assert found["hf_generate"]["speedup_without_prefill"] == pytest.approx((5 / 0.5) / (10 / 1))
+    assert found["plain"]["speedup"] == found["plain"]["speedup_without_prefill"] == 1
+
+
 def test_resume(finished: Path) -> None:
     """Stops a second measurement of what is finished, a torn line that breaks the file, and mixed benches."""
     log = finished.with_name("records.jsonl")
@@ -215,12 +234,28 @@ def test_report(finished: Path) -> None:
     assert "**2 wrong**" in markdown(results)
 
 
+def test_texts_end_where_they_are_to(tmp_path: Path) -> None:
+    """Stops a method that writes on behind the end that others keep to, and is paid for it in tokens."""
+    target = confident(tmp_path)
+    ways = [
+        methods.ours(target, Plain(), Budget(1, 0, 0)),
+        methods.ours(target, NGram(), Budget(2, 10, 10)),
+        methods.hugging_face(target),
+        methods.hugging_face(target, prompt_lookup_num_tokens=10),
+        methods.hugging_face(target, load_assistant(tmp_path, target)),
+    ]
+    whole = ways[0]([0, 1, 0], Sampling(), 0, 9, frozenset()).tokens
+    ends = frozenset([whole[4], 27])
+    texts = [way([0, 1, 0], Sampling(), 0, 9, ends).tokens for way in ways]
+    assert texts == [whole[: whole.index(whole[4]) + 1]] * len(ways)
+
+
 def test_hugging_face_writes_past_its_end_token() -> None:
     """Stops a peer that ends early and so looks faster, and one that leaves the model's defaults changed."""
     target = tiny_target()
     defaults = target.model.generation_config
     defaults.eos_token_id = list(range(28))
-    written = methods.hugging_face(target)([1, 2, 3], Sampling(), 0, 9)
+    written = methods.hugging_face(target)([1, 2, 3], Sampling(), 0, 9, frozenset())
     assert len(written.tokens) == written.num_cycles == 9
     assert target.model.generation_config is defaults
 
@@ -242,12 +277,12 @@ def test_hf_assisted_counts_forwards_of_the_target(tmp_path: Path) -> None:
     reads it once."""
     target = confident(tmp_path, eos_token_id=list(range(28)), num_assistant_tokens=1)
     write = methods.hugging_face(target, load_assistant(tmp_path, target))
-    plain = methods.hugging_face(target)([0, 1, 0], Sampling(), 0, 9)
+    plain = methods.hugging_face(target)([0, 1, 0], Sampling(), 0, 9, frozenset())
     assert plain.num_cycles == 9
     for _ in range(2):  # the second text begins as the first did
-        written = write([0, 1, 0], Sampling(), 0, 9)
+        written = write([0, 1, 0], Sampling(), 0, 9, frozenset())
         assert written.tokens == plain.tokens and written.num_cycles == 1
-    assert len(write([0, 1, 0], Sampling(temperature=1.0), 0, 9).tokens) == 9
+    assert len(write([0, 1, 0], Sampling(temperature=1.0), 0, 9, frozenset()).tokens) == 9
 
 
 def test_hf_assisted_in_a_bench(tmp_path: Path) -> None:

@@ -50,7 +50,10 @@ def _bench(
             help="A small causal LM of the target's vocabulary: also run HF assisted generation with it."
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens written for each turn.", min=1)] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens written for each turn.", min=1)] = 128,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Write on behind end tokens, so that turns are equally long.")
+    ] = False,
     compile: options.Compile = True,
     head: options.Head = "auto",
     fallback: options.Fallback = False,
@@ -90,6 +93,7 @@ def _bench(
         compile=bool(compile),
         head=head,
         fallback=fallback,
+        ignore_eos=ignore_eos,
         seed=seed,
         device=device,
         note=note,

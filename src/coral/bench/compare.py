@@ -18,7 +18,8 @@ from coral.bench.rows import Record
 from coral.errors import CoralError
 
 DRAWS = 10_000
-SAME = ("target", "max_new_tokens", "budget", "seed")  # settings without which two taus are not comparable
+SAME = ("target", "max_new_tokens", "ignore_eos", "budget", "seed")
+"""Settings without which two taus are not comparable."""
 
 Run = tuple[Mapping[str, Any], Sequence[Record]]
 """(header, records) of one bench output."""

@@ -1,4 +1,6 @@
-"""The ways of writing that are compared; each is one function of (prompt, sampling, sequence id, length)."""
+"""The ways of writing that are compared; each is one function of (prompt, sampling, sequence id, most tokens,
+ids that end the text).
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ class Written:
     cycles: list[Cycle]
 
 
-Write = Callable[[list[int], Sampling, int, int], Written]
+Write = Callable[[list[int], Sampling, int, int, frozenset[int]], Written]
 MakeProposer = Callable[[Target, bool], Proposer]
 """(target, coupled) -> proposer; a bench makes one for each dtype."""
 
@@ -46,12 +48,15 @@ RESERVED = ("plain", "hf_generate", "hf_prompt_lookup", "hf_assisted", "ngram")
 
 
 def ours(target: Target, proposer: Proposer, budget: Budget) -> Write:
-    """Our decoding with any proposer. End tokens do not end it: every method writes the same length."""
+    """Our decoding with any proposer."""
 
-    def write(prompt: list[int], sampling: Sampling, sequence_id: int, length: int) -> Written:
+    def write(
+        prompt: list[int], sampling: Sampling, sequence_id: int, length: int, eos_ids: frozenset[int]
+    ) -> Written:
         begin = perf_counter()
         end = len(prompt) + length
-        state = State(list(prompt), end, target.new_cache(end + budget.num_nodes + 1), sampling, sequence_id)
+        cache = target.new_cache(end + budget.num_nodes + 1)
+        state = State(list(prompt), end, cache, sampling, sequence_id, eos_ids)
         cycles = [cycle for (cycle,) in generate(target, proposer, [state], budget)]
         seconds = perf_counter() - begin
         prefill = seconds - sum(cycle.seconds for cycle in cycles)
@@ -80,11 +85,15 @@ def hugging_face(target: Target, assistant: PreTrainedModel | None = None, **opt
 
     model: Any = target.model  # its type does not know `generate`
 
-    def write(prompt: list[int], sampling: Sampling, sequence_id: int, length: int) -> Written:
+    def write(
+        prompt: list[int], sampling: Sampling, sequence_id: int, length: int, eos_ids: frozenset[int]
+    ) -> Written:
         drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-        # No padding token: an assistant would leave tokens equal to it out of the prompt.
+        # Where texts may end, `generate` wants a padding token; an assistant leaves it out of the prompt.
         config = GenerationConfig(
             max_new_tokens=length,
+            eos_token_id=sorted(eos_ids) or None,
+            pad_token_id=model.config.get_text_config().pad_token_id if eos_ids else None,
             do_sample=sampling.temperature > 0,
             **(drawn if sampling.temperature > 0 else {}),
             **options,

@@ -25,9 +25,9 @@ NAMES = {
 CALM = 0.2  # share of repetition below which a suite is no gift to lookup
 
 LEGEND = (
-    "speedup: wall time of plain decoding over this one's, prefill included, same prompts, same number of "
-    "tokens, sum over sum. tau: tokens a cycle. c: bytes of weights that a draft step reads over those of "
-    "a plain step. v(n): time of verifying n nodes over that of a plain step. S: draft steps a cycle. "
+    "speedup: tokens a second over those of plain decoding, same prompts, sum over sum; all but `no prefill` "
+    "with prefill. tau: tokens a cycle. c: bytes of weights that a draft step reads over those of a plain "
+    "step. v(n): time of verifying n nodes over that of a plain step. S: draft steps a cycle. "
     "ceiling: tau / (v + S c)."
 )
 
@@ -89,7 +89,9 @@ def markdown(results: dict[str, Any]) -> str:
 def caption(results: dict[str, Any]) -> str:
     """What was measured; numbers from a deepened target, and whatever the note says, are labelled here."""
     settings, target, where = results["settings"], results["target"], results["environment"]
-    sentences = [f"Target {target['name']}, {settings['max_new_tokens']} tokens a turn, end tokens ignored."]
+    # Benches of before there was a choice ignored them.
+    ends = "end tokens ignored" if settings.get("ignore_eos", True) else "up to the end token"
+    sentences = [f"Target {target['name']}, {settings['max_new_tokens']} tokens a turn, {ends}."]
     if settings["deepen"]:
         sentences.append(
             f"**The target is deepened** to {target['layers']} layers: those appended (FFN width "
@@ -237,6 +239,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "no prefill": lambda row: _number(row.get("speedup_without_prefill"), "{:.2f}x"),
     "over HF": lambda row: _number(row["speedup_over_hf"], "{:.2f}x"),
     "tokens/s": lambda row: _number(row["tokens_per_second"], "{:.1f}"),
     "tau": lambda row: _number(row["tau"]),

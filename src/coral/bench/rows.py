@@ -98,8 +98,8 @@ def rows(records: Sequence[Record], costs: Mapping[str, Costs]) -> list[dict[str
             group = (record.dtype, record.temperature, suite, record.kind, record.method, record.coupled)
             groups.setdefault(group, []).append(record)
     # Speedups compare texts that both methods wrote, so a half-finished bench is not skewed.
-    seconds = {(r.kind, r.method, *_text(r)): r.seconds for r in records if r.kind != "drafter"}
-    return [_row(group, members, seconds, costs) for group, members in groups.items()]
+    bases = {(r.kind, r.method, *_text(r)): r for r in records if r.kind != "drafter"}
+    return [_row(group, members, bases, costs) for group, members in groups.items()]
 
 
 def _text(record: Record) -> tuple[Any, ...]:
@@ -109,7 +109,7 @@ def _text(record: Record) -> tuple[Any, ...]:
 def _row(
     group: tuple[Any, ...],
     records: list[Record],
-    seconds_of: Mapping[tuple[Any, ...], float],
+    bases: Mapping[tuple[Any, ...], Record],
     costs: Mapping[str, Costs],
 ) -> dict[str, Any]:
     dtype, temperature, suite, kind, method, coupled = group
@@ -137,8 +137,9 @@ def _row(
         "seconds": seconds,
         "prefill_seconds": sum(r.prefill_seconds for r in records),
         "tokens_per_second": tokens / seconds,
-        "speedup": _speedup(records, ("plain", "plain"), seconds_of),
-        "speedup_over_hf": _speedup(records, ("peer", "hf_generate"), seconds_of),
+        "speedup": _speedup(records, ("plain", "plain"), bases),
+        "speedup_without_prefill": _speedup(records, ("plain", "plain"), bases, prefill=False),
+        "speedup_over_hf": _speedup(records, ("peer", "hf_generate"), bases),
         "tau": length,
         "tau_unrepeated": 1.0 if kind == "plain" else tau(calm),
         "repeat_share": sum(marks) / len(marks) if marks else 0.0,
@@ -158,7 +159,18 @@ def _row(
 
 
 def _speedup(
-    records: list[Record], base: tuple[str, str], seconds_of: Mapping[tuple[Any, ...], float]
+    records: list[Record],
+    base: tuple[str, str],
+    bases: Mapping[tuple[Any, ...], Record],
+    prefill: bool = True,
 ) -> float | None:
-    pairs = [(seconds_of[(*base, *_text(r))], r.seconds) for r in records if (*base, *_text(r)) in seconds_of]
-    return sum(b for b, _ in pairs) / sum(s for _, s in pairs) if pairs else None
+    """Tokens a second over those of the base: Hugging Face's samples may end elsewhere than ours."""
+    pairs = [(own, bases[key]) for own in records if (key := (*base, *_text(own))) in bases]
+    own, other = (_speed([pair[side] for pair in pairs], prefill) for side in (0, 1))
+    return own / other if own and other else None
+
+
+def _speed(records: Sequence[Record], prefill: bool) -> float:
+    """Tokens a second; 0 where nothing took time."""
+    seconds = sum(r.seconds - (0 if prefill else r.prefill_seconds) for r in records)
+    return sum(len(r.tokens) for r in records) / seconds if seconds > 0 else 0.0

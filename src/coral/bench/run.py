@@ -63,6 +63,7 @@ def bench(
     compile: bool = False,
     head: str = "auto",
     fallback: bool = False,
+    ignore_eos: bool = False,
     seed: int = 0,
     device: str | None = None,
     note: str = "",
@@ -70,7 +71,7 @@ def bench(
 ) -> Path:
     """Measure plain decoding, drafters and peers; returns OUTPUT/results.json.
 
-    Every method writes exactly `max_new_tokens` tokens a turn; end tokens do not end it. Wall time includes
+    Every method writes a turn up to the target's end token, or `max_new_tokens` tokens. Wall time includes
     prefill. A second turn continues with the plain answer to the first, whatever the method.
 
     Args:
@@ -83,6 +84,8 @@ def bench(
         compile: plain decoding may also be compiled, and our own methods are (see `Target.compiled`).
         budget: of all drafters; None: what `coral tune` found for each, else the built-in one.
         head: the drafters' LM head, see `heads.load`.
+        ignore_eos: end tokens do not end a turn, so that all are of one length. What a target writes behind
+            its end is unlike its other text, and drafts of it are worse.
         fallback: our drafters take plain steps while drafting is slower (see `Fallback`), which changes tau.
         coupled: whether drafting shares the sampler's noise; each value gives a row at temperature > 0.
         note: printed with every table, for example that the target's weights are random.
@@ -117,6 +120,7 @@ def bench(
         "compile": compile,
         "head": head,
         "fallback": fallback,
+        "ignore_eos": ignore_eos,
         "seed": seed,
         "note": note,
     }
@@ -175,12 +179,13 @@ def bench(
                 flags = list(coupled) if temperature else [False]  # at T = 0 there is no noise to share
                 methods = all_methods(fastest, plain, made, flags, budgets, peers, lookup, helper, fallback)
                 for method in methods:
-                    method.write(few[0][0], sampling, 0, 4)  # warm up
+                    method.write(few[0][0], sampling, 0, 4, frozenset())  # warm up
                 turns = sum(prompt.num_turns for items in prompts.values() for prompt in items)
                 with Progress(console=console, transient=True) as progress:
                     task = progress.add_task(f"{dtype_} T={temperature:g}", total=turns * len(methods))
                     for suite, prompt in ((s, p) for s, items in prompts.items() for p in items):
-                        common = (sampling, max_new_tokens, log, tie_references)
+                        eos_ids = frozenset[int]() if ignore_eos else loaded.eos_ids
+                        common = (sampling, max_new_tokens, eos_ids, log, tie_references)
                         for reason in _conversation(loaded, methods, suite, prompt, *common):
                             progress.advance(task)
                             results["skipped"] += [reason] if reason else []
@@ -273,6 +278,7 @@ def _conversation(
     prompt: suites_.Prompt,
     sampling: Sampling,
     length: int,
+    eos_ids: frozenset[int],
     log: Log,
     references: tuple[Logits, Logits] | None,
 ) -> Iterator[str | None]:
@@ -290,7 +296,7 @@ def _conversation(
             key = (dtype, sampling.temperature, method.coupled, method.name, suite, prompt.id, turn)
             record = log.find(key)
             if record is None:
-                written = method.write(ids, sampling, sequence_id, length)
+                written = method.write(ids, sampling, sequence_id, length, eos_ids)
                 verdict: str | None = None
                 if sampling.temperature == 0 or not method.name.startswith("hf_"):
                     reference = written.tokens if plain is None else plain

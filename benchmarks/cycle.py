@@ -1,6 +1,6 @@
 """Where the time of a cycle goes: `python benchmarks/cycle.py OUTPUT`.
 
-The shipped pair, deepened to 32 layers, compiled. Plain steps, bare verifications and every part of real
+The shipped pair, deepened to 32 layers. Texts end where the target ends them. Plain steps, bare verifications and every part of real
 cycles are timed in turn, text after text, since a shared machine changes its speed from minute to minute; the
 ratio of a cycle to verification + S draft steps says what everything else costs. Bare verifications are of
 the rows that the cycles had, timed in the middle of each text. A text's first cycle, in which the drafter
@@ -70,7 +70,7 @@ def watched(owner: Any, name: str, times: list[float]) -> Callable[..., Any]:
 
 
 def run(pair: Pair, prompt: str, tokens: int, temperature: float) -> Iterator[Cycle]:
-    state = pair.start(prompt, max_new_tokens=tokens, temperature=temperature, ignore_eos=True)
+    state = pair.start(prompt, max_new_tokens=tokens, temperature=temperature)
     return iter(pair.cycles(state))
 
 
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=96, help="of each of six texts, in all rounds")
+    parser.add_argument("--tokens", type=int, default=128, help="at most, of each of six texts a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--drafter", default=f"{EMBEDDED / 'drafter'}+static")
@@ -116,15 +116,14 @@ def main() -> None:
     times: dict[str, list[float]] = defaultdict(list)
     bare: dict[int, list[float]] = defaultdict(list)
     plain_steps, cycles = [], []
-    tokens = options.tokens // options.rounds
     for _, prompt in PROMPTS * options.rounds:
-        half = list(run(plain, prompt, tokens // 2, options.temperature))
+        half = list(run(plain, prompt, options.tokens // 2, options.temperature))
         plain_steps += [cycle.seconds for cycle in half]
         prefix = plain.encode(prompt) + [token for cycle in half for token in cycle.tokens]
         for _ in range(4):
             for size, seconds in verify_seconds(target, range(1, rows + 1), prefix, repeats=1).items():
                 bare[size].append(seconds)
-        running = run(pair, prompt, tokens, options.temperature)
+        running = run(pair, prompt, options.tokens, options.temperature)
         next(running)  # here the drafter reads the prompt
         originals = [
             (owners[o], name, watched(owners[o], name, times[part])) for (o, name), part in PARTS.items()

@@ -1,12 +1,13 @@
 """Where the time of a cycle goes: `python benchmarks/cycle.py OUTPUT`.
 
-The shipped pair, deepened to 32 layers. Texts end where the target ends them. Plain steps, bare verifications and every part of real
-cycles are timed in turn, text after text, since a shared machine changes its speed from minute to minute; the
-ratio of a cycle to verification + S draft steps says what everything else costs. Bare verifications are of
-the rows that the cycles had, timed in the middle of each text. A text's first cycle, in which the drafter
-reads the prompt, is left out. Times are means without the stalls, those above three times the median. Beside
-them stands the floor: bytes of weights, as bfloat16, over the bandwidth with which this machine sums a large
-tensor. Writes OUTPUT/results.json and OUTPUT/results.md. Half a minute, on a quiet machine.
+The shipped pair, deepened to 32 layers; texts end where the target ends them. Plain steps, bare
+verifications and every part of real cycles are timed in turn, text after text, since a shared machine
+changes its speed from minute to minute; the ratio of a cycle to verification + S draft steps says what
+everything else costs. Bare verifications are of the rows that the cycles had, timed in the middle of each
+text. A text's first cycle, in which the drafter reads the prompt, is left out. Times are means without the
+stalls, those above three times the median. Beside them stands the floor: bytes of weights, as bfloat16,
+over the bandwidth with which this machine sums a large tensor. Writes OUTPUT/results.json and
+OUTPUT/results.md. Half a minute, on a quiet machine.
 """
 
 import argparse

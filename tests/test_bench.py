@@ -244,7 +244,7 @@ def test_texts_end_where_they_are_to(tmp_path: Path) -> None:
         methods.hugging_face(target, prompt_lookup_num_tokens=10),
         methods.hugging_face(target, load_assistant(tmp_path, target)),
     ]
-    whole = ways[0]([0, 1, 0], Sampling(), 0, 9, frozenset()).tokens
+    whole = ways[0]([0, 1, 0], Sampling(), 0, 9).tokens
     ends = frozenset([whole[4], 27])
     texts = [way([0, 1, 0], Sampling(), 0, 9, ends).tokens for way in ways]
     assert texts == [whole[: whole.index(whole[4]) + 1]] * len(ways)
@@ -255,7 +255,7 @@ def test_hugging_face_writes_past_its_end_token() -> None:
     target = tiny_target()
     defaults = target.model.generation_config
     defaults.eos_token_id = list(range(28))
-    written = methods.hugging_face(target)([1, 2, 3], Sampling(), 0, 9, frozenset())
+    written = methods.hugging_face(target)([1, 2, 3], Sampling(), 0, 9)
     assert len(written.tokens) == written.num_cycles == 9
     assert target.model.generation_config is defaults
 
@@ -277,12 +277,12 @@ def test_hf_assisted_counts_forwards_of_the_target(tmp_path: Path) -> None:
     reads it once."""
     target = confident(tmp_path, eos_token_id=list(range(28)), num_assistant_tokens=1)
     write = methods.hugging_face(target, load_assistant(tmp_path, target))
-    plain = methods.hugging_face(target)([0, 1, 0], Sampling(), 0, 9, frozenset())
+    plain = methods.hugging_face(target)([0, 1, 0], Sampling(), 0, 9)
     assert plain.num_cycles == 9
     for _ in range(2):  # the second text begins as the first did
-        written = write([0, 1, 0], Sampling(), 0, 9, frozenset())
+        written = write([0, 1, 0], Sampling(), 0, 9)
         assert written.tokens == plain.tokens and written.num_cycles == 1
-    assert len(write([0, 1, 0], Sampling(temperature=1.0), 0, 9, frozenset()).tokens) == 9
+    assert len(write([0, 1, 0], Sampling(temperature=1.0), 0, 9).tokens) == 9
 
 
 def test_hf_assisted_in_a_bench(tmp_path: Path) -> None:

@@ -120,11 +120,11 @@ def fastest_plain(
 ) -> tuple[str, dict[str, float]]:
     """The fastest variant and each one's seconds per token; all write the same prompts in turn."""
     for write in variants.values():  # warm up
-        write(prompts[0], Sampling(), 0, 4, frozenset())
+        write(prompts[0], Sampling(), 0, 4)
     seconds = dict.fromkeys(variants, 0.0)
     for prompt in prompts:
         for name, write in variants.items():
-            seconds[name] += write(prompt, Sampling(), 0, length, frozenset()).seconds
+            seconds[name] += write(prompt, Sampling(), 0, length).seconds
     tokens = length * len(prompts)
     per_token = {name: total / tokens for name, total in seconds.items()}
     return min(per_token, key=per_token.__getitem__), per_token

@@ -1,6 +1,4 @@
-"""The ways of writing that are compared; each is one function of (prompt, sampling, sequence id, most tokens,
-ids that end the text).
-"""
+"""The ways of writing that are compared; each is one function of prompt, sampling, sequence id and length."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -39,7 +37,19 @@ class Written:
     cycles: list[Cycle]
 
 
-Write = Callable[[list[int], Sampling, int, int, frozenset[int]], Written]
+class Write(Protocol):
+    """Writes up to `length` tokens, or up to the first of `eos_ids`."""
+
+    def __call__(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        sequence_id: int,
+        length: int,
+        eos_ids: frozenset[int] = frozenset(),
+    ) -> Written: ...
+
+
 MakeProposer = Callable[[Target, bool], Proposer]
 """(target, coupled) -> proposer; a bench makes one for each dtype."""
 
@@ -51,7 +61,11 @@ def ours(target: Target, proposer: Proposer, budget: Budget) -> Write:
     """Our decoding with any proposer."""
 
     def write(
-        prompt: list[int], sampling: Sampling, sequence_id: int, length: int, eos_ids: frozenset[int]
+        prompt: list[int],
+        sampling: Sampling,
+        sequence_id: int,
+        length: int,
+        eos_ids: frozenset[int] = frozenset(),
     ) -> Written:
         begin = perf_counter()
         end = len(prompt) + length
@@ -86,7 +100,11 @@ def hugging_face(target: Target, assistant: PreTrainedModel | None = None, **opt
     model: Any = target.model  # its type does not know `generate`
 
     def write(
-        prompt: list[int], sampling: Sampling, sequence_id: int, length: int, eos_ids: frozenset[int]
+        prompt: list[int],
+        sampling: Sampling,
+        sequence_id: int,
+        length: int,
+        eos_ids: frozenset[int] = frozenset(),
     ) -> Written:
         drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
         # Where texts may end, `generate` wants a padding token; an assistant leaves it out of the prompt.

@@ -179,7 +179,7 @@ def bench(
                 flags = list(coupled) if temperature else [False]  # at T = 0 there is no noise to share
                 methods = all_methods(fastest, plain, made, flags, budgets, peers, lookup, helper, fallback)
                 for method in methods:
-                    method.write(few[0][0], sampling, 0, 4, frozenset())  # warm up
+                    method.write(few[0][0], sampling, 0, 4)  # warm up
                 turns = sum(prompt.num_turns for items in prompts.values() for prompt in items)
                 with Progress(console=console, transient=True) as progress:
                     task = progress.add_task(f"{dtype_} T={temperature:g}", total=turns * len(methods))

@@ -196,6 +196,8 @@ class NativeForward:
         self._run(byref(job))
         for state, count in zip(states, counts, strict=True):
             state.cache.set_length(state.cache.length + count)
+        if len(counts) == 1:
+            return [logits], [features]
         return list(logits.split(counts)), list(features.split(counts))
 
     def _rotate(self, length: int) -> tuple[Tensor, Tensor]:

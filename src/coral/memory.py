@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def weights_like(weights: Tensor) -> Tensor:
     begin = -(-_used // 64) * 64
     if _chunk is None or begin + weights.nbytes > len(_chunk):
         memory = mmap.mmap(-1, max(_CHUNK, weights.nbytes) + _PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel that has none
+            memory.madvise(mmap.MADV_HUGEPAGE)
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         _chunk, begin = whole[-whole.data_ptr() % _PAGE :], 0
     _used = begin + weights.nbytes

@@ -45,10 +45,7 @@ def generate(
         logits, features = target.verify(live, trees)
         for state, tree, scores in zip(live, trees, logits, strict=True):
             state.tree, state.logits = tree, scores
-        written = [
-            state.sampling.sample(scores, len(state.tokens) + tree.depth, state.sequence_id)
-            for state, tree, scores in zip(live, trees, logits, strict=True)
-        ]
+        written = [state.sample() for state in live]
         trees, samples = read(trees, written)
         verified = perf_counter()
         paths, outcomes = [], []

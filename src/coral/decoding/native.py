@@ -140,24 +140,28 @@ class NativeDrafter:
         layers = type(self._layers).from_buffer_copy(self._layers)
         for layer, kept in zip(layers, cache.layers, strict=True):
             layer.keys, layer.values = _numbers(kept.keys), _numbers(kept.values)
-        ids, features = torch.tensor(pairs.tokens), pairs.features.float().contiguous()
+        ids, features = (c_int64 * n)(*pairs.tokens), pairs.features.float().contiguous()
         most = min(budget.num_nodes, budget.top_k * (1 + (budget.max_depth - 1) * budget.top_k))
-        tree_ids, parents = torch.empty(2, most + 1, dtype=torch.int64)
-        scores = torch.empty(most + 1)
+        tree_ids, parents, scores = ((number * (most + 1))() for number in (c_int64, c_int64, c_float))
         job = _Job.from_buffer_copy(self._job)
         job.threads, job.layers = torch.get_num_threads(), addressof(layers)
         job.capacity, job.candidates = cache.capacity, len(table.rows)
         job.head, job.head_bias, job.head_ids = _numbers(table.rows), _data(table.bias), _data(table.ids)
         job.cos, job.sin = map(_data, self._rotation)
-        job.num_rows, job.length, job.ids, job.features = n, length, _data(ids), _data(features)
+        job.num_rows, job.length, job.ids, job.features = n, length, addressof(ids), _data(features)
         job.top_k, job.max_depth, job.num_nodes = budget.top_k, budget.max_depth, most
         job.min_gain, job.pool = budget.min_gain, pool
         job.temperature = state.sampling.temperature
         job.stream = state.sampling.stream(state.sequence_id)
-        job.tree_ids, job.tree_parents, job.tree_scores = _data(tree_ids), _data(parents), _data(scores)
+        job.tree_ids, job.tree_parents, job.tree_scores = map(addressof, (tree_ids, parents, scores))
         self._run(byref(job))
         cache.set_length(length + n)
-        return DraftTree(tree_ids[: job.size], parents[: job.size], scores[: job.size], job.depth)
+        tokens, nodes = (
+            torch.frombuffer(part, dtype=torch.int64, count=job.size) for part in (tree_ids, parents)
+        )
+        return DraftTree(
+            tokens, nodes, torch.frombuffer(scores, dtype=torch.float32, count=job.size), job.depth
+        )
 
     def _rotate(self, length: int) -> tuple[Tensor, Tensor]:
         """cos, sin [length, d] float32 of all positions."""

@@ -77,13 +77,15 @@ class Sampling:
         ids = torch.arange(logits.shape[-1], device=logits.device)
         return processed + self.noise(positions.to(logits.device), sequence_id, ids)
 
-    def sample(self, logits: Tensor, positions: Tensor, sequence_id: int | Sequence[int]) -> Tensor:
-        """[N, V] target logits, [N] positions -> [N] int64 tokens the target writes at these positions.
+    def sample(self, logits: Tensor, positions: Tensor | None, sequence_id: int | Sequence[int]) -> Tensor:
+        """[N, V] target logits, [N] positions -> [N] int64 tokens the target writes at these positions, which
+        may be left out at temperature 0.
 
         The argmax of `scores`, of which on a CPU only the few that can be the largest are computed in full.
         """
         if self.temperature == 0:
             return sampler.argmax(logits)
+        assert positions is not None
         if logits.shape[-1] <= _RIVALS or has_queue(logits.device):
             return self.scores(logits, positions, sequence_id).argmax(-1)
         processed = self.process(logits)

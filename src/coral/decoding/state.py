@@ -79,6 +79,12 @@ class State:
         self.rows_read = max(0, min(self.rows_read, len(self.tokens) - 2))
         self.cache.keep(self.rows_read)
 
+    def sample(self) -> Tensor:
+        """[N] int64, the token that the target writes behind each node of the tree that was verified last."""
+        assert self.tree is not None and self.logits is not None
+        positions = self.tree.positions(len(self.tokens)) if self.sampling.temperature else None
+        return self.sampling.sample(self.logits, positions, self.sequence_id)
+
     def extend(self, tokens: list[int]) -> int:
         """Append emitted tokens up to the first that ends the sequence; return how many were taken."""
         for taken, token in enumerate(tokens, 1):

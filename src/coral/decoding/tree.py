@@ -90,6 +90,12 @@ class DraftTree:
         on_device = has_queue(self.parents.device)
         return self.mask.sum(-1) - 1 if on_device else torch.tensor(self._depths)
 
+    def positions(self, length: int) -> Tensor:
+        """[N] int64, those that the target writes at behind each node, in a text of `length` tokens."""
+        if has_queue(self.parents.device):
+            return length + self.depth
+        return torch.tensor([length + depth for depth in self._depths])
+
     @cached_property
     def _depths(self) -> list[int]:
         """`depth`, of few nodes sooner counted than multiplied."""

@@ -69,7 +69,8 @@ OPTIONS = {
     "bench": {
         "--output", "--target", "--drafter", "--suite", "--limit", "--deepen", "--dtype", "--temperature",
         "--uncoupled", "--peers", "--no-peers", "--assistant", "--compile", "--no-compile", "--head",
-        "--fallback", "--no-fallback", "--max-new-tokens", "--ignore-eos", "--tree", "--note", "--seed", "--device",
+        "--fallback", "--no-fallback", "--max-new-tokens", "--ignore-eos", "--tree", "--note", "--seed",
+        "--device",
     },
     "bench compare": set(),
     "export": {"--to", "--head", "--output", "--target", "--dtype", "--revision", "--trust-remote-code"},

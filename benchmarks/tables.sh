@@ -28,7 +28,7 @@ fi
 [ -e assistant ] || OMP_NUM_THREADS=1 "$BIN/python" "$HERE/draft_model.py" "$DATA" assistant
 # The six suites of Spec-Bench, whose licences forbid shipping it: SPEC_BENCH is the path of its questions.
 SUITES=${SPEC_BENCH:+"--suite humaneval,gsm8k,$SPEC_BENCH"}
-FIRST="--limit 3" FIRST_40="--limit 40" TOKENS=32 FEW=12
+FIRST="--limit 4" FIRST_40="--limit 40" TOKENS=64 FEW=12
 [ -z "${FULL:-}" ] || { FIRST="" FIRST_40="" TOKENS=128 FEW=128; }
 RECIPES="--drafter eagle2=recipes/eagle2-0+full --drafter hass=recipes/hass-0+full --drafter coral=recipes/coral-0+full"
 BENCH="$BIN/coral bench --deepen 32 --dtype float32"
@@ -42,8 +42,8 @@ $BENCH $SUITES $FIRST $RECIPES $SHIPPED --temperature 0 --temperature 1 --max-ne
 # Coupled and uncoupled drafting, and the paper's router, on more prompts.
 ROUTED="--drafter coral+router=coral-routed --drafter shipped=$OWN+static"
 MORE="--drafter shipped+router=$OWN+routed --drafter shipped+lookup=$OWN+static+ngram"
-$BENCH $FIRST_40 $RECIPES $ROUTED $MORE --max-new-tokens 16 --output float32-greedy
-$BENCH $FIRST_40 $RECIPES $ROUTED --temperature 1 --uncoupled --no-peers --max-new-tokens $FEW --output float32-sampled
+$BENCH $FIRST_40 $RECIPES $ROUTED $MORE --max-new-tokens 16 --ignore-eos --output float32-greedy
+$BENCH $FIRST_40 $RECIPES $ROUTED --temperature 1 --uncoupled --no-peers --max-new-tokens $FEW --ignore-eos --output float32-sampled
 
 # What the parts cost, and where a cycle's time goes.
 "$BIN/python" "$HERE/heads.py" heads

@@ -51,4 +51,6 @@ $BENCH $FIRST_40 $RECIPES $ROUTED --temperature 1 --uncoupled --no-peers --max-n
 "$BIN/python" "$HERE/dense.py" --output memory
 "$BIN/python" "$HERE/cycle.py" cycle $TREE
 "$BIN/python" "$HERE/cycle.py" cycle-bfloat16 $TREE --dtype bfloat16
+"$BIN/python" "$HERE/cycle.py" cycle-chain --tree 1,6,6,0.1
+"$BIN/python" "$HERE/cycle.py" cycle-chain-bfloat16 --tree 1,6,6,0.1 --dtype bfloat16
 "$BIN/python" "$HERE/hostile.py" hostile

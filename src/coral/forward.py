@@ -196,7 +196,7 @@ class NativeForward:
         self._run(byref(job))
         for state, count in zip(states, counts, strict=True):
             state.cache.set_length(state.cache.length + count)
-        if len(counts) == 1:
+        if len(counts) == 1:  # two calls of torch less in a cycle
             return [logits], [features]
         return list(logits.split(counts)), list(features.split(counts))
 

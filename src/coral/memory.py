@@ -11,7 +11,7 @@ import ctypes
 import mmap
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor  # the command line is here before torch may be imported
@@ -30,7 +30,7 @@ def keep_freed_memory() -> None:
 
 
 _PAGE, _CHUNK = 2 << 20, 64 << 20
-_chunk: Any = None  # a tensor of bytes, of which the first `_used` are taken
+_chunk: Tensor | None = None  # a tensor of bytes, of which the first `_used` are taken
 _used = 0
 
 

@@ -316,8 +316,7 @@ class Target:
         for state, path, rows in zip(states, paths, features, strict=True):
             start = len(state.tokens) - 1 - len(path)
             state.cache.keep(start, path)
-            straight = path[-1] == len(path) - 1  # no branch lies between
-            kept = rows[: len(path)].clone() if straight else torch.stack([rows[node] for node in path])
+            kept = torch.stack([rows[node] for node in path])
             committed.append(Committed(state.tokens[start + 1 :], kept, start))
         return committed
 

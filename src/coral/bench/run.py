@@ -174,6 +174,7 @@ def bench(
             shown = ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in costs.plain_seconds.items())
             console.print(f"{dtype_}: plain decoding is {costs.plain!r}, the fastest, per token: {shown}")
             plain, _, _ = plain_variants(targets)[costs.plain]
+            eos_ids = frozenset[int]() if ignore_eos else loaded.eos_ids
             for temperature in temperatures:
                 sampling = Sampling(temperature=temperature, seed=seed)
                 flags = list(coupled) if temperature else [False]  # at T = 0 there is no noise to share
@@ -184,7 +185,6 @@ def bench(
                 with Progress(console=console, transient=True) as progress:
                     task = progress.add_task(f"{dtype_} T={temperature:g}", total=turns * len(methods))
                     for suite, prompt in ((s, p) for s, items in prompts.items() for p in items):
-                        eos_ids = frozenset[int]() if ignore_eos else loaded.eos_ids
                         common = (sampling, max_new_tokens, eos_ids, log, tie_references)
                         for reason in _conversation(loaded, methods, suite, prompt, *common):
                             progress.advance(task)

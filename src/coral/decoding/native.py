@@ -9,6 +9,7 @@ half the bytes for a rounding that no draft shows.
 from __future__ import annotations
 
 from ctypes import CDLL, Array, Structure, addressof, byref, c_bool, c_float, c_int64, c_uint64, c_void_p
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -156,12 +157,9 @@ class NativeDrafter:
         job.tree_ids, job.tree_parents, job.tree_scores = map(addressof, (tree_ids, parents, scores))
         self._run(byref(job))
         cache.set_length(length + n)
-        tokens, nodes = (
-            torch.frombuffer(part, dtype=torch.int64, count=job.size) for part in (tree_ids, parents)
-        )
-        return DraftTree(
-            tokens, nodes, torch.frombuffer(scores, dtype=torch.float32, count=job.size), job.depth
-        )
+        found = partial(torch.frombuffer, count=job.size)
+        tokens, nodes = found(tree_ids, dtype=torch.int64), found(parents, dtype=torch.int64)
+        return DraftTree(tokens, nodes, found(scores, dtype=torch.float32), job.depth)
 
     def _rotate(self, length: int) -> tuple[Tensor, Tensor]:
         """cos, sin [length, d] float32 of all positions."""

@@ -82,7 +82,7 @@ class State:
     def sample(self) -> Tensor:
         """[N] int64, the token that the target writes behind each node of the tree that was verified last."""
         assert self.tree is not None and self.logits is not None
-        positions = self.tree.positions(len(self.tokens)) if self.sampling.temperature else None
+        positions = len(self.tokens) + self.tree.depth if self.sampling.temperature else None
         return self.sampling.sample(self.logits, positions, self.sequence_id)
 
     def extend(self, tokens: list[int]) -> int:

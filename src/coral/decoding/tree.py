@@ -40,7 +40,7 @@ class Budget:
 DEFAULT = Budget(top_k=8, max_depth=6, num_nodes=15, min_gain=0.2)
 """The tree of the commands, if none is asked for; docs/log.md has the sizes that were compared."""
 CPU_DEFAULT = Budget(top_k=2, max_depth=6, num_nodes=7, min_gain=0.15)
-"""The same on a CPU, where eight rows cost a third more than one, and sixteen twice as much."""
+"""The same on a CPU, where eight rows cost some 40% more than one, and sixteen twice as much."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,6 @@ class DraftTree:
         """[N] int64 distance from the root."""
         on_device = has_queue(self.parents.device)
         return self.mask.sum(-1) - 1 if on_device else torch.tensor(self._depths)
-
-    def positions(self, length: int) -> Tensor:
-        """[N] int64, those that the target writes at behind each node, in a text of `length` tokens."""
-        if has_queue(self.parents.device):
-            return length + self.depth
-        return torch.tensor([length + depth for depth in self._depths])
 
     @cached_property
     def _depths(self) -> list[int]:

@@ -28,16 +28,26 @@ HEADS = {
 BUDGETS = [Budget(2, 5, 7, 0.15), Budget(3, 3, 30), Budget(8, 4, 12, 0.4), Budget(1, 1, 1)]
 
 
+def as_bytes(weight):
+    """Some weights [outputs, inputs] that bytes with a scale a row hold exactly: the native drafter's."""
+    whole = (128 * weight.detach()).round().clamp(-127, 127)
+    whole[:, 0] = 127
+    return whole / 128
+
+
 def pair(dtype=torch.float32, biased=False, **options):
-    """A target with a drafter whose weights are bfloat16 numbers, as the native drafter rounds them."""
+    """A target with a drafter whose weights are as the native drafter rounds them."""
     model = tiny_model(vocab_size=67, head_dim=16, intermediate_size=48, max_position_embeddings=200)
     if biased:
         model.lm_head.bias = torch.nn.Parameter(torch.randn(67))
+    model.lm_head.weight = torch.nn.Parameter(as_bytes(model.lm_head.weight))
     target = Target(model.bfloat16().to(dtype))
     torch.manual_seed(4)
     drafter = Drafter(DrafterConfig.for_target(target.config, **options))
     for parameter in drafter.parameters():
         torch.nn.init.normal_(parameter, std=0.3, mean=float(parameter.dim() == 1))
+        if parameter.dim() == 2:
+            parameter.data = as_bytes(parameter)
     return target, drafter.bfloat16().to(dtype).requires_grad_(False)
 
 

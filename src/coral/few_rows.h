@@ -36,42 +36,45 @@ constexpr int64_t kTogether = sizeof(float) / sizeof(Weight);  // inputs of one 
 // Rows that stand side by side: for M of them, so many numbers of an input.
 constexpr int64_t abreast(int64_t M) { return M > 1 ? 2 * abreast((M + 1) / 2) : 1; }
 
-// Products of M rows, side by side, with one panel, `depth` inputs of it, added to what `out` holds, unless they are
-// the first; `width` of its outputs exist.
-template <typename Weight, int64_t M>
-void multiply(const Weight* panel, const float* rows, float* out, int64_t stride, int64_t width, int64_t depth,
-              bool first) {
-  Vec sums[M][kParts];
-  int64_t real[kParts];  // outputs of each vector that exist
-#pragma GCC unroll 4
-  for (int64_t p = 0; p < kParts; p++) {
+// Products of M rows, side by side, with P panels that stand `apart`, `depth` inputs of them, added to what `out`
+// holds, unless they are the first; `width` of their outputs exist.
+template <typename Weight, int64_t M, int64_t P>
+void multiply(const Weight* panels, int64_t apart, const float* rows, float* out, int64_t stride, int64_t width,
+              int64_t depth, bool first) {
+  constexpr int64_t parts = P * kParts;
+  Vec sums[M][parts];
+  int64_t real[parts];  // outputs of each vector that exist
+#pragma GCC unroll 8
+  for (int64_t p = 0; p < parts; p++) {
     real[p] = std::clamp<int64_t>(width - p * kLanes, 0, kLanes);
 #pragma GCC unroll 16
     for (int64_t m = 0; m < M; m++)
       sums[m][p] = first ? Vec(0) : Vec::loadu(out + m * stride + p * kLanes, real[p]);
   }
   for (int64_t k = 0; k < depth; k += kTogether<Weight>) {
-    fetch(panel + k * kPanel);
-    for (int64_t p = 0; p < kParts; p++) {
-      const auto weights = load_weights(panel + k * kPanel + p * kLanes * kTogether<Weight>);
-#pragma GCC unroll 2
-      for (int64_t i = 0; i < kTogether<Weight>; i++)
-#pragma GCC unroll 16
-        for (int64_t m = 0; m < M; m++)
-          sums[m][p] = at::vec::fmadd(weights[i], Vec(rows[(k + i) * abreast(M) + m]), sums[m][p]);
+    decltype(load_weights(panels)) weights[parts];
+#pragma GCC unroll 8
+    for (int64_t p = 0; p < parts; p++) {
+      const Weight* panel = panels + p / kParts * apart + k * kPanel;
+      if (p % kParts == 0) fetch(panel, (P - 1) * apart);
+      weights[p] = load_weights(panel + p % kParts * kLanes * kTogether<Weight>);
     }
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < kTogether<Weight>; i++)
+#pragma GCC unroll 16
+      for (int64_t m = 0; m < M; m++) {
+        const Vec value(rows[(k + i) * abreast(M) + m]);
+#pragma GCC unroll 8
+        for (int64_t p = 0; p < parts; p++) sums[m][p] = at::vec::fmadd(weights[p][i], value, sums[m][p]);
+      }
   }
-  for (int64_t p = 0; p < kParts; p++)
+  for (int64_t p = 0; p < parts; p++)
 #pragma GCC unroll 16
     for (int64_t m = 0; m < M; m++) sums[m][p].store(out + m * stride + p * kLanes, real[p]);
 }
 
-template <typename Weight, int64_t... M>
-constexpr auto each_count(std::integer_sequence<int64_t, M...>) {
-  return std::array{multiply<Weight, M + 1>...};
-}
-template <typename Weight>
-constexpr auto kMultiply = each_count<Weight>(std::make_integer_sequence<int64_t, kTile>{});
+// Panels that are multiplied together with M rows: enough sums that none waits for itself, as many as registers hold.
+constexpr int64_t together(int64_t M) { return kLanes < 16 || M > 8 ? 1 : M > 3 ? 2 : 4; }
 
 // The first vectors of M rows and N - M of zeros, side by side: the first number of each, then the second, and so on.
 template <int64_t M, int64_t N>
@@ -102,21 +105,36 @@ void stand_side_by_side(const float* rows, int64_t depth, float* to) {
   }
 }
 
-template <int64_t... M>
-constexpr auto each_number(std::integer_sequence<int64_t, M...>) {
-  return std::array{stand_side_by_side<M + 1>...};
+// M rows with `depth` inputs of `count` panels.
+template <typename Weight, int64_t M>
+void multiply_rows(const float* rows, const Weight* panels, int64_t apart, int64_t count, float* out, int64_t stride,
+                   int64_t width, int64_t depth, bool first) {
+  constexpr int64_t P = together(M);
+  alignas(64) float copy[kTile * kBlock];
+  stand_side_by_side<M>(rows, depth, copy);
+  int64_t p = 0;
+  for (; p + P <= count; p += P)
+    multiply<Weight, M, P>(panels + p * apart, apart, copy, out + p * kPanel, stride, width - p * kPanel, depth, first);
+  for (; p < count; p++)
+    multiply<Weight, M, 1>(panels + p * apart, apart, copy, out + p * kPanel, stride, width - p * kPanel, depth, first);
 }
-constexpr auto kStand = each_number(std::make_integer_sequence<int64_t, kTile>{});
+
+template <typename Weight, int64_t... M>
+constexpr auto each_count(std::integer_sequence<int64_t, M...>) {
+  return std::array{multiply_rows<Weight, M + 1>...};
+}
+template <typename Weight>
+constexpr auto kMultiply = each_count<Weight>(std::make_integer_sequence<int64_t, kTile>{});
 
 // Rows times some inputs of some panels of packed weights, into `sums` [n, width]. `inner` begins at an even input.
 // copy_row(i, k, depth, to) brings inputs k to k + depth of row i.
 template <typename Weight, typename CopyRow>
 void multiply_panels(const Weight* weights, Range mine, Range inner, int64_t n, int64_t inputs, int64_t width,
                      const CopyRow& copy_row, float* sums) {
-  constexpr int64_t together = kTogether<Weight>;
-  const auto even = [](int64_t count) { return (count + together - 1) / together * together; };
+  constexpr int64_t read = kTogether<Weight>;
+  const auto even = [](int64_t count) { return (count + read - 1) / read * read; };
   const int64_t panels = (width + kPanel - 1) / kPanel;
-  alignas(64) float rows[kTile * kStride], copy[kTile * kBlock];
+  alignas(64) float rows[kTile * kStride];
   for (int64_t block = inner.begin / kBlock * kBlock; block < inner.end; block += kBlock) {
     const int64_t stored = even(std::min(kBlock, inputs - block));  // inputs of this block of each panel
     const int64_t k = std::max(block, inner.begin), depth = std::min(block + kBlock, inner.end) - k;
@@ -126,11 +144,9 @@ void multiply_panels(const Weight* weights, Range mine, Range inner, int64_t n, 
         copy_row(top + i, k, depth, rows + i * kStride);
         std::fill_n(rows + i * kStride + depth, even(depth) - depth, 0.f);
       }
-      kStand[count - 1](rows, even(depth), copy);
-      for (int64_t p = mine.begin; p < mine.end; p++)
-        kMultiply<Weight>[count - 1](weights + kPanel * (panels * block + p * stored + k - block), copy,
-                                     sums + top * width + p * kPanel, width, width - p * kPanel, even(depth),
-                                     k == inner.begin);
+      kMultiply<Weight>[count - 1](rows, weights + kPanel * (panels * block + mine.begin * stored + k - block),
+                                   kPanel * stored, mine.end - mine.begin, sums + top * width + mine.begin * kPanel,
+                                   width, width - mine.begin * kPanel, even(depth), k == inner.begin);
     }
   }
 }

@@ -215,7 +215,7 @@ struct Forward {
       if (j / kPanel % 2) return;
       const float* row = &sums[r * both.outputs];
       const Vec gate = result(both, row, j, count), up = result(both, row, j + kPanel, count);
-      const Vec active = rounded<T>(gate / (Vec(1) + gate.neg().exp()));
+      const Vec active = rounded<T>(gate / (Vec(1) + gate.neg().exp_u20()));
       const int64_t output = j / (2 * kPanel) * kPanel + j % kPanel;
       store(rounded<T>(active * up), &inner[r * down.inputs + output]);
     });

@@ -25,18 +25,22 @@ inline Vec load(const BFloat16* numbers) {
   return wide;
 }
 
+inline Vec load(const int8_t* numbers) {
+  return at::vec::convert<float>(at::vec::Vectorized<int8_t>::loadu(numbers, kLanes));
+}
+
 inline void store(const Vec& numbers, float* to, int64_t count = kLanes) { numbers.store(to, count); }
 
 inline void store(const Vec& numbers, BFloat16* to, int64_t count = kLanes) {
   at::vec::convert<BFloat16>(numbers).store(to, count);
 }
 
-constexpr int64_t kFar = 8192, kNear = 512;  // bytes between weights that are fetched and those in use
+constexpr int64_t kFar = 16384, kNear = 512;  // bytes between weights that are fetched and those in use
 
 // Weights on their way: from memory into the L2 cache, and later into the L1.
 template <typename Weight>
-void fetch(const Weight* now) {
-  __builtin_prefetch(now + kFar / sizeof(Weight), 0, 2);
+void fetch(const Weight* now, int64_t beside = 0) {
+  __builtin_prefetch(now + kFar / sizeof(Weight) + beside, 0, 2);
   __builtin_prefetch(now + kNear / sizeof(Weight));
 }
 

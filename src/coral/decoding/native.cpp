@@ -13,8 +13,7 @@
 
 namespace {
 
-constexpr int64_t kOutputs = 4;               // whose weights are multiplied together
-constexpr int64_t kRows = kLanes / kOutputs;  // with so many rows: their sums are as many as a vector's lanes
+constexpr int64_t kRows = 4;  // that are multiplied together, at most
 
 // Numbers in one of two formats; `visit` calls f with the typed pointer.
 struct Numbers {
@@ -26,26 +25,38 @@ struct Numbers {
   }
 };
 
+// Weights [outputs, inputs]; with scales, one of each output, they are bytes.
+struct Matrix {
+  Numbers plain;
+  const int8_t* bytes;
+  const float* scales;
+  template <typename F>
+  void visit(const F& f) const {
+    bytes ? f(bytes) : plain.visit(f);
+  }
+};
+
 struct Layer {
   const float *input_norm, *norm;  // nothing is normalised before the first layer
-  Numbers q, k, v, o, gate, up, down;
-  Numbers keys, values;  // of the cache, [kv_heads, capacity, d]
+  Matrix q, k, v, o, gate, up, down;
 };
 
 // What native.py asks for, in its order; it makes the buffers of the result.
 struct Job {
   int64_t threads, hidden, heads, kv_heads, head_size, inner, capacity, candidates, num_layers;
   const Layer* layers;
-  Numbers embedding, fc, head;
+  Numbers embedding;
+  Matrix fc, head;
   const float *fc_bias, *head_bias;  // or none
   const int64_t* head_ids;           // or none: rows of the head are ids
   const float *cos, *sin;            // [positions, d]
   float eps;
   bool feed_back_normalised;
 
+  Numbers cache;             // keys and values of each layer in turn, [2 * layers, kv_heads, capacity, d]
   int64_t num_rows, length;  // accepted rows, and how many the cache holds before them
   const int64_t* ids;
-  const float* features;  // [num_rows, h]
+  Numbers features;  // [num_rows, h]
   int64_t top_k, max_depth, num_nodes, pool;  // pool 0: no noise is added
   float min_gain, temperature;
   uint64_t stream;
@@ -60,53 +71,66 @@ struct Sums {
   float* to;
   int64_t stride;
   bool add;
+  const float* scales = nullptr;  // of the outputs, or none
+  int64_t end = 0;                // of the outputs that exist
   void put(int64_t row, int64_t output, const float* sums, int64_t count) const {
     float* place = to + row * stride + output;
-    for (int64_t i = 0; i < count; i++) place[i] = add ? place[i] + sums[i] : sums[i];
+    count = std::min(count, end - output);
+    Vec all = Vec::loadu(sums, count);
+    if (scales) all = all * Vec::loadu(scales + output, count);
+    if (add) all = all + Vec::loadu(place, count);
+    all.store(place, count);
   }
 };
 
-// R rows of x with kOutputs outputs.
+// R rows of x with as many outputs as make a vector of sums.
 template <int64_t R, typename T>
 void multiply(const float* x, int64_t inputs, const T* weights, const Sums& sums, int64_t row, int64_t output) {
+  constexpr int64_t outputs = kLanes / R;
   std::array<Vec, kLanes> parts;
 #pragma GCC unroll 16
   for (auto& part : parts) part = Vec(0);
   for (int64_t c = 0; c < inputs; c += kLanes) {
-    Vec weight[kOutputs];
+    Vec values[R];
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < kOutputs; j++) {
-      fetch(weights + j * inputs + c);
-      weight[j] = load(weights + j * inputs + c);
-    }
+    for (int64_t r = 0; r < R; r++) values[r] = load(x + r * inputs + c);
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < outputs; j++) {
+      const Vec weight = load(weights + j * inputs + c);
 #pragma GCC unroll 4
-    for (int64_t r = 0; r < R; r++) {
-      const Vec value = load(x + r * inputs + c);
-#pragma GCC unroll 4
-      for (int64_t j = 0; j < kOutputs; j++)
-        parts[r * kOutputs + j] = at::vec::fmadd(value, weight[j], parts[r * kOutputs + j]);
+      for (int64_t r = 0; r < R; r++)
+        parts[r * outputs + j] = at::vec::fmadd(values[r], weight, parts[r * outputs + j]);
     }
   }
   alignas(64) float all[kLanes];
   totals(parts).store(all);
-  for (int64_t r = 0; r < R; r++) sums.put(row + r, output, all + r * kOutputs, kOutputs);
+  for (int64_t r = 0; r < R; r++) sums.put(row + r, output, all + r * outputs, outputs);
+}
+
+// Rows from r on with a vector of outputs from j on, R rows at a time, then those that are left.
+template <int64_t R, typename T>
+void multiply_block(const float* x, int64_t n, int64_t inputs, const T* weights, const Sums& sums, int64_t r,
+                    int64_t j) {
+  for (; r + R <= n; r += R)
+    for (int64_t i = 0; i < kLanes; i += kLanes / R)
+      multiply<R>(x + r * inputs, inputs, weights + i * inputs, sums, r, j + i);
+  if constexpr (R > 1) multiply_block<R / 2>(x, n, inputs, weights, sums, r, j);
 }
 
 // n rows x [n, inputs] with some outputs of a matrix [outputs, inputs].
-void product(const float* x, int64_t n, int64_t inputs, const Numbers& matrix, Range outputs, const Sums& sums) {
+void product(const float* x, int64_t n, int64_t inputs, const Matrix& matrix, Range outputs, Sums sums) {
+  sums.scales = matrix.scales, sums.end = outputs.end;
   matrix.visit([&](const auto* weights) {
-    int64_t j = outputs.begin;
-    for (; j + kOutputs <= outputs.end; j += kOutputs) {
-      int64_t r = 0;
-      for (; r + kRows <= n; r += kRows) multiply<kRows>(x + r * inputs, inputs, weights + j * inputs, sums, r, j);
-      for (; r + 2 <= n; r += 2) multiply<2>(x + r * inputs, inputs, weights + j * inputs, sums, r, j);
-      if (r < n) multiply<1>(x + r * inputs, inputs, weights + j * inputs, sums, r, j);
-    }
-    for (; j < outputs.end; j++)
-      for (int64_t r = 0; r < n; r++) {
-        const float sum = dot(x + r * inputs, weights + j * inputs, inputs);
-        sums.put(r, j, &sum, 1);
+    std::vector<std::decay_t<decltype(*weights)>> last;
+    for (int64_t j = outputs.begin; j < outputs.end; j += kLanes) {
+      const auto* block = weights + j * inputs;
+      if (j + kLanes > outputs.end) {  // with zeros behind the last output
+        last.resize(kLanes * inputs);
+        std::copy_n(block, (outputs.end - j) * inputs, last.data());
+        block = last.data();
       }
+      multiply_block<kRows>(x, n, inputs, block, sums, 0, j);
+    }
   });
 }
 
@@ -168,7 +192,7 @@ struct Draft {
 
   void start() {
     ids.assign(job.ids, job.ids + job.num_rows);
-    features.assign(job.features, job.features + job.num_rows * job.hidden);
+    job.features.visit([&](const auto* given) { features.assign(given, given + job.num_rows * job.hidden); });
     first_slot = job.length;
     seen.resize(job.num_rows);
     for (int64_t slot = job.length; slot < job.length + job.num_rows; slot++)
@@ -205,7 +229,7 @@ struct Draft {
       std::copy_n(&features[r * h], h, &joined[r * 2 * h + h]);
     }
     wait_for_all();
-    const Range columns = share(h, kOutputs);
+    const Range columns = share(h, kLanes);
     set(x.data(), n, h, job.fc_bias, columns);
     product(joined.data(), n, 2 * h, job.fc, columns, {x.data(), h, true});
     for (int64_t l = 0; l < job.num_layers; l++) {
@@ -219,9 +243,9 @@ struct Draft {
         wait_for_all();
         input = normed.data();
       }
-      project(layer, input, n, from);
+      project(l, input, n, from);
       wait_for_all();
-      attend(layer, n, from);
+      attend(l, n, from);
       wait_for_all();
       const int64_t width = job.heads * job.head_size;
       product(&attended[from * width], n - from, width, layer.o, columns, {&x[from * h], h, true});
@@ -234,7 +258,7 @@ struct Draft {
       for (int64_t r = 0; r < n - from; r++)
         for (int64_t j = r * job.inner + mine.begin; j < r * job.inner + mine.end; j += kLanes) {
           const Vec value = load(&gate[j]);  // SiLU
-          (value / (Vec(1) + value.neg().exp()) * load(&up[j])).store(&gate[j]);
+          (value / (Vec(1) + value.neg().exp_u20()) * load(&up[j])).store(&gate[j]);
         }
       wait_for_all();
       product(gate.data(), n - from, job.inner, layer.down, columns, {&x[from * h], h, true});
@@ -258,7 +282,8 @@ struct Draft {
   }
 
   // Queries of rows `from` on, and all rows' keys and values, which go to the cache; a head is one thread's.
-  void project(const Layer& layer, const float* input, int64_t n, int64_t from) {
+  void project(int64_t l, const float* input, int64_t n, int64_t from) {
+    const Layer& layer = job.layers[l];
     const int64_t h = job.hidden, d = job.head_size, heads = job.heads, kv_heads = job.kv_heads;
     std::vector<float> rows(n * d);
     const Range mine = share(heads + 2 * kv_heads, 1);
@@ -273,8 +298,8 @@ struct Draft {
         if (query)
           std::copy_n(row, d, &queries[(r * heads + head) * d]);
         else
-          (key ? layer.keys : layer.values).visit([&](auto* cache) {
-            std::copy_n(row, d, cache + (head * job.capacity + first_slot + r) * d);
+          job.cache.visit([&](auto* cache) {
+            std::copy_n(row, d, cache + stored(key ? 2 * l : 2 * l + 1, head) + (first_slot + r) * d);
           });
       }
     }
@@ -290,27 +315,33 @@ struct Draft {
     }
   }
 
-  void attend(const Layer& layer, int64_t n, int64_t from) {
+  // Where the keys or values of a head begin in the cache.
+  int64_t stored(int64_t part, int64_t kv_head) const {
+    return (part * job.kv_heads + kv_head) * job.capacity * job.head_size;
+  }
+
+  void attend(int64_t l, int64_t n, int64_t from) {
     const Range mine = share((n - from) * job.heads, 1);
-    layer.keys.visit([&](const auto* keys) {
-      const auto* values = static_cast<decltype(keys)>(layer.values.data);
-      for (int64_t task = mine.begin; task < mine.end; task++)
-        attend(keys, values, from + task / job.heads, task % job.heads);
+    job.cache.visit([&](const auto* cache) {
+      for (int64_t task = mine.begin; task < mine.end; task++) {
+        const int64_t head = task % job.heads, kv_head = head / (job.heads / job.kv_heads);
+        attend(cache + stored(2 * l, kv_head), cache + stored(2 * l + 1, kv_head), from + task / job.heads, head);
+      }
     });
   }
 
   template <typename T>
   void attend(const T* keys, const T* values, int64_t r, int64_t head) {
-    const int64_t d = job.head_size, first = head / (job.heads / job.kv_heads) * job.capacity;
+    const int64_t d = job.head_size;
     const int64_t count = known[r] + seen[r].size(), padded = (count + kLanes - 1) / kLanes * kLanes;
-    const auto offset = [&](int64_t i) { return (first + (i < known[r] ? i : seen[r][i - known[r]])) * d; };
+    const auto offset = [&](int64_t i) { return (i < known[r] ? i : seen[r][i - known[r]]) * d; };
     const float *query = &queries[(r * job.heads + head) * d], scale = 1 / std::sqrt(float(d));
     std::vector<float> weights(padded, kNever);
     for (int64_t i = 0; i < count; i++) weights[i] = dot(query, keys + offset(i), d) * scale;
     const float highest = *std::max_element(weights.begin(), weights.end());
     Vec sum(0);
     for (int64_t i = 0; i < padded; i += kLanes) {
-      const Vec weight = (Vec::loadu(&weights[i]) - Vec(highest)).exp();
+      const Vec weight = (Vec::loadu(&weights[i]) - Vec(highest)).exp_u20();
       weight.store(&weights[i]);
       sum = sum + weight;
     }
@@ -325,14 +356,14 @@ struct Draft {
   // The children of each node of the frontier: this thread's part of the head, then what all threads found.
   void score() {
     const int64_t h = job.hidden, count = frontier.size(), all = job.candidates, own = omp_get_thread_num();
-    const Range mine = share(all, kOutputs);
+    const Range mine = share(all, kLanes);
     set(logits.data(), count, all, job.head_bias, mine);
     product(drafted.data(), count, h, job.head, mine, {logits.data(), all, true});
     for (int64_t r = 0; r < count && mine.begin < mine.end; r++) {
       const float *begin = &logits[r * all] + mine.begin, *end = &logits[r * all] + mine.end;
       const float highest = at::vec::reduce_all<float>(
           [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, begin, end - begin);
-      mass[own][r] = at::vec::map_reduce_all<float>([highest](Vec v) { return (v - Vec(highest)).exp(); },
+      mass[own][r] = at::vec::map_reduce_all<float>([highest](Vec v) { return (v - Vec(highest)).exp_u20(); },
                                                     [](Vec a, Vec b) { return a + b; }, begin, end - begin);
       most[own][r] = highest;
       if (job.pool > 0) continue;

@@ -72,7 +72,7 @@ class FullHead:
 
     def table(self, state: Any) -> Table:
         bias = self.target.head_bias
-        return Table(self.target.head_weight, None if bias is None else bias.float())
+        return Table(self.target.head_weight, None if bias is None else bias.float(), fixed=True)
 
     def log_probs(self, features: Tensor) -> Tensor:
         """[N, V] float32."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from coral.drafter.drafter import num_bytes
-from coral.memory import weights_like
 from coral.packed import pack_linears
 from coral.target import Target
 
@@ -21,11 +20,14 @@ from coral.target import Target
 class Table(NamedTuple):
     """A head that is linear: rows [K, h] float32 or bfloat16, bias [K] float32 or None, and the ids int64 [K]
     they score (None: 0 to K - 1).
+
+    fixed: the rows are the same tensor every time, and stay as they are.
     """
 
     rows: Tensor
     bias: Tensor | None = None
     ids: Tensor | None = None
+    fixed: bool = False
 
 
 class StaticHead:
@@ -52,8 +54,8 @@ class StaticHead:
 
     @cached_property
     def _table(self) -> Table:
-        rows, bias = self.rows.weight.detach().bfloat16(), self.rows.bias
-        return Table(weights_like(rows).copy_(rows), None if bias is None else bias.float(), self.ids)
+        bias = self.rows.bias
+        return Table(self.rows.weight.detach(), None if bias is None else bias.float(), self.ids, fixed=True)
 
     def log_probs(self, features: Tensor) -> Tensor:
         """[N, V] float32; ids that are left out have -inf."""

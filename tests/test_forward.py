@@ -7,6 +7,7 @@ import torch
 from tiny import Bushes, prompt_of, random_tree, root_path, tiny_model, tree_of, write
 
 from coral import few_rows
+from coral import target as target_module
 from coral.attention import GROUPED_SDPA
 from coral.decoding.proposers.plain import Plain
 from coral.decoding.sampling import Sampling
@@ -90,6 +91,23 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(dtype):
     batch = states_of(fast, [4, 9, 2])
     (_, rows, _), _ = fast.verify(batch, [random_tree(5), chain, random_tree(9)])
     assert torch.equal(rows, together[0][0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [2, 40, few_rows.MOST_ROWS + 30])
+def test_a_prompt_is_read_as_its_tokens_are_written(length, dtype, monkeypatch):
+    """Stops a prompt's rows, or a long prompt's pieces, that are not those of plain steps over its tokens."""
+    monkeypatch.setattr(target_module, "_PREFILL_CHUNK", 70)
+    _, fast = targets("qwen3", dtype)
+    assert fast._native is not None
+    fast._native._is_best = True  # also where torch's forward would be faster
+    tokens = prompt_of(length)
+    read, written = (State(tokens, length + 9, fast.new_cache(length + 9)) for _ in range(2))
+    (committed,) = fast.prefill([read])
+    steps = [fast.verify([written], [tree_of([token], [-1])])[1][0] for token in tokens[:-1]]
+    assert torch.equal(committed.features, torch.cat(steps))
+    for one, other in zip(read.cache.storage, written.cache.storage, strict=True):
+        assert torch.equal(one[:, :, : length - 1], other[:, :, : length - 1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

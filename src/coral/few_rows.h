@@ -169,24 +169,28 @@ struct Block {
   T* outputs[kQueries];
 };
 
-// Columns c to c + C * kLanes of the outputs: values [end, size] weighed by `weights` [end, abreast(R)].
+// Columns c to c + C * kLanes of the outputs: values [end, size] weighed by `weights` [end, abreast(R)], over the sum
+// of these. Key after key: keys between those that a row sees, other branches of a tree, add zeros.
 template <int64_t R, int64_t C, typename T>
-void add_values(const Block<T>& block, const float* weights, const T* values, int64_t end, int64_t size, int64_t c,
-                const float* shares) {
-  Vec sums[R][C];
-  for (int64_t key = 0; key < end; key++)
-#pragma GCC unroll 2
+void add_values(const Block<T>& block, const float* weights, const T* values, int64_t end, int64_t size, int64_t c) {
+  Vec sums[R][C], all(0);
+  for (int64_t key = 0; key < end; key++) {
+    all = all + Vec::loadu(weights + key * abreast(R));  // the first R count
+#pragma GCC unroll 4
     for (int64_t part = 0; part < C; part++) {
       const Vec value = load(values + key * size + c + part * kLanes);
 #pragma GCC unroll 8
       for (int64_t r = 0; r < R; r++)
         sums[r][part] = at::vec::fmadd(value, Vec(weights[key * abreast(R) + r]), sums[r][part]);
     }
+  }
+  float whole[kLanes];
+  all.store(whole);
 #pragma GCC unroll 8
   for (int64_t r = 0; r < R; r++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int64_t part = 0; part < C; part++)
-      store(sums[r][part] * Vec(shares[r]), block.outputs[r] + c + part * kLanes);
+      store(sums[r][part] * Vec(whole[r] > 0 ? 1 / whole[r] : 0), block.outputs[r] + c + part * kLanes);
 }
 
 // Keys and values [num_keys, size]; a row that may attend to nothing becomes 0. The scores of a key stand side by
@@ -229,7 +233,7 @@ void attend_block(const Block<T>& block, const T* keys, const T* values, int64_t
     scores.store(weights.data() + first * rows);
     most = at::vec::maximum(most, scores);
   }
-  float highest[kLanes], all[R] = {}, shares[R];
+  float highest[kLanes];
   most.store(highest);
   for (int64_t j = 1; j < together; j++)
     for (int64_t r = 0; r < rows; r++) highest[r] = std::max(highest[r], highest[j * rows + r]);
@@ -238,15 +242,11 @@ void attend_block(const Block<T>& block, const T* keys, const T* values, int64_t
     float* some = weights.data() + first * rows;
     (Vec::loadu(some) - Vec::loadu(highest)).exp_u20().store(some);
   }
-  // Key after key, as the values below: keys between those that a row sees, other branches of a tree, add zeros.
-  for (int64_t key = 0; key < end; key++)
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < R; r++) all[r] += weights[key * rows + r];
-  for (int64_t r = 0; r < R; r++) shares[r] = all[r] > 0 ? 1 / all[r] : 0;
+  constexpr int64_t most_parts = 4 * R <= kLanes ? 4 : 2;
   int64_t c = 0;
-  for (; c + 2 * kLanes <= size; c += 2 * kLanes)
-    add_values<R, 2>(block, weights.data(), values, end, size, c, shares);
-  if (c < size) add_values<R, 1>(block, weights.data(), values, end, size, c, shares);
+  for (; c + most_parts * kLanes <= size; c += most_parts * kLanes)
+    add_values<R, most_parts>(block, weights.data(), values, end, size, c);
+  for (; c < size; c += kLanes) add_values<R, 1>(block, weights.data(), values, end, size, c);
 }
 
 template <typename T, int64_t... R>

@@ -43,7 +43,7 @@ struct Job {
 
   int64_t num_sequences;
   const Sequence* sequences;
-  void *features, *logits;  // [n, h], [n, V]
+  void *features, *logits;  // [n, h]; [n, V] or none
 };
 
 // To the nearest number that T holds, of two as near to the even one.
@@ -112,7 +112,8 @@ struct Forward {
     int64_t widest = 0;
     for (int64_t l = 0; l < job.num_layers; l++) widest = std::max(widest, job.layers[l].gate_up.outputs);
     x = buffer<float>(n * h), qkv = buffer<float>(n * width), attended = buffer<T>(n * attended_width);
-    inner = buffer<float>(n * widest / 2), sums = buffer<float>(n * std::max(widest, job.head.outputs));
+    inner = buffer<float>(n * widest / 2);
+    sums = buffer<float>(n * std::max(widest, job.logits ? job.head.outputs : 0));
     parts = buffer<float>(job.threads * n * h);
   }
 
@@ -147,9 +148,10 @@ struct Forward {
       }
       T *features = static_cast<T*>(job.features), *logits = static_cast<T*>(job.logits);
       const int64_t ids = job.head.outputs;
-      normalised_product(job.norm, job.head, sums.get(), 1, [&](int64_t r, int64_t j, int64_t count) {
-        store(result(job.head, &sums[r * ids], j, count), logits + r * ids + j, count);
-      });
+      if (logits)
+        normalised_product(job.norm, job.head, sums.get(), 1, [&](int64_t r, int64_t j, int64_t count) {
+          store(result(job.head, &sums[r * ids], j, count), logits + r * ids + j, count);
+        });
       for (int64_t r = rows.begin; r < rows.end; r++)
         for (int64_t c = 0; c < h; c += kLanes)
           store(normalised(&x[r * h + c], job.norm + c, scale_of(&x[r * h], h, job.eps)), features + r * h + c);

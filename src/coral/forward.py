@@ -23,6 +23,7 @@ from coral.few_rows import DTYPES, LANES, MOST_ROWS, PANEL, pack_once
 from coral.packed import PackedLinear
 
 if TYPE_CHECKING:
+    from coral.cache import KVCache
     from coral.decoding.state import State
     from coral.decoding.tree import DraftTree
     from coral.target import Target
@@ -144,7 +145,10 @@ class NativeForward:
         head_size = attention.head_dim
         kv_heads = attention.k_proj.out_features // head_size
         self._no_rows = target.embedding_weight.new_empty(1, kv_heads, 0, head_size)
-        self._shapes = target.hidden_size, target.vocab_size
+        self._vocab_size = target.vocab_size
+        # Of many rows, too: not with vectors of eight numbers, or where bfloat16 has matrix units of its own.
+        wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        self._is_best = wide and not (target.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
         self._job = _Job(
             hidden=target.hidden_size,
             heads=attention.q_proj.out_features // head_size,
@@ -170,35 +174,51 @@ class NativeForward:
     def verify(
         self, states: Sequence[State], trees: Sequence[DraftTree]
     ) -> tuple[list[Tensor], list[Tensor]] | None:
-        """As `Target.verify`, for trees on the CPU; None: there are more rows than `few_rows.MOST_ROWS`."""
+        """As `Target.verify`, for trees on the CPU; None: as in `read`."""
         counts = [len(tree) for tree in trees]
-        n = sum(counts)
-        if n > MOST_ROWS:
+        if sum(counts) > MOST_ROWS and not self._is_best:
             return None
-        sequences, kept = (_Sequence * len(trees))(), []  # kept: what the pointers lead to
-        for sequence, state, tree in zip(sequences, states, trees, strict=True):
-            cache, count = state.cache, len(tree)
-            cache.reserve(count, self._no_rows)
-            if len(self._rotation[0]) < cache.capacity:
-                self._rotation = self._rotate(cache.capacity)
-            ids, parents, storage = tree.tokens.contiguous(), tree.parents.contiguous(), cache.buffer.whole
-            assert storage is not None
-            kept += [ids, parents]
-            sequence.length, sequence.count, sequence.capacity = cache.length, count, cache.capacity
-            sequence.ids, sequence.parents = ids.data_ptr(), parents.data_ptr()
-            sequence.storage = storage.data_ptr()
-        features, logits = (self._no_rows.new_empty(n, width) for width in self._shapes)
-        job = _Job.from_buffer_copy(self._job)
-        job.threads = torch.get_num_threads()
-        job.cos, job.sin = (part.data_ptr() for part in self._rotation)
-        job.num_sequences, job.sequences = len(trees), addressof(sequences)
-        job.features, job.logits = features.data_ptr(), logits.data_ptr()
-        self._run(byref(job))
-        for state, count in zip(states, counts, strict=True):
-            state.cache.set_length(state.cache.length + count)
+        nodes = [(tree.tokens.contiguous(), tree.parents.contiguous()) for tree in trees]
+        logits = self._no_rows.new_empty(sum(counts), self._vocab_size)
+        features = self._rows([state.cache for state in states], nodes, logits)
         if len(counts) == 1:  # two calls of torch less in a cycle
             return [logits], [features]
         return list(logits.split(counts)), list(features.split(counts))
+
+    def read(self, cache: KVCache, tokens: Sequence[int]) -> Tensor | None:
+        """Features [n, h] of tokens behind what the cache holds, which takes their rows; None: there are more
+        than `few_rows.MOST_ROWS`, and torch's forward is faster.
+        """
+        n = len(tokens)
+        if n > MOST_ROWS and not self._is_best:
+            return None
+        return self._rows([cache], [(torch.tensor(tokens), torch.arange(-1, n - 1))])
+
+    def _rows(
+        self, caches: Sequence[KVCache], nodes: Sequence[tuple[Tensor, Tensor]], logits: Tensor | None = None
+    ) -> Tensor:
+        """Features [n, h] of ids and parents, a tree of each sequence, and, where asked for, their logits."""
+        sequences = (_Sequence * len(caches))()
+        for sequence, cache, (ids, parents) in zip(sequences, caches, nodes, strict=True):
+            count = len(ids)
+            cache.reserve(count, self._no_rows)
+            if len(self._rotation[0]) < cache.capacity:
+                self._rotation = self._rotate(cache.capacity)
+            storage = cache.buffer.whole
+            assert storage is not None
+            sequence.length, sequence.count, sequence.capacity = cache.length, count, cache.capacity
+            sequence.ids, sequence.parents = ids.data_ptr(), parents.data_ptr()
+            sequence.storage = storage.data_ptr()
+        features = self._no_rows.new_empty(sum(len(ids) for ids, _ in nodes), self._job.hidden)
+        job = _Job.from_buffer_copy(self._job)
+        job.threads = torch.get_num_threads()
+        job.cos, job.sin = (part.data_ptr() for part in self._rotation)
+        job.num_sequences, job.sequences = len(caches), addressof(sequences)
+        job.features, job.logits = features.data_ptr(), None if logits is None else logits.data_ptr()
+        self._run(byref(job))
+        for cache, (ids, _) in zip(caches, nodes, strict=True):
+            cache.set_length(cache.length + len(ids))
+        return features
 
     def _rotate(self, length: int) -> tuple[Tensor, Tensor]:
         """cos, sin [length, d] float32 of all positions, rounded as the model rounds them."""

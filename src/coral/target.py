@@ -253,16 +253,19 @@ class Target:
             start, end = state.cache.length, len(state.tokens) - 1
             pieces = [torch.empty(0, self.hidden_size, dtype=self.dtype, device=self.device)]
             for begin in range(start, end, _PREFILL_CHUNK):
-                rows = range(begin, min(begin + _PREFILL_CHUNK, end))
-                ids = upload(state.tokens[begin : rows.stop], self.device)[None]
-                positions = torch.arange(begin, rows.stop, device=self.device)
-                key_positions = torch.arange(rows.stop, device=self.device)
-                allowed = key_positions[None, :] <= positions[:, None]
-                pieces.append(
-                    self._forward(ids, positions[None], allowed[None], key_positions[None], state.cache)[0]
-                )
+                pieces.append(self._read(state.cache, state.tokens[begin : min(begin + _PREFILL_CHUNK, end)]))
             committed.append(Committed(state.tokens[start + 1 :], torch.cat(pieces), start))
         return committed
+
+    def _read(self, cache: KVCache, tokens: list[int]) -> Tensor:
+        """Features [n, h] of a piece of a prompt behind what the cache holds."""
+        if self._native and (features := self._native.read(cache, tokens)) is not None:
+            return features
+        key_positions = torch.arange(cache.length + len(tokens), device=self.device)
+        positions = key_positions[cache.length :]
+        allowed = key_positions[None, :] <= positions[:, None]
+        ids = upload(tokens, self.device)[None]
+        return self._forward(ids, positions[None], allowed[None], key_positions[None], cache)[0]
 
     @torch.inference_mode()
     def verify(

@@ -48,9 +48,10 @@ inline float total(const Vec& vector) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, vector);
 }
 
-// The sum of each vector's lanes, in order: neighbours are added until one vector holds them all.
+// The sum of each vector's lanes, in order: neighbours are added until one vector holds them all. Inlined, or loops
+// that make the sums would keep them in memory.
 template <size_t N>
-Vec totals(const std::array<Vec, N>& vectors) {
+C10_ALWAYS_INLINE Vec totals(const std::array<Vec, N>& vectors) {
   if constexpr (N == 1) {
     return vectors[0];
   } else {

@@ -25,9 +25,6 @@ from coral.few_rows import DTYPES, LANES
 from coral.memory import weights_like
 from coral.target import Target
 
-MOST_ROWS = 64
-"""Above this many accepted rows, as of a prompt, libraries are better at the products."""
-
 
 class _Numbers(Structure):
     _fields_ = (("data", c_void_p), ("wide", c_bool))

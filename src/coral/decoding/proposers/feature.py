@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from coral.cache import KVCache, pack
 from coral.compiled import compiled, fix, fixed_cache
 from coral.decoding.growth import Growth, Rows
-from coral.decoding.native import MOST_ROWS, NativeDrafter
+from coral.decoding.native import NativeDrafter
 from coral.decoding.state import Committed, State
 from coral.decoding.tree import Budget, DraftTree
 from coral.device import upload
@@ -81,11 +81,6 @@ class Feature:
         ):
             return None
         cache = self._cache(state, pairs.start, budget)
-        if len(pairs.tokens) > MOST_ROWS:  # those of a prompt; all but the last are only to be read
-            ids, features, positions, allowed = _accepted(pairs, cache.length)
-            self._step(ids[:-1], features[:-1], positions[:-1], allowed[None, :-1, :-1], cache)
-            last = len(pairs.tokens) - 1
-            pairs = Committed(pairs.tokens[last:], pairs.features[last:], pairs.start + last)
         return self._native.grow(state, pairs, cache, table, budget, pool)
 
     def _level_by_level(self, pairs: Sequence[tuple[State, Committed]], budget: Budget) -> list[DraftTree]:

@@ -163,7 +163,7 @@ class NativeForward:
             scale=attention.scaling,
             narrow=target.dtype == torch.bfloat16,
         )
-        self._rotation = self._rotate(0)
+        self._rotate(0)
 
     @classmethod
     def of(cls, target: Target) -> NativeForward | None:
@@ -202,8 +202,8 @@ class NativeForward:
         for sequence, cache, (ids, parents) in zip(sequences, caches, nodes, strict=True):
             count = len(ids)
             cache.reserve(count, self._no_rows)
-            if len(self._rotation[0]) < cache.capacity:
-                self._rotation = self._rotate(cache.capacity)
+            if self._rotated < cache.capacity:
+                self._rotate(cache.capacity)
             storage = cache.buffer.whole
             assert storage is not None
             sequence.length, sequence.count, sequence.capacity = cache.length, count, cache.capacity
@@ -212,7 +212,6 @@ class NativeForward:
         features = self._no_rows.new_empty(sum(len(ids) for ids, _ in nodes), self._job.hidden)
         job = _Job.from_buffer_copy(self._job)
         job.threads = torch.get_num_threads()
-        job.cos, job.sin = (part.data_ptr() for part in self._rotation)
         job.num_sequences, job.sequences = len(caches), addressof(sequences)
         job.features, job.logits = features.data_ptr(), None if logits is None else logits.data_ptr()
         self._run(byref(job))
@@ -220,10 +219,11 @@ class NativeForward:
             cache.set_length(cache.length + len(ids))
         return features
 
-    def _rotate(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos, sin [length, d] float32 of all positions, rounded as the model rounds them."""
-        cos, sin = self._decoder.rotary_emb(self._no_rows, torch.arange(length)[None])
-        return cos[0].float().contiguous(), sin[0].float().contiguous()
+    def _rotate(self, length: int) -> None:
+        """Have cos, sin [length, d] float32 of all positions, rounded as the model rounds them."""
+        tables = self._decoder.rotary_emb(self._no_rows, torch.arange(length)[None])
+        self._rotation, self._rotated = [table[0].float().contiguous() for table in tables], length
+        self._job.cos, self._job.sin = (table.data_ptr() for table in self._rotation)
 
     def _matrix(self, linears: list[Any], interleaved: bool = False) -> _Matrix:
         """One product of layers that read the same rows; interleaved: a panel of each in turn."""

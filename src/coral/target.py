@@ -319,7 +319,7 @@ class Target:
         for state, path, rows in zip(states, paths, features, strict=True):
             start = len(state.tokens) - 1 - len(path)
             state.cache.keep(start, path)
-            kept = torch.stack([rows[node] for node in path])
+            kept = rows[: len(path)] if path[-1] == len(path) - 1 else rows[path]
             committed.append(Committed(state.tokens[start + 1 :], kept, start))
         return committed
 

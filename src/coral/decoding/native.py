@@ -103,7 +103,7 @@ class NativeDrafter:
         )
         self._head: tuple[Tensor | None, _Matrix] = None, _Matrix()  # the last fixed rows, and as bytes
         self._no_rows = drafter.fc.weight.new_empty(1, config.num_key_value_heads, 0, config.head_dim)
-        self._rotation = self._rotate(0)
+        self._rotate(0)
         self._num_bytes = sum(weight.nbytes for weight in self._owned[1:])
 
     @classmethod
@@ -143,8 +143,8 @@ class NativeDrafter:
         """
         length, n = cache.length, len(pairs.tokens)
         cache.reserve(n + budget.top_k * budget.max_depth, self._no_rows)
-        if len(self._rotation[0]) < cache.capacity:
-            self._rotation = self._rotate(cache.capacity)
+        if self._rotated < cache.capacity:
+            self._rotate(cache.capacity)
         ids, features = (c_int64 * n)(*pairs.tokens), pairs.features.contiguous()
         most = min(budget.num_nodes, budget.top_k * (1 + (budget.max_depth - 1) * budget.top_k))
         tree_ids, parents, scores = ((number * (most + 1))() for number in (c_int64, c_int64, c_float))
@@ -153,7 +153,6 @@ class NativeDrafter:
         job.threads, job.cache = torch.get_num_threads(), _numbers(cache.buffer.whole)
         job.capacity, job.candidates = cache.capacity, len(table.rows)
         job.head, job.head_bias, job.head_ids = self._scored(table), _data(table.bias), _data(table.ids)
-        job.cos, job.sin = map(_data, self._rotation)
         job.num_rows, job.length, job.ids, job.features = n, length, addressof(ids), _numbers(features)
         job.top_k, job.max_depth, job.num_nodes = budget.top_k, budget.max_depth, most
         job.min_gain, job.pool = budget.min_gain, pool
@@ -166,10 +165,11 @@ class NativeDrafter:
         tokens, nodes = found(tree_ids, dtype=torch.int64), found(parents, dtype=torch.int64)
         return DraftTree(tokens, nodes, found(scores, dtype=torch.float32), job.depth)
 
-    def _rotate(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos, sin [length, d] float32 of all positions."""
-        cos, sin = self.drafter.rotary(torch.empty(0), torch.arange(length)[None])
-        return cos[0].contiguous(), sin[0].contiguous()
+    def _rotate(self, length: int) -> None:
+        """Have cos, sin [length, d] float32 of all positions."""
+        tables = self.drafter.rotary(torch.empty(0), torch.arange(length)[None])
+        self._rotation, self._rotated = [table[0].contiguous() for table in tables], length
+        self._job.cos, self._job.sin = map(_data, self._rotation)
 
     def _scored(self, table: Table) -> _Matrix:
         """The rows of a head: as bytes, if they stay as they are."""

@@ -48,6 +48,7 @@ $BENCH $FIRST_40 $RECIPES $ROUTED --temperature 1 --uncoupled --no-peers --max-n
 # What the parts cost, and where a cycle's time goes.
 "$BIN/python" "$HERE/heads.py" heads
 "$BIN/python" "$HERE/few_rows.py" few-rows
+"$BIN/python" "$HERE/prompts.py" prompts
 "$BIN/python" "$HERE/dense.py" --output memory
 "$BIN/python" "$HERE/cycle.py" cycle $TREE
 "$BIN/python" "$HERE/cycle.py" cycle-bfloat16 $TREE --dtype bfloat16

@@ -75,7 +75,7 @@ struct Sums {
   int64_t end = 0;                // of the outputs that exist
   void put(int64_t row, int64_t output, const float* sums, int64_t count) const {
     float* place = to + row * stride + output;
-    count = std::min(count, end - output);
+    count = std::clamp<int64_t>(end - output, 0, count);
     Vec all = Vec::loadu(sums, count);
     if (scales) all = all * Vec::loadu(scales + output, count);
     if (add) all = all + Vec::loadu(place, count);

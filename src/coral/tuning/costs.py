@@ -21,6 +21,7 @@ from coral.tuning.simulate import Run
 
 _DEEP = 5  # levels of the deeper of the two trees from which a level's cost follows
 _READ = 3  # rows that a cycle's first level reads: what one accepts, more or less
+_ALIKE = 8  # trees of one size in a row, of which the latter half is timed
 
 
 @dataclass(frozen=True)
@@ -115,18 +116,17 @@ class _Refused:
 def _cycle_seconds(
     target: Target, prompt: list[int], sampling: Sampling, rows: Sequence[int], repeats: int
 ) -> dict[int, float]:
-    # Each size twice in a row, of which the second counts: in a text a cycle follows one like it, and a plain
-    # step behind a tree of 64 rows takes longer.
-    twice = [n for n in rows for _ in range(2)]
-    room = min((repeats + 1) * len(twice), target.context_length - len(prompt) - 1)
+    # In a text a cycle follows others like it, and a plain step soon behind a tree of 64 rows takes longer.
+    in_a_row = [n for n in rows for _ in range(_ALIKE)]
+    room = min(max(1, repeats // 4) * len(in_a_row), target.context_length - len(prompt) - 1)
     end = len(prompt) + room
     state = State(list(prompt), end, target.new_cache(end + max(rows) + 1), sampling)
     times: dict[int, list[float]] = {n: [] for n in rows}
-    cycles = generate(target, _Refused(twice), [state], Budget(1, 1, max(rows)))
-    for index, (n, (cycle,)) in enumerate(zip(endlessly(twice), cycles, strict=False)):
-        if index % 2:
+    cycles = generate(target, _Refused(in_a_row), [state], Budget(1, 1, max(rows)))
+    for index, (n, (cycle,)) in enumerate(zip(endlessly(in_a_row), cycles, strict=False)):
+        if index % _ALIKE >= _ALIKE // 2:
             times[n].append(cycle.seconds - cycle.draft_seconds)
-    return {n: _median(seconds) for n, seconds in times.items()}
+    return {n: median(seconds) for n, seconds in times.items()}
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """The target's forward in one native call against its slow twin, transformers' own code."""
 
 import shutil
+import sys
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_a_prompt_is_read_as_its_tokens_are_written(length, dtype, monkeypatch):
     monkeypatch.setattr(target_module, "_PREFILL_CHUNK", 70)
     _, fast = targets("qwen3", dtype)
     assert fast._native is not None
-    fast._native._is_best = True  # also where torch's forward would be faster
+    fast._native._most_rows = length  # also where torch's forward would be faster
     tokens = prompt_of(length)
     read, written = (State(tokens, length + 9, fast.new_cache(length + 9)) for _ in range(2))
     (committed,) = fast.prefill([read])
@@ -127,7 +128,7 @@ def test_a_node_does_not_depend_on_other_branches(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sequences", [1, 3])
-def test_texts_stay_the_same(sequences, dtype):
+def test_texts_stay_the_same(sequences, dtype, monkeypatch):
     """Stops a forward that loses rows when a cache grows or is cut, or of a prompt of one token; and trees of
     more rows than it takes, which transformers' code verifies.
     """
@@ -140,7 +141,9 @@ def test_texts_stay_the_same(sequences, dtype):
         if dtype == torch.float32:
             assert write(slow, Plain(), prompts, 40, sampling).texts == plain.texts
             many = Budget(4, 4, few_rows.MOST_ROWS)
-            assert write(fast, bushes, prompts, 40, sampling, many).texts == plain.texts
+            for most_rows in (few_rows.MOST_ROWS, sys.maxsize):
+                monkeypatch.setattr(fast._native, "_most_rows", most_rows)
+                assert write(fast, bushes, prompts, 40, sampling, many).texts == plain.texts
 
 
 def test_threads_share_the_work():

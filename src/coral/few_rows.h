@@ -21,6 +21,15 @@ constexpr int64_t kStride = kBlock + kPanel;        // between rows; a power of 
 constexpr int64_t kTile = kLanes == 16 ? 16 : 4;    // rows whose sums the registers hold
 constexpr int64_t kQueries = kLanes == 16 ? 8 : 4;  // rows that attend together
 
+constexpr int64_t kFar = 16384, kNear = 512;  // bytes between weights that are fetched and those in use
+
+// Weights on their way: from memory into the L2 cache, and later into the L1.
+template <typename Weight>
+void fetch(const Weight* now, int64_t beside = 0) {
+  __builtin_prefetch(now + kFar / sizeof(Weight) + beside, 0, 2);
+  __builtin_prefetch(now + kNear / sizeof(Weight));
+}
+
 // What one read of weights brings, input by input: bfloat16 weights of two inputs share 32 bits.
 std::array<Vec, 1> load_weights(const float* weights) { return {Vec::loadu(weights)}; }
 
@@ -74,7 +83,7 @@ void multiply(const Weight* panels, int64_t apart, const float* rows, float* out
 }
 
 // Panels that are multiplied together with M rows: enough sums that none waits for itself, as many as registers hold.
-constexpr int64_t together(int64_t M) { return kLanes < 16 || M > 8 ? 1 : M > 3 ? 2 : 4; }
+constexpr int64_t panels_at_once(int64_t M) { return kLanes < 16 || M > 8 ? 1 : M > 3 ? 2 : 4; }
 
 // The first vectors of M rows and N - M of zeros, side by side: the first number of each, then the second, and so on.
 template <int64_t M, int64_t N>
@@ -109,7 +118,7 @@ void stand_side_by_side(const float* rows, int64_t depth, float* to) {
 template <typename Weight, int64_t M>
 void multiply_rows(const float* rows, const Weight* panels, int64_t apart, int64_t count, float* out, int64_t stride,
                    int64_t width, int64_t depth, bool first) {
-  constexpr int64_t P = together(M);
+  constexpr int64_t P = panels_at_once(M);
   alignas(64) float copy[kTile * kBlock];
   stand_side_by_side<M>(rows, depth, copy);
   int64_t p = 0;

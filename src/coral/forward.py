@@ -7,6 +7,7 @@ soon as the weights are packed, and it takes any number of rows, of any number o
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from ctypes import CDLL, Structure, addressof, byref, c_bool, c_float, c_int64, c_void_p
@@ -148,7 +149,8 @@ class NativeForward:
         self._vocab_size = target.vocab_size
         # Of many rows, too: not with vectors of eight numbers, or where bfloat16 has matrix units of its own.
         wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-        self._is_best = wide and not (target.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
+        best = wide and not (target.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
+        self._most_rows = sys.maxsize if best else MOST_ROWS
         self._job = _Job(
             hidden=target.hidden_size,
             heads=attention.q_proj.out_features // head_size,
@@ -176,7 +178,7 @@ class NativeForward:
     ) -> tuple[list[Tensor], list[Tensor]] | None:
         """As `Target.verify`, for trees on the CPU; None: as in `read`."""
         counts = [len(tree) for tree in trees]
-        if sum(counts) > MOST_ROWS and not self._is_best:
+        if sum(counts) > self._most_rows:
             return None
         nodes = [(tree.tokens.contiguous(), tree.parents.contiguous()) for tree in trees]
         logits = self._no_rows.new_empty(sum(counts), self._vocab_size)
@@ -190,7 +192,7 @@ class NativeForward:
         than `few_rows.MOST_ROWS`, and torch's forward is faster.
         """
         n = len(tokens)
-        if n > MOST_ROWS and not self._is_best:
+        if n > self._most_rows:
             return None
         return self._rows([cache], [(torch.tensor(tokens), torch.arange(-1, n - 1))])
 

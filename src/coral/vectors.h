@@ -35,15 +35,6 @@ inline void store(const Vec& numbers, BFloat16* to, int64_t count = kLanes) {
   at::vec::convert<BFloat16>(numbers).store(to, count);
 }
 
-constexpr int64_t kFar = 16384, kNear = 512;  // bytes between weights that are fetched and those in use
-
-// Weights on their way: from memory into the L2 cache, and later into the L1.
-template <typename Weight>
-void fetch(const Weight* now, int64_t beside = 0) {
-  __builtin_prefetch(now + kFar / sizeof(Weight) + beside, 0, 2);
-  __builtin_prefetch(now + kNear / sizeof(Weight));
-}
-
 inline float total(const Vec& vector) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, vector);
 }

@@ -27,12 +27,11 @@ struct Numbers {
 
 // Weights [outputs, inputs]; with scales, one of each output, they are bytes.
 struct Matrix {
-  Numbers plain;
-  const int8_t* bytes;
-  const float* scales;
+  Numbers weights;
+  const float* scales;  // or none
   template <typename F>
   void visit(const F& f) const {
-    bytes ? f(bytes) : plain.visit(f);
+    scales ? f(static_cast<const int8_t*>(weights.data)) : weights.visit(f);
   }
 };
 
@@ -71,8 +70,8 @@ struct Sums {
   float* to;
   int64_t stride;
   bool add;
-  const float* scales = nullptr;  // of the outputs, or none
-  int64_t end = 0;                // of the outputs that exist
+  const float* scales = nullptr;  // `product` sets this, of the outputs, or none,
+  int64_t end = 0;                // and the end of those that exist
   void put(int64_t row, int64_t output, const float* sums, int64_t count) const {
     float* place = to + row * stride + output;
     count = std::clamp<int64_t>(end - output, 0, count);

@@ -31,7 +31,7 @@ class _Numbers(Structure):
 
 
 class _Matrix(Structure):
-    _fields_ = (("plain", _Numbers), ("bytes", c_void_p), ("scales", c_void_p))
+    _fields_ = (("weights", _Numbers), ("scales", c_void_p))
 
 
 class _Layer(Structure):
@@ -187,7 +187,7 @@ class NativeDrafter:
             torch.amax(rows.abs().float(), 1, out=scale).clamp_(min=1e-30).div_(127)
             as_bytes.copy_((rows / scale[:, None]).round())
         self._owned += packed, scales
-        return _Matrix(_Numbers(), _data(packed), _data(scales))
+        return _Matrix(_numbers(packed), _data(scales))
 
     def _vector(self, values: Tensor) -> int:
         self._owned.append(values.detach().float().contiguous())

@@ -40,7 +40,7 @@ class Budget:
 DEFAULT = Budget(top_k=8, max_depth=6, num_nodes=15, min_gain=0.2)
 """The tree of the commands, if none is asked for; docs/log.md has the sizes that were compared."""
 CPU_DEFAULT = Budget(top_k=2, max_depth=6, num_nodes=7, min_gain=0.15)
-"""The same on a CPU, where eight rows cost some 40% more than one, and sixteen twice as much."""
+"""The same on a CPU, where eight rows cost some 40% more than one, and sixteen more than twice as much."""
 
 
 @dataclass(frozen=True)

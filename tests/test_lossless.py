@@ -301,27 +301,6 @@ def test_coupling_can_be_switched_off(forgetful):
     assert acceptance_length(independent.cycles) < 3.0
 
 
-def test_while_the_text_repeats_itself_the_drafter_only_reads_along():
-    """Stops drafting for text that lookup has already, and a drafter that never comes back."""
-    target = soft_target(V)
-    prompt = prompt_of(5) * 6
-    state = new_state(target, prompt, 40)
-    merged = Merged(random_drafter(target), NGram(2, 1))
-    forwards, committed = [], target.prefill([state])
-    for cycle in range(5):  # what the target would write is played: the prompt again, once something else
-        (tree,) = merged.propose([state], committed, BUDGET)
-        forwards.append(tree.num_forwards)
-        _, features = target.verify([state], [tree])
-        follows = [prompt[(len(state.tokens) + i) % 5] for i in range(len(tree))]
-        path, bonus = [0], follows[0] if cycle != 2 else 1 + follows[0] % 3
-        while cycle != 2 and path[-1] + 1 < len(tree) and int(tree.tokens[path[-1] + 1]) == bonus:
-            path.append(path[-1] + 1)
-            bonus = follows[len(path) - 1]
-        state.extend([*tree.tokens[path[1:]].tolist(), bonus])
-        committed = target.keep([state], [path], features)
-    assert [count > 0 for count in forwards] == [True, False, False, True, True]
-
-
 def test_a_level_that_will_hardly_be_reached_is_not_drafted():
     """Stops a rule that reads another level's scores, and a depth that is cut although likely."""
     target = soft_target(V)

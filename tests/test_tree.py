@@ -1,7 +1,9 @@
 """Properties that every draft tree has, whatever its shape."""
 
+import math
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,17 +57,26 @@ def test_best_nodes_are_closed_under_parents(pool, count):
 
 
 @given(trees, trees, st.integers(0, 24))
-def test_merging_keeps_every_path_that_fits(first, second, num_nodes):
-    """Stops a node under the wrong parent, a path drafted twice, and a first tree crowded out by a second."""
+def test_merging_keeps_the_likeliest_paths(first, second, num_nodes):
+    """Stops a node under the wrong parent, a path drafted twice, one that both trees have thought no likelier
+    for it, and a likely node of one tree crowded out by the other's.
+    """
     second.tokens[0] = first.tokens[0]
-    drafted = [
-        {tuple(tree.tokens[root_path(tree, node)].tolist()) for node in range(len(tree))}
-        for tree in (first, second, merge([first, second], num_nodes))
-    ]
+    paths: dict[tuple[int, ...], list[float]] = {}
+    for tree in (first, second):
+        for node in range(1, len(tree)):
+            path = tuple(tree.tokens[root_path(tree, node)].tolist())
+            paths.setdefault(path, []).append(float(tree.scores[node].exp()))
+    wanted = {path: 1 - math.prod(1 - chance for chance in chances) for path, chances in paths.items()}
     merged = merge([first, second], num_nodes)
-    assert len(drafted[2]) == len(merged) == min(num_nodes + 1, len(drafted[0] | drafted[1]))
-    assert drafted[2] <= drafted[0] | drafted[1]
-    assert drafted[0] <= drafted[2] or (len(merged) == num_nodes + 1 and drafted[2] <= drafted[0])
+    found = {
+        tuple(merged.tokens[root_path(merged, node)].tolist()): float(merged.scores[node].exp())
+        for node in range(1, len(merged))
+    }
+    assert len(found) == len(merged) - 1 == min(num_nodes, len(wanted))
+    assert found == pytest.approx({path: wanted[path] for path in found}, rel=1e-4)
+    left_out = [chance for path, chance in wanted.items() if path not in found]
+    assert not found or max(left_out, default=0) <= min(found.values()) * (1 + 1e-4)
 
 
 @given(trees, st.data())

@@ -154,7 +154,7 @@ def bench(
                 trees = _choose_trees(loaded, drafters, budget, head, compile)
             results["trees"][dtype_] = trees
             budgets = {name: Budget(**tree["budget"]) for name, tree in trees.items()}
-            lookup = Budget(top_k=2, max_depth=10, num_nodes=max(10, (budget or DEFAULT).num_nodes))
+            lookup = Budget(2, 10, max(10, (budget or DEFAULT).num_nodes), min_gain=0.1)
             tree_rows = {lookup.num_nodes + 1, *(each.num_nodes + 1 for each in budgets.values())}
             targets = {"eager": loaded}
             if compile:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from coral.cache import KVCache
@@ -110,6 +111,19 @@ class Committed:
     tokens: list[int]
     features: Tensor
     start: int
+
+    @staticmethod
+    def joined(parts: Sequence[Committed]) -> Committed:
+        """One run of rows; where a part begins before the end of those before it, the text was rewound."""
+        first, *others = parts
+        for part in others:
+            kept = part.start - first.start
+            if kept <= 0:
+                first = part
+                continue
+            features = torch.cat([first.features[:kept], part.features])
+            first = Committed([*first.tokens[:kept], *part.tokens], features, first.start)
+        return first
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from coral.device import CPU, has_queue, upload
+from coral.device import has_queue, upload
 
 
 @dataclass(frozen=True)
@@ -147,29 +147,33 @@ def read(trees: Sequence[DraftTree], samples: Sequence[Tensor]) -> tuple[list[Dr
 
 
 def merge(trees: Sequence[DraftTree], num_nodes: int) -> DraftTree:
-    """One tree of what several trees of the same root draft.
+    """One tree of what several trees of the same root draft: the likeliest `num_nodes` nodes below the root.
 
-    The first tree's nodes come first, then the next one's, each likeliest first, until there are `num_nodes`
-    below the root. Nodes with the same path become one.
+    Nodes with the same path become one, as likely as it is that not all of those trees are wrong about it, as
+    if none knew of another. It is never likelier than its parent, for none of them was.
     """
-    tokens, parents, scores = [int(trees[0].tokens[0])], [-1], [0.0]
+    tokens, parents, chances = [int(trees[0].tokens[0])], [-1], [1.0]
     children: dict[tuple[int, int], int] = {}
-    for tree in (tree.to(CPU) for tree in trees):
-        merged = {0: 0}  # node of this tree -> node of the result
-        for node in _best_first(tree.scores, tree.depth).tolist()[1:]:
-            if (parent := merged.get(int(tree.parents[node]))) is None:
-                continue
-            key = parent, int(tree.tokens[node])
-            if key not in children:
-                if len(tokens) > num_nodes:
-                    continue
-                children[key] = len(tokens)
-                tokens.append(key[1])
-                parents.append(parent)
-                scores.append(float(tree.scores[node]))
-            merged[node] = children[key]
-    forwards = sum(tree.num_forwards for tree in trees)
-    return DraftTree(torch.tensor(tokens), torch.tensor(parents), torch.tensor(scores), forwards)
+    for tree in trees:
+        merged = [0]  # the result's node for each of this tree
+        parts = (tree.tokens.tolist(), tree.parents.tolist(), tree.scores.exp().tolist())
+        for token, parent, chance in list(zip(*parts, strict=True))[1:]:
+            node = children.setdefault((merged[parent], token), len(tokens))
+            if node == len(tokens):
+                tokens.append(token)
+                parents.append(merged[parent])
+                chances.append(0.0)
+            chances[node] += chance * (1 - chances[node])
+            merged.append(node)
+    best = sorted(range(1, len(tokens)), key=lambda node: -chances[node])[:num_nodes]
+    kept = [0, *sorted(best)]
+    place = {node: i for i, node in enumerate(kept)} | {-1: -1}
+    return DraftTree(
+        torch.tensor([tokens[node] for node in kept]),
+        torch.tensor([place[parents[node]] for node in kept]),
+        torch.tensor([chances[node] for node in kept]).log(),
+        sum(tree.num_forwards for tree in trees),
+    )
 
 
 def best_nodes(scores: Tensor, count: int) -> Tensor:
@@ -179,8 +183,3 @@ def best_nodes(scores: Tensor, count: int) -> Tensor:
     is not lower, so no child is kept without its parent, ties included.
     """
     return scores.argsort(descending=True, stable=True)[:count].sort().values
-
-
-def _best_first(scores: Tensor, depth: Tensor) -> Tensor:
-    by_depth = torch.argsort(depth, stable=True)
-    return by_depth[torch.argsort(scores[by_depth], descending=True, stable=True)]

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean, median_low
 from typing import Any
 
-import torch
-
 from coral.decoding.generate import Proposer
 from coral.decoding.state import Committed, State
 from coral.decoding.tree import Budget, DraftTree
@@ -60,7 +58,9 @@ class Fallback:
             return [DraftTree.root(state.tokens[-1]) for state in states]
         for state, memory in zip(states, memories, strict=True):
             state.memory = memory.inner
-        trees = self.proposer.propose(states, [_join(memory.waiting) for memory in memories], budget)
+        trees = self.proposer.propose(
+            states, [Committed.joined(memory.waiting) for memory in memories], budget
+        )
         for state, memory in zip(states, memories, strict=True):
             memory.waiting.clear()
             state.memory = replace(memory, inner=state.memory)
@@ -105,16 +105,3 @@ class _Memory:
     inner: Any = None
     waiting: list[Committed] = field(default_factory=list)
     drafts: bool = True
-
-
-def _join(parts: Sequence[Committed]) -> Committed:
-    """One run of rows; where a part begins before the end of those before it, the text was rewound."""
-    first, *others = parts
-    for part in others:
-        kept = part.start - first.start
-        if kept <= 0:
-            first = part
-            continue
-        features = torch.cat([first.features[:kept], part.features])
-        first = Committed([*first.tokens[:kept], *part.tokens], features, first.start)
-    return first

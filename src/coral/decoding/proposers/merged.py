@@ -1,73 +1,70 @@
 """One tree from two sources: text that occurred before, and what a drafter makes of the features.
 
 Lookup costs nothing and drafts far ahead when the text repeats itself; a drafter knows how to go on when it
-does not.
+does not. Both say how likely their nodes are, so the likeliest of all make the tree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
-from typing import Any
+from typing import Any, Literal
 
 from coral.decoding.generate import Proposer
 from coral.decoding.state import Committed, State
 from coral.decoding.tree import Budget, DraftTree, merge
+from coral.device import CPU
 
 
 class Merged:
-    """What `lookup` drafts comes first, as a chain of up to `most` tokens; `drafter` has the nodes left.
+    """Lookup drafts a chain, a drafter its tree; the likeliest nodes of both are verified.
 
-    While the text repeats itself the drafter only reads along: if the last cycle followed lookup's chain for
-    `sure` tokens or more, and lookup goes on as far again, its chain has the tree alone.
+    Where lookup alone promises `sure` tokens, the sum of its nodes' probabilities, the drafter is left out
+    and reads later what it missed.
     """
 
-    def __init__(self, drafter: Proposer, lookup: Proposer, most: int = 7, sure: int = 4) -> None:
-        self.drafter, self.lookup, self.most, self.sure = drafter, lookup, most, sure
+    def __init__(self, drafter: Proposer, lookup: Proposer, sure: float = 4.0) -> None:
+        self.drafter, self.lookup, self.sure = drafter, lookup, sure
 
     def propose(
         self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
     ) -> list[DraftTree]:
-        return [
-            self._propose(state, rows, budget.within(state.remaining))
-            for state, rows in zip(states, committed, strict=True)
-        ]
+        for state, rows in zip(states, committed, strict=True):
+            if not isinstance(state.memory, _Memory):
+                state.memory = _Memory()
+            state.memory.waiting.append(rows)
+        longest = replace(budget, top_k=1, max_depth=budget.num_nodes)
+        trees = self._ask("lookup", states, committed, longest)
+        unsure = [i for i, tree in enumerate(trees) if float(tree.scores[1:].exp().sum()) < self.sure]
+        rest = [states[i] for i in unsure]
+        waiting = [Committed.joined(state.memory.waiting) for state in rest]
+        for i, tree in zip(unsure, self._ask("drafter", rest, waiting, budget), strict=True):
+            states[i].memory.waiting.clear()
+            trees[i] = merge([trees[i], tree.to(CPU)], budget.num_nodes) if len(trees[i]) > 1 else tree
+        return trees
 
-    def _propose(self, state: State, committed: Committed, budget: Budget) -> DraftTree:
-        memory = state.memory if isinstance(state.memory, _Memory) else _Memory()
-        followed = _common(memory.chain, committed.tokens)
-        longest = Budget(top_k=1, max_depth=budget.num_nodes, num_nodes=budget.num_nodes)
-        chain, memory.lookup = _ask(self.lookup, state, memory.lookup, committed, longest)
-        memory.chain = chain.tokens[1:].tolist()
-        if min(followed, len(memory.chain)) >= self.sure:
-            budget = replace(budget, max_depth=0)
-        else:
-            end = self.most + 1
-            chain = DraftTree(chain.tokens[:end], chain.parents[:end], chain.scores[:end])
-        tree, memory.drafter = _ask(self.drafter, state, memory.drafter, committed, budget)
-        state.memory = memory
-        return merge([chain, tree], budget.num_nodes)
+    def _ask(
+        self,
+        which: Literal["lookup", "drafter"],
+        states: Sequence[State],
+        committed: Sequence[Committed],
+        budget: Budget,
+    ) -> list[DraftTree]:
+        """The trees of one of the two, which finds its own memory in the states."""
+        memories = [state.memory for state in states]
+        for state, memory in zip(states, memories, strict=True):
+            state.memory = getattr(memory, which)
+        trees = getattr(self, which).propose(states, committed, budget) if states else []
+        for state, memory in zip(states, memories, strict=True):
+            setattr(memory, which, state.memory)
+            state.memory = memory
+        return list(trees)
 
 
 @dataclass
 class _Memory:
-    """Each proposer's own memory of a sequence, and what lookup drafted last."""
+    """Each proposer's own memory of a sequence, and what the drafter has yet to read."""
 
     lookup: Any = None
     drafter: Any = None
-    chain: list[int] = field(default_factory=list)
-
-
-def _ask(
-    proposer: Proposer, state: State, memory: Any, committed: Committed, budget: Budget
-) -> tuple[DraftTree, Any]:
-    """The tree of a proposer that finds its own memory in the state, and that memory."""
-    state.memory = memory
-    (tree,) = proposer.propose([state], [committed], budget)
-    return tree, state.memory
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+    waiting: list[Committed] = field(default_factory=list)

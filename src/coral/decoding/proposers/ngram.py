@@ -1,6 +1,7 @@
-"""Prompt lookup as a tree: what followed earlier occurrences of the last n-gram is drafted again.
+"""Prompt lookup: what followed an earlier occurrence of the text's end is drafted again.
 
-Source of the method: prompt lookup decoding (Saxena 2023); here several occurrences share one tree.
+Source of the method: prompt lookup decoding (Saxena 2023). Here several occurrences share one tree, and a
+node's score is learnt from the text: how often, behind a match of that length, the next token was right.
 """
 
 from __future__ import annotations
@@ -13,14 +14,22 @@ import torch
 from coral.decoding.state import Committed, State
 from coral.decoding.tree import Budget, DraftTree
 
+_FIRST = (0.0, 0.25, 0.5, 0.8, 0.9, 0.95)
+"""How likely the next token is right behind a match of 0, 1, 2-3, 4-7, 8-15 tokens and more, before a text
+has shown it; between what docs/log.md has for the package's target at T = 0 and T = 1."""
+_WEIGHT = 3.0  # what that counts for, in tokens of the text
+_LOOKED_AT = 64  # of a token's occurrences, the last ones
+
 
 class NGram:
-    """Needs no training. The longest matching n-gram's most recent occurrences come first.
+    """Needs no training. The longest match comes first, then the others, each the most recent of its length.
 
-    max_n: longest n-gram looked up; shorter ones follow down to min_n.
+    A level that is reached with less probability than the budget's `min_gain` is not drafted.
+
+    max_n: longest match that is looked for. min_n: shortest that is drafted from.
     """
 
-    def __init__(self, max_n: int = 4, min_n: int = 2) -> None:
+    def __init__(self, max_n: int = 16, min_n: int = 1) -> None:
         self.max_n, self.min_n = max_n, min_n
 
     def propose(
@@ -33,48 +42,85 @@ class NGram:
 
     def _tree(self, state: State, known: int, budget: Budget) -> DraftTree:
         """`known`: how many tokens are surely as in the last call; a conversation may have been rewritten."""
-        if not isinstance(state.memory, _Index) or len(state.memory) > known + 1:
-            state.memory = _Index(self.min_n, self.max_n)
-        state.memory.extend(state.tokens)
-        tokens, parents, depth = [state.tokens[-1]], [-1], [0]
+        index = state.memory
+        if not isinstance(index, _Index) or index.length > known + 1:
+            index = state.memory = _Index(self.max_n, self.min_n)
+        index.extend(state.tokens, state.prompt_length)
+        tokens, parents, chances = [state.tokens[-1]], [-1], [1.0]
+        left = [1.0]  # of each node, the probability that its children so far are wrong
         children: dict[tuple[int, int], int] = {}
-        for end in state.memory.continuations(state.tokens, budget.top_k):
-            node = 0
-            for token in state.tokens[end : end + budget.max_depth]:
+        for length, end in index.matches(state.tokens, budget.top_k):
+            node, behind = 0, state.tokens[end:]
+            for depth in range(budget.max_depth):
+                token = behind[depth % len(behind)]  # a text that goes round in a circle goes on so
                 child = children.get((node, token))
                 if child is None:
-                    if len(tokens) > budget.num_nodes:
+                    chance = left[node] * index.chance(length + depth)
+                    if len(tokens) > budget.num_nodes or chances[node] * chance < budget.min_gain:
                         break
                     child = children[node, token] = len(tokens)
                     tokens.append(token)
                     parents.append(node)
-                    depth.append(depth[node] + 1)
+                    chances.append(chances[node] * chance)
+                    left[node] -= chance
+                    left.append(1.0)
                 node = child
-        return DraftTree(torch.tensor(tokens), torch.tensor(parents), -torch.tensor(depth).float())
+        return DraftTree(torch.tensor(tokens), torch.tensor(parents), torch.tensor(chances).log())
 
 
 class _Index:
-    """Where each n-gram of a growing text ends."""
+    """Where each token of a growing text stands, and how the longest match with its end has fared.
 
-    def __init__(self, min_n: int, max_n: int) -> None:
-        self.sizes, self.length = range(max_n, min_n - 1, -1), 0
-        self.ends: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    length: tokens read so far. match: how long the longest earlier occurrence of the text's end is, and the
+    position behind it; while it goes on as the text does, no other can become longer.
+    """
 
-    def __len__(self) -> int:
-        return self.length
+    def __init__(self, max_n: int, min_n: int) -> None:
+        self.max_n, self.min_n = max_n, min_n
+        self.length, self.match = 0, (0, 0)
+        self._places: defaultdict[int, list[int]] = defaultdict(list)
+        self._tried = [_WEIGHT] * len(_FIRST)
+        self._right = [_WEIGHT * chance for chance in _FIRST]
 
-    def extend(self, tokens: list[int]) -> None:
-        """Index the n-grams that ended since the last call; the last one has no continuation yet."""
-        for end in range(max(self.length, 1), len(tokens)):
-            for n in self.sizes:
-                if end >= n:
-                    self.ends[tuple(tokens[end - n : end])].append(end)
+    def extend(self, tokens: Sequence[int], prompt_length: int) -> None:
+        """Read the tokens since the last call; those behind the prompt show what a match is worth."""
+        for place in range(self.length, len(tokens)):
+            length, end = self.match
+            right = length > 0 and tokens[end] == tokens[place]
+            if length and place >= prompt_length:
+                self._tried[_kind(length)] += 1
+                self._right[_kind(length)] += right
+            if right:
+                self.match = length + 1, end + 1
+            elif place >= prompt_length - 1:
+                self.match = max(self._occurrences(tokens, place), default=(0, 0))
+            self._places[tokens[place]].append(place)
         self.length = len(tokens)
 
-    def continuations(self, tokens: list[int], count: int) -> list[int]:
-        """Positions that follow earlier occurrences of the last n-gram: longest first, then most recent."""
-        found: dict[int, None] = {}
-        for n in self.sizes:
-            for end in reversed(self.ends.get(tuple(tokens[-n:]), [])[-count:]):
-                found.setdefault(end)
-        return list(found)[:count]
+    def matches(self, tokens: Sequence[int], count: int) -> list[tuple[int, int]]:
+        """Lengths of earlier occurrences of the text's end and the positions behind them, best first."""
+        found = [self.match]
+        if count > 1:
+            others = sorted(self._occurrences(tokens, len(tokens) - 1), reverse=True)
+            found += [other for other in others if other[1] != self.match[1]][: count - 1]
+        return [match for match in found if match[0] >= self.min_n]
+
+    def chance(self, length: int) -> float:
+        """How likely the token behind a match of this length is right."""
+        return self._right[_kind(length)] / self._tried[_kind(length)]
+
+    def _occurrences(self, tokens: Sequence[int], last: int) -> list[tuple[int, int]]:
+        """Of what ends with position `last`: earlier occurrences, as lengths and the positions behind."""
+        found = []
+        for place in self._places[tokens[last]][-_LOOKED_AT:]:
+            length, most = 1, min(self.max_n, place + 1)
+            while length < most and tokens[place - length] == tokens[last - length]:
+                length += 1
+            if place < last:
+                found.append((length, place + 1))
+        return found
+
+
+def _kind(length: int) -> int:
+    """Matches that are judged together."""
+    return min(length.bit_length(), len(_FIRST) - 1)

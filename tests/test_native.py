@@ -30,14 +30,14 @@ BUDGETS = [Budget(2, 5, 7, 0.15), Budget(3, 3, 30), Budget(8, 4, 12, 0.4), Budge
 
 def as_bytes(weight):
     """Some weights [outputs, inputs] that bytes with a scale a row hold exactly: the native drafter's."""
-    whole = (128 * weight.detach()).round().clamp(-127, 127)
+    whole = (512 * weight.detach()).round().clamp(-127, 127)
     whole[:, 0] = 127
-    return whole / 128
+    return whole / 512
 
 
 def pair(dtype=torch.float32, biased=False, **options):
     """A target with a drafter whose weights are as the native drafter rounds them."""
-    model = tiny_model(vocab_size=67, head_dim=16, intermediate_size=48, max_position_embeddings=200)
+    model = tiny_model(vocab_size=67, hidden_size=32, head_dim=16, intermediate_size=96, max_position_embeddings=200)
     if biased:
         model.lm_head.bias = torch.nn.Parameter(torch.randn(67))
     model.lm_head.weight = torch.nn.Parameter(as_bytes(model.lm_head.weight))
@@ -45,7 +45,7 @@ def pair(dtype=torch.float32, biased=False, **options):
     torch.manual_seed(4)
     drafter = Drafter(DrafterConfig.for_target(target.config, **options))
     for parameter in drafter.parameters():
-        torch.nn.init.normal_(parameter, std=0.3, mean=float(parameter.dim() == 1))
+        torch.nn.init.normal_(parameter, std=0.1, mean=float(parameter.dim() == 1))
         if parameter.dim() == 2:
             parameter.data = as_bytes(parameter)
     return target, drafter.bfloat16().to(dtype).requires_grad_(False)
@@ -100,7 +100,7 @@ def test_trees_are_those_of_levels(head, options):
                     assert one.parents.tolist() == other.parents.tolist()
                     assert one.num_forwards == other.num_forwards
                     torch.testing.assert_close(one.scores, other.scores, rtol=1e-3, atol=1e-3)
-                torch.testing.assert_close(quick_rows, rows, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(quick_rows, rows, rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture

@@ -25,10 +25,6 @@ inline Vec load(const BFloat16* numbers) {
   return wide;
 }
 
-inline Vec load(const int8_t* numbers) {
-  return at::vec::convert<float>(at::vec::Vectorized<int8_t>::loadu(numbers, kLanes));
-}
-
 inline void store(const Vec& numbers, float* to, int64_t count = kLanes) { numbers.store(to, count); }
 
 inline void store(const Vec& numbers, BFloat16* to, int64_t count = kLanes) {

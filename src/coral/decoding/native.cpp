@@ -6,6 +6,7 @@
 
 #include "../vectors.h"
 #include "../noise.h"
+#include "whole.h"
 
 #include <array>
 #include <numeric>
@@ -29,10 +30,6 @@ struct Numbers {
 struct Matrix {
   Numbers weights;
   const float* scales;  // or none
-  template <typename F>
-  void visit(const F& f) const {
-    scales ? f(static_cast<const int8_t*>(weights.data)) : weights.visit(f);
-  }
 };
 
 struct Layer {
@@ -70,67 +67,75 @@ struct Sums {
   float* to;
   int64_t stride;
   bool add;
-  const float* scales = nullptr;  // `product` sets this, of the outputs, or none,
-  int64_t end = 0;                // and the end of those that exist
+  // `product` sets these: the end of the outputs that exist; if they are whole numbers, the units of weights and rows.
+  int64_t end = 0;
+  const float *scales = nullptr, *units = nullptr;
   void put(int64_t row, int64_t output, const float* sums, int64_t count) const {
     float* place = to + row * stride + output;
     count = std::clamp<int64_t>(end - output, 0, count);
     Vec all = Vec::loadu(sums, count);
-    if (scales) all = all * Vec::loadu(scales + output, count);
+    if (scales) all = all * Vec(units[row]) * Vec::loadu(scales + output, count);
     if (add) all = all + Vec::loadu(place, count);
     all.store(place, count);
   }
 };
 
 // R rows of x with as many outputs as make a vector of sums.
-template <int64_t R, typename T>
-void multiply(const float* x, int64_t inputs, const T* weights, const Sums& sums, int64_t row, int64_t output) {
-  constexpr int64_t outputs = kLanes / R;
-  std::array<Vec, kLanes> parts;
-#pragma GCC unroll 16
-  for (auto& part : parts) part = Vec(0);
-  for (int64_t c = 0; c < inputs; c += kLanes) {
-    Vec values[R];
+template <int64_t R, typename X, typename T>
+void multiply(const X* x, int64_t inputs, const T* weights, const Sums& sums, int64_t row, int64_t output) {
+  constexpr int64_t outputs = kLanes / R, step = sizeof(Vec) / sizeof(X);
+  std::conditional_t<std::is_same_v<X, float>, Vec, WholeSums> parts[kLanes] = {};
+  for (int64_t c = 0; c < inputs; c += step) {
+    decltype(load(x)) values[R];
 #pragma GCC unroll 4
     for (int64_t r = 0; r < R; r++) values[r] = load(x + r * inputs + c);
 #pragma GCC unroll 16
     for (int64_t j = 0; j < outputs; j++) {
-      const Vec weight = load(weights + j * inputs + c);
+      const auto weight = load(weights + j * inputs + c);
 #pragma GCC unroll 4
       for (int64_t r = 0; r < R; r++)
-        parts[r * outputs + j] = at::vec::fmadd(values[r], weight, parts[r * outputs + j]);
+        parts[r * outputs + j] = add_products(values[r], weight, parts[r * outputs + j]);
     }
   }
+  std::array<Vec, kLanes> floats;
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kLanes; i++) floats[i] = as_floats(parts[i]);
   alignas(64) float all[kLanes];
-  totals(parts).store(all);
+  totals(floats).store(all);
   for (int64_t r = 0; r < R; r++) sums.put(row + r, output, all + r * outputs, outputs);
 }
 
 // Rows from r on with a vector of outputs from j on, R rows at a time, then those that are left.
-template <int64_t R, typename T>
-void multiply_block(const float* x, int64_t n, int64_t inputs, const T* weights, const Sums& sums, int64_t r,
-                    int64_t j) {
+template <int64_t R, typename X, typename T>
+void multiply_block(const X* x, int64_t n, int64_t inputs, const T* weights, const Sums& sums, int64_t r, int64_t j) {
   for (; r + R <= n; r += R)
     for (int64_t i = 0; i < kLanes; i += kLanes / R)
       multiply<R>(x + r * inputs, inputs, weights + i * inputs, sums, r, j + i);
   if constexpr (R > 1) multiply_block<R / 2>(x, n, inputs, weights, sums, r, j);
 }
 
+template <typename X, typename T>
+void multiply_all(const X* x, int64_t n, int64_t inputs, const T* weights, Range outputs, Sums sums) {
+  std::vector<T> last;
+  sums.end = outputs.end;
+  for (int64_t j = outputs.begin; j < outputs.end; j += kLanes) {
+    const T* block = weights + j * inputs;
+    if (j + kLanes > outputs.end) {  // with zeros behind the last output
+      last.resize(kLanes * inputs);
+      std::copy_n(block, (outputs.end - j) * inputs, last.data());
+      block = last.data();
+    }
+    multiply_block<kRows>(x, n, inputs, block, sums, 0, j);
+  }
+}
+
 // n rows x [n, inputs] with some outputs of a matrix [outputs, inputs].
 void product(const float* x, int64_t n, int64_t inputs, const Matrix& matrix, Range outputs, Sums sums) {
-  sums.scales = matrix.scales, sums.end = outputs.end;
-  matrix.visit([&](const auto* weights) {
-    std::vector<std::decay_t<decltype(*weights)>> last;
-    for (int64_t j = outputs.begin; j < outputs.end; j += kLanes) {
-      const auto* block = weights + j * inputs;
-      if (j + kLanes > outputs.end) {  // with zeros behind the last output
-        last.resize(kLanes * inputs);
-        std::copy_n(block, (outputs.end - j) * inputs, last.data());
-        block = last.data();
-      }
-      multiply_block<kRows>(x, n, inputs, block, sums, 0, j);
-    }
-  });
+  if (!matrix.scales)
+    return matrix.weights.visit([&](const auto* weights) { multiply_all(x, n, inputs, weights, outputs, sums); });
+  const WholeRows rows(x, n, inputs);
+  sums.scales = matrix.scales, sums.units = rows.units.data();
+  multiply_all(rows.numbers.data(), n, inputs, static_cast<const int8_t*>(matrix.weights.data), outputs, sums);
 }
 
 // x / rms(x), times the weight if there is one.

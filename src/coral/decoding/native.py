@@ -3,7 +3,8 @@
 A draft step of a small tree is some fifteen products that each take a few microseconds, so calling them is
 what it costs: 1.6 ms a level as compiled calls, 0.45 of which the weights need. Here the levels of a tree and
 the choice of nodes between them are one call on one team of threads, and the weights are bytes with a scale
-of each output: a quarter of what is to be read, for a rounding that drafts hardly show.
+of each output, rows whole numbers of 16 bits: a quarter of what is to be read, multiplied twice as fast, for
+a rounding that drafts hardly show.
 """
 
 from __future__ import annotations
@@ -114,13 +115,15 @@ class NativeDrafter:
         if type(drafter) is not Drafter:
             return None
         config = drafter.config
-        sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
+        attended = config.num_attention_heads * config.head_dim
+        inputs = (config.hidden_size, config.intermediate_size, attended)
         weights = [*drafter.parameters(), target.embedding_weight, target.head_weight]
         if (
             any(weight.device.type != "cpu" for weight in weights)
             or any(weight.dtype not in DTYPES for weight in weights)
             or config.hidden_act != "silu"
-            or any(size % LANES for size in sizes)
+            or any(size % (2 * LANES) for size in inputs)
+            or config.head_dim % LANES
         ):
             return None
         library = build(Path(__file__).with_suffix(".cpp"))

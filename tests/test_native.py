@@ -37,7 +37,9 @@ def as_bytes(weight):
 
 def pair(dtype=torch.float32, biased=False, **options):
     """A target with a drafter whose weights are as the native drafter rounds them."""
-    model = tiny_model(vocab_size=67, hidden_size=32, head_dim=16, intermediate_size=96, max_position_embeddings=200)
+    model = tiny_model(
+        vocab_size=67, hidden_size=32, head_dim=16, intermediate_size=96, max_position_embeddings=200
+    )
     if biased:
         model.lm_head.bias = torch.nn.Parameter(torch.randn(67))
     model.lm_head.weight = torch.nn.Parameter(as_bytes(model.lm_head.weight))

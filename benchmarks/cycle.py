@@ -1,6 +1,7 @@
 """Where the time of a cycle goes: `python benchmarks/cycle.py OUTPUT`.
 
-The shipped pair, deepened to 32 layers; texts end where the target ends them. Plain steps, bare
+The shipped pair, deepened to 32 layers; texts of six prompts, or of those of suites, that end where the target
+ends them. Plain steps, bare
 verifications and every part of real cycles are timed in turn, text after text, since a shared machine
 changes its speed from minute to minute; the ratio of a cycle to verification + S draft steps says what
 everything else costs. Bare verifications are of the rows that the cycles had, timed in the middle of each
@@ -22,10 +23,12 @@ import torch
 from publish import header, show
 
 from coral.api import EMBEDDED, Pair, make_proposer
+from coral.bench import suites
 from coral.bench.costs import verify_seconds
 from coral.bench.deepen import deepen, plain_bytes
 from coral.decoding.generate import acceptance_length
 from coral.decoding.proposers.feature import Feature
+from coral.decoding.proposers.merged import Merged
 from coral.decoding.proposers.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle
@@ -38,6 +41,7 @@ from coral.target import Target
 # What is timed inside a cycle: owner and name of the function, and what the table calls it.
 PARTS: dict[tuple[str, str], str] = {
     ("proposer", "propose"): "propose",
+    ("lookup", "propose"): "lookup",
     ("native", "grow"): "draft steps",
     ("target", "verify"): "verify",
     ("sampling", "sample"): "sample",
@@ -70,7 +74,7 @@ def watched(owner: Any, name: str, times: list[float]) -> Callable[..., Any]:
     return original
 
 
-def run(pair: Pair, prompt: str, tokens: int, temperature: float) -> Iterator[Cycle]:
+def run(pair: Pair, prompt: str | list[int], tokens: int, temperature: float) -> Iterator[Cycle]:
     state = pair.start(prompt, max_new_tokens=tokens, temperature=temperature)
     return iter(pair.cycles(state))
 
@@ -89,7 +93,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=128, help="at most, of each of six texts a round")
+    parser.add_argument(
+        "--suites", help="as `coral bench` names them, instead of the six prompts of the demo"
+    )
+    parser.add_argument("--limit", type=int, default=4, help="prompts of each suite")
+    parser.add_argument("--tokens", type=int, default=128, help="at most, of each text a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--drafter", default=f"{EMBEDDED / 'drafter'}+static")
@@ -105,19 +113,27 @@ def main() -> None:
         deepen(loaded.model, options.layers)
     target = loaded.compiled((1, rows))
     proposer: Any = make_proposer(target, options.drafter)
-    assert isinstance(proposer, Feature) and proposer._native, "this drafter is not drafted with natively"
+    drafter = proposer.drafter if isinstance(proposer, Merged) else proposer
+    assert isinstance(drafter, Feature) and drafter._native, "this drafter is not drafted with natively"
     pair, plain = Pair(target, proposer, budget), Pair(target, Plain(), budget)
     begin = perf_counter()
     for warm in (pair, plain):
         list(run(warm, PROMPTS[0][1], 8, options.temperature))
     start = perf_counter() - begin
 
-    native = proposer._native
+    prompts: list[str | list[int]] = [prompt for _, prompt in PROMPTS]
+    if options.suites:
+        loaded_suites = suites.load(options.suites, options.limit).values()
+        prompts = [suites.render(target.tokenizer, prompt) for suite in loaded_suites for prompt in suite]
+    native = drafter._native
     owners = {"proposer": proposer, "native": native, "target": target, "sampling": Sampling}
+    if proposer is not drafter:
+        owners["lookup"] = proposer.lookup
+    watching = {key: part for key, part in PARTS.items() if key[0] in owners}
     times: dict[str, list[float]] = defaultdict(list)
     bare: dict[int, list[float]] = defaultdict(list)
     plain_steps, cycles = [], []
-    for _, prompt in PROMPTS * options.rounds:
+    for prompt in prompts * options.rounds:
         half = list(run(plain, prompt, options.tokens // 2, options.temperature))
         plain_steps += [cycle.seconds for cycle in half]
         prefix = plain.encode(prompt) + [token for cycle in half for token in cycle.tokens]
@@ -127,7 +143,7 @@ def main() -> None:
         running = run(pair, prompt, options.tokens, options.temperature)
         next(running)  # here the drafter reads the prompt
         originals = [
-            (owners[o], name, watched(owners[o], name, times[part])) for (o, name), part in PARTS.items()
+            (owners[o], name, watched(owners[o], name, times[part])) for (o, name), part in watching.items()
         ]
         cycles += running
         for owner, name, original in originals:
@@ -138,17 +154,18 @@ def main() -> None:
     mean_rows = 1 + fmean(cycle.num_drafted for cycle in cycles)
     tau, steps = acceptance_length(cycles), fmean(cycle.num_forwards for cycle in cycles)
     cycle_seconds = steady([cycle.seconds for cycle in cycles])
-    spent = {part: steady(times[part]) * len(times[part]) / count for part in PARTS.values()}
+    spent = {part: steady(times[part]) * len(times[part]) / count for part in watching.values()}
     step = spent["draft steps"] / steps
     ideal = verified + steps * step
-    speed, table = bandwidth(), proposer.head.table(None)
+    speed, table = bandwidth(), drafter.head.table(None)
     sizes = 2 * plain_bytes(target.model) // target.dtype.itemsize, native.num_bytes(table)
     floor = (sizes[0] + steps * sizes[1]) / speed
     other = cycle_seconds - spent["propose"] - spent["verify"] - spent["sample"] - spent["keep"]
     parts = {
         "verification (target forward, masks and padding)": spent["verify"],
         "draft steps (drafter, head, the choice of nodes)": spent["draft steps"],
-        "the rest of propose": spent["propose"] - spent["draft steps"],
+        **({"lookup": spent["lookup"]} if "lookup" in spent else {}),
+        "the rest of propose": spent["propose"] - spent["draft steps"] - spent.get("lookup", 0),
         "sampling": spent["sample"],
         "keep (compacting the cache)": spent["keep"],
         "walk and bookkeeping": other,
@@ -174,7 +191,7 @@ def main() -> None:
         "floor_seconds": floor,
     }
     lines = [
-        f"{options.dtype}, {count} cycles of six texts, tau {tau:.2f}, {steps:.2f} draft steps a cycle, "
+        f"{options.dtype}, {count} cycles of {len(prompts)} texts, tau {tau:.2f}, {steps:.2f} draft steps a cycle, "
         f"tree {budget}.",
         "",
         "| part of a cycle | ms | share |",

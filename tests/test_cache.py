@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import (
     Bushes,
     Recorder,
@@ -208,3 +210,18 @@ def test_a_path_is_kept_in_all_layers(apart, unlike):
         for i, layer in enumerate(cache.layers):
             assert layer.keys[0, 0, :2, 0].tolist() == [100.0 * i, 100.0 * i + 2]
             assert layer.values[0, :, :2].eq(1).all() and cache.length == 2
+
+
+@given(st.sets(st.integers(1, 19)), st.integers(0, 3))
+def test_rows_of_a_path_are_those_it_names(rows, start):
+    """Stops rows that move together although they do not lie together, and one that is overwritten first."""
+    cache = KVCache(2, 24)
+    for layer in cache.layers:
+        numbers = torch.arange(24.0)[None, None, :, None].expand(1, 2, 24, 3)
+        layer.update(numbers, -numbers)
+    path = [0, *sorted(rows)]
+    cache.keep(start, path)
+    wanted = [*range(start), *(start + row for row in path)]
+    for layer in cache.layers:
+        assert layer.keys[0, 1, : cache.length, 2].tolist() == wanted
+        assert (-layer.values[0, 0, : cache.length, 0]).tolist() == wanted

@@ -126,12 +126,18 @@ class KVCache(Cache):
         """Keep rows [0, start) and start + rows (ascending), moved to directly follow; drop all others."""
         if rows and rows[-1] != len(rows) - 1:
             storage = self.storage if self.buffer.whole is None else [self.buffer.whole]
-            for place, row in enumerate(rows):  # they move forward, so that none is overwritten before
+            place = 0
+            while place < len(rows):  # they move forward, so that none is overwritten before
+                row, count = rows[place], 1
+                while place + count < min(row, len(rows)) and rows[place + count] == row + count:
+                    count += 1  # rows side by side move together, as many as do not overlap
                 if place != row:
+                    to, source = (slice(start + first, start + first + count) for first in (place, row))
                     torch._foreach_copy_(
-                        [tensor[..., start + place, :] for tensor in storage],
-                        [tensor[..., start + row, :] for tensor in storage],
+                        [tensor[..., to, :] for tensor in storage],
+                        [tensor[..., source, :] for tensor in storage],
                     )
+                place += count
         self.set_length(start + len(rows))
 
     def set_length(self, length: int) -> None:

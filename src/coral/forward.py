@@ -180,7 +180,7 @@ class NativeForward:
         counts = [len(tree) for tree in trees]
         if sum(counts) > self._most_rows:
             return None
-        nodes = [(tree.tokens.contiguous(), tree.parents.contiguous()) for tree in trees]
+        nodes = [tree.lists[:2] for tree in trees]
         logits = self._no_rows.new_empty(sum(counts), self._vocab_size)
         features = self._rows([state.cache for state in states], nodes, logits)
         if len(counts) == 1:  # two calls of torch less in a cycle
@@ -194,22 +194,25 @@ class NativeForward:
         n = len(tokens)
         if n > self._most_rows:
             return None
-        return self._rows([cache], [(torch.tensor(tokens), torch.arange(-1, n - 1))])
+        return self._rows([cache], [(tokens, range(-1, n - 1))])
 
     def _rows(
-        self, caches: Sequence[KVCache], nodes: Sequence[tuple[Tensor, Tensor]], logits: Tensor | None = None
+        self,
+        caches: Sequence[KVCache],
+        nodes: Sequence[tuple[Sequence[int], Sequence[int]]],
+        logits: Tensor | None = None,
     ) -> Tensor:
         """Features [n, h] of ids and parents, a tree of each sequence, and, where asked for, their logits."""
         sequences = (_Sequence * len(caches))()
-        for sequence, cache, (ids, parents) in zip(sequences, caches, nodes, strict=True):
-            count = len(ids)
-            cache.reserve(count, self._no_rows)
+        numbers = [[(c_int64 * len(part))(*part) for part in tree] for tree in nodes]
+        for sequence, cache, (ids, parents) in zip(sequences, caches, numbers, strict=True):
+            cache.reserve(len(ids), self._no_rows)
             if self._rotated < cache.capacity:
                 self._rotate(cache.capacity)
             storage = cache.buffer.whole
             assert storage is not None
-            sequence.length, sequence.count, sequence.capacity = cache.length, count, cache.capacity
-            sequence.ids, sequence.parents = ids.data_ptr(), parents.data_ptr()
+            sequence.length, sequence.count, sequence.capacity = cache.length, len(ids), cache.capacity
+            sequence.ids, sequence.parents = addressof(ids), addressof(parents)
             sequence.storage = storage.data_ptr()
         features = self._no_rows.new_empty(sum(len(ids) for ids, _ in nodes), self._job.hidden)
         job = _Job.from_buffer_copy(self._job)
@@ -217,8 +220,8 @@ class NativeForward:
         job.num_sequences, job.sequences = len(caches), addressof(sequences)
         job.features, job.logits = features.data_ptr(), None if logits is None else logits.data_ptr()
         self._run(byref(job))
-        for cache, (ids, _) in zip(caches, nodes, strict=True):
-            cache.set_length(cache.length + len(ids))
+        for cache, sequence in zip(caches, sequences, strict=True):
+            cache.set_length(sequence.length + sequence.count)
         return features
 
     def _rotate(self, length: int) -> None:

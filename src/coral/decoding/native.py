@@ -10,7 +10,6 @@ a rounding that drafts hardly show.
 from __future__ import annotations
 
 from ctypes import CDLL, Structure, addressof, byref, c_bool, c_float, c_int64, c_uint64, c_void_p
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -150,7 +149,8 @@ class NativeDrafter:
             self._rotate(cache.capacity)
         ids, features = (c_int64 * n)(*pairs.tokens), pairs.features.contiguous()
         most = min(budget.num_nodes, budget.top_k * (1 + (budget.max_depth - 1) * budget.top_k))
-        tree_ids, parents, scores = ((number * (most + 1))() for number in (c_int64, c_int64, c_float))
+        tree_ids, parents = (c_int64 * (most + 1))(), (c_int64 * (most + 1))()
+        scores = (c_float * (most + 1))()
         job = _Job.from_buffer_copy(self._job)
         assert cache.buffer.whole is not None
         job.threads, job.cache = torch.get_num_threads(), _numbers(cache.buffer.whole)
@@ -161,12 +161,12 @@ class NativeDrafter:
         job.min_gain, job.pool = budget.min_gain, pool
         job.temperature = state.sampling.temperature
         job.stream = state.sampling.stream(state.sequence_id)
-        job.tree_ids, job.tree_parents, job.tree_scores = map(addressof, (tree_ids, parents, scores))
+        job.tree_ids, job.tree_parents = addressof(tree_ids), addressof(parents)
+        job.tree_scores = addressof(scores)
         self._run(byref(job))
         cache.set_length(length + n)
-        found = partial(torch.frombuffer, count=job.size)
-        tokens, nodes = found(tree_ids, dtype=torch.int64), found(parents, dtype=torch.int64)
-        return DraftTree(tokens, nodes, found(scores, dtype=torch.float32), job.depth)
+        size = job.size
+        return DraftTree(tree_ids[:size], parents[:size], scores[:size], job.depth)
 
     def _rotate(self, length: int) -> None:
         """Have cos, sin [length, d] float32 of all positions."""

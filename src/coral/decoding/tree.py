@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from coral.device import has_queue, upload
+from coral.device import CPU, has_queue, upload
 
 
 @dataclass(frozen=True)
@@ -42,39 +45,72 @@ DEFAULT = Budget(top_k=8, max_depth=6, num_nodes=15, min_gain=0.2)
 CPU_DEFAULT = Budget(top_k=2, max_depth=6, num_nodes=7, min_gain=0.15)
 """The same on a CPU, where eight rows cost some 40% more than one, and sixteen more than twice as much."""
 
+_NEVER = 1e-300  # the probability of what floating point takes for impossible
 
-@dataclass(frozen=True)
+
 class DraftTree:
     """Nodes in an order in which every parent stands before its children.
 
-    tokens: [N] int64; tokens[0], the root, is the last token of the sequence.
-    parents: [N] int64; parents[0] = -1 and parents[i] < i.
-    scores: [N] float32; cumulative log-probability of the path, 0 at the root.
-    num_forwards: drafter forwards that the proposer spent on this tree.
-    levels: the depth is at most this, for a tree on a GPU, where to look at it is to wait; None: look.
+    It is made of tensors or of lists, in Python, where small trees are sooner read and made; each is there as
+    the other, too, once it was asked for.
 
-    All three are on one device: the CPU, or the GPU on which the tree grew.
+    Args:
+        tokens: [N] int64; tokens[0], the root, is the last token of the sequence.
+        parents: [N] int64; parents[0] = -1 and parents[i] < i.
+        scores: [N] float32; cumulative log-probability of the path, 0 at the root.
+        num_forwards: drafter forwards that the proposer spent on this tree.
+        levels: the depth is at most this, for a tree on a GPU, where to look at it is to wait; None: look.
+
+    Tensors are on one device: the CPU, or the GPU on which the tree grew.
     """
 
-    tokens: Tensor
-    parents: Tensor
-    scores: Tensor
-    num_forwards: int = 0
-    levels: int | None = None
+    def __init__(
+        self,
+        tokens: Tensor | list[int],
+        parents: Tensor | list[int],
+        scores: Tensor | list[float],
+        num_forwards: int = 0,
+        levels: int | None = None,
+    ) -> None:
+        self._parts = tokens, parents, scores
+        self.num_forwards, self.levels = num_forwards, levels
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self._parts[0])
 
     @classmethod
     def root(cls, token: int) -> DraftTree:
         """The tree of plain decoding: one node."""
-        return cls(torch.tensor([token]), torch.tensor([-1]), torch.zeros(1), levels=0)
+        return cls([token], [-1], [0.0], levels=0)
+
+    @property
+    def device(self) -> torch.device:
+        tokens = self._parts[0]
+        return tokens.device if isinstance(tokens, Tensor) else CPU
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        return torch.as_tensor(self._parts[0])
+
+    @cached_property
+    def parents(self) -> Tensor:
+        return torch.as_tensor(self._parts[1])
+
+    @cached_property
+    def scores(self) -> Tensor:
+        return torch.as_tensor(self._parts[2])
+
+    @cached_property
+    def lists(self) -> tuple[list[int], list[int], list[float]]:
+        """Tokens, parents and scores; of a tree on a GPU, to ask is to wait."""
+        tokens, parents, scores = self._parts
+        return _listed(tokens), _listed(parents), _listed(scores)
 
     @cached_property
     def mask(self) -> Tensor:
         """[N, N] bool: row i may attend to column j when j is i or an ancestor of i."""
         n = len(self)
-        nodes = torch.arange(n, device=self.parents.device)
+        nodes = torch.arange(n, device=self.device)
         reach = ((nodes == self.parents[:, None]) | (nodes == nodes[:, None])).float()
         steps, farthest = 1, n - 1 if self.levels is None else self.levels
         while steps < farthest:  # each squaring doubles the reach of the ancestor closure
@@ -87,14 +123,13 @@ class DraftTree:
     @cached_property
     def depth(self) -> Tensor:
         """[N] int64 distance from the root."""
-        on_device = has_queue(self.parents.device)
-        return self.mask.sum(-1) - 1 if on_device else torch.tensor(self._depths)
+        return self.mask.sum(-1) - 1 if has_queue(self.device) else torch.tensor(self._depths)
 
     @cached_property
     def _depths(self) -> list[int]:
         """`depth`, of few nodes sooner counted than multiplied."""
         depths: list[int] = []
-        for parent in self.parents.tolist():
+        for parent in self.lists[1]:
             depths.append(depths[parent] + 1 if parent >= 0 else 0)
         return depths
 
@@ -105,11 +140,11 @@ class DraftTree:
 
     def to(self, device: torch.device) -> DraftTree:
         """The same tree on a device; only the way to the CPU waits."""
-        if self.tokens.device == device:
+        if self.device == device:
             return self
         tokens, parents, scores = (upload(part, device) for part in (self.tokens, self.parents, self.scores))
         levels = self.max_depth if has_queue(device) else None
-        return replace(self, tokens=tokens, parents=parents, scores=scores, levels=levels)
+        return DraftTree(tokens, parents, scores, self.num_forwards, levels)
 
     def walk(self, samples: list[int]) -> list[int]:
         """Follow the target's samples from the root.
@@ -121,7 +156,7 @@ class DraftTree:
             The path: node indices, root first. Its samples are what is emitted, the last of them, which is no
             child, as the bonus token; since it is only target samples, any tree is lossless.
         """
-        tokens, parents = self.tokens.tolist(), self.parents.tolist()
+        tokens, parents, _ = self.lists
         children = {(parents[i], tokens[i]): i for i in range(len(tokens) - 1, 0, -1)}
         path = [0]
         while (child := children.get((path[-1], samples[path[-1]]))) is not None:
@@ -141,8 +176,7 @@ def read(trees: Sequence[DraftTree], samples: Sequence[Tensor]) -> tuple[list[Dr
     for tree, part in zip(trees, torch.cat(parts, 1).cpu().split([*map(len, trees)], 1), strict=True):
         tokens, parents, scores, sample = part
         scores = scores.int().view(torch.float32)
-        tree = replace(tree, tokens=tokens, parents=parents, scores=scores, levels=None)
-        here.append((tree, sample.tolist()))
+        here.append((DraftTree(tokens, parents, scores, tree.num_forwards), sample.tolist()))
     return [tree for tree, _ in here], [sample for _, sample in here]
 
 
@@ -152,26 +186,25 @@ def merge(trees: Sequence[DraftTree], num_nodes: int) -> DraftTree:
     Nodes with the same path become one, as likely as it is that not all of those trees are wrong about it, as
     if none knew of another. It is never likelier than its parent, for none of them was.
     """
-    tokens, parents, chances = [int(trees[0].tokens[0])], [-1], [1.0]
+    tokens, parents, chances = [trees[0].lists[0][0]], [-1], [1.0]
     children: dict[tuple[int, int], int] = {}
     for tree in trees:
         merged = [0]  # the result's node for each of this tree
-        parts = (tree.tokens.tolist(), tree.parents.tolist(), tree.scores.exp().tolist())
-        for token, parent, chance in list(zip(*parts, strict=True))[1:]:
+        for token, parent, score in islice(zip(*tree.lists, strict=True), 1, None):
             node = children.setdefault((merged[parent], token), len(tokens))
             if node == len(tokens):
                 tokens.append(token)
                 parents.append(merged[parent])
                 chances.append(0.0)
-            chances[node] += chance * (1 - chances[node])
+            chances[node] += math.exp(score) * (1 - chances[node])
             merged.append(node)
     best = sorted(range(1, len(tokens)), key=lambda node: -chances[node])[:num_nodes]
     kept = [0, *sorted(best)]
     place = {node: i for i, node in enumerate(kept)} | {-1: -1}
     return DraftTree(
-        torch.tensor([tokens[node] for node in kept]),
-        torch.tensor([place[parents[node]] for node in kept]),
-        torch.tensor([chances[node] for node in kept]).log(),
+        [tokens[node] for node in kept],
+        [place[parents[node]] for node in kept],
+        [math.log(chances[node] or _NEVER) for node in kept],
         sum(tree.num_forwards for tree in trees),
     )
 
@@ -183,3 +216,7 @@ def best_nodes(scores: Tensor, count: int) -> Tensor:
     is not lower, so no child is kept without its parent, ties included.
     """
     return scores.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def _listed(numbers: Tensor | list[Any]) -> list[Any]:
+    return numbers.tolist() if isinstance(numbers, Tensor) else numbers

@@ -6,6 +6,7 @@ does not. Both say how likely their nodes are, so the likeliest of all make the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -35,7 +36,7 @@ class Merged:
             state.memory.waiting.append(rows)
         longest = replace(budget, top_k=1, max_depth=budget.num_nodes)
         trees = self._ask("lookup", states, committed, longest)
-        unsure = [i for i, tree in enumerate(trees) if float(tree.scores[1:].exp().sum()) < self.sure]
+        unsure = [i for i, tree in enumerate(trees) if sum(map(math.exp, tree.lists[2][1:])) < self.sure]
         rest = [states[i] for i in unsure]
         waiting = [Committed.joined(state.memory.waiting) for state in rest]
         for i, tree in zip(unsure, self._ask("drafter", rest, waiting, budget), strict=True):

@@ -6,10 +6,9 @@ node's score is learnt from the text: how often, behind a match of that length, 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
-
-import torch
 
 from coral.decoding.state import Committed, State
 from coral.decoding.tree import Budget, DraftTree
@@ -65,7 +64,7 @@ class NGram:
                     left[node] -= chance
                     left.append(1.0)
                 node = child
-        return DraftTree(torch.tensor(tokens), torch.tensor(parents), torch.tensor(chances).log())
+        return DraftTree(tokens, parents, [*map(math.log, chances)])
 
 
 class _Index:

@@ -330,7 +330,7 @@ def test_sequences_together_grow_the_trees_that_they_grow_alone(name, coupled):
     def trees(*members):
         recorder = Recorder(random_drafter(target, coupled=coupled))
         states = [new_state(target, prompts[i], lengths[i], SAMPLINGS[name], sequence_id=i) for i in members]
-        for _ in generate(target, recorder, states, replace(BUDGET, min_gain=0.3)):
+        for _ in generate(target, recorder, states, replace(BUDGET, min_gain=0.1)):
             pass
         return recorder.trees
 

@@ -5,6 +5,7 @@ n nodes of a level, k children each, h hidden size.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -29,8 +30,7 @@ class Rows(NamedTuple):
 
 
 class Growth:
-    """The tree of one sequence. On a GPU it grows as deep as the budget allows, since `min_gain` would have
-    to be waited for.
+    """The tree of one sequence. On a GPU `min_gain` is left out: to look would be to wait; rows cost little.
 
     Args:
         root: the sequence's last token.
@@ -89,6 +89,8 @@ class Growth:
             return DraftTree.root(self.root)
         ids, scores, parents = (torch.cat(parts) for parts in zip(*self._levels, strict=True))
         kept = best_nodes(scores, self.budget.num_nodes)
+        if self.budget.min_gain and not has_queue(scores.device):
+            kept = kept[scores[kept] >= math.log(self.budget.min_gain)]
         new_index = parents.new_zeros(self._count)
         new_index[kept + 1] = torch.arange(1, len(kept) + 1, device=kept.device)
         return DraftTree(

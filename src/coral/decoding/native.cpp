@@ -458,12 +458,13 @@ struct Draft {
   }
 };
 
-// The best nodes in the total order of decoding/tree.py, renumbered, parents first.
+// The best nodes in the total order of decoding/tree.py, none too unlikely, renumbered, parents first.
 void rerank(const std::vector<Node>& nodes, Job& job) {
   std::vector<int64_t> order(nodes.size() - 1), place(nodes.size(), 0);
   std::iota(order.begin(), order.end(), 1);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return nodes[a].score > nodes[b].score; });
   order.resize(std::min<int64_t>(job.num_nodes, order.size()));
+  while (!order.empty() && nodes[order.back()].score < std::log(job.min_gain)) order.pop_back();
   std::sort(order.begin(), order.end());
   job.size = order.size() + 1;
   job.tree_ids[0] = job.ids[job.num_rows - 1], job.tree_parents[0] = -1, job.tree_scores[0] = 0;

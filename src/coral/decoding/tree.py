@@ -22,8 +22,9 @@ class Budget:
     top_k: children drafted per node and nodes expanded per level.
     max_depth: levels below the root; 0 turns drafting off.
     num_nodes: draft tokens sent to the target; the root is not counted.
-    min_gain: no further level is drafted where the nodes it would grow from are reached with less probability
-    than this together, by the drafter's own scores: it cannot add more tokens than that.
+    min_gain: tokens that must be promised, by the drafter's own scores: no further level is drafted where the
+    nodes it would grow from are reached with less probability together, and no node is sent to the target
+    that is less likely.
     """
 
     top_k: int
@@ -42,7 +43,7 @@ class Budget:
 
 DEFAULT = Budget(top_k=8, max_depth=6, num_nodes=15, min_gain=0.2)
 """The tree of the commands, if none is asked for; docs/log.md has the sizes that were compared."""
-CPU_DEFAULT = Budget(top_k=2, max_depth=6, num_nodes=7, min_gain=0.15)
+CPU_DEFAULT = Budget(top_k=2, max_depth=6, num_nodes=7, min_gain=0.1)
 """The same on a CPU, where eight rows cost some 40% more than one, and sixteen more than twice as much."""
 
 _NEVER = 1e-300  # the probability of what floating point takes for impossible

@@ -24,7 +24,7 @@ def everything(top_k: int, max_depth: int, min_gain: float) -> Budget:
 
 
 POOL = everything(top_k=10, max_depth=10, min_gain=0.05)
-"""What is recorded. Budgets that go on where less than this `min_gain` is left hardly accept more."""
+"""What is recorded: no budget that is compared on a CPU has a smaller `min_gain`."""
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,16 @@
 
 A smaller tree is grown again out of the recorded one as the proposer grows it (see `proposers/feature.py`):
 a node's children are its best top_k, the best top_k of a level are expanded, a level that is reached with
-less than min_gain ends the growth, and the best num_nodes in the total order of `tree.best_nodes` stay. Where
-a smaller top_k would expand a node that the recorded tree did not, the node stays a leaf.
+less than min_gain ends the growth, and the best num_nodes in the total order of `tree.best_nodes` stay, but
+for those less likely than min_gain. Where a smaller top_k would expand a node that the recorded tree did not,
+the node stays a leaf.
 
 Shapes: N positions of all texts, D levels, W nodes of the widest level.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -54,8 +56,10 @@ def simulate(texts: Sequence[Text], budgets: Sequence[Budget]) -> list[Run]:
             most = pools.limit.clamp(max=max_depth)
             levels = torch.minimum(_levels(growth.mass, min_gain), most)  # [N]
             grown, last = levels > 0, (levels - 1).clamp(min=0)
-            sizes = growth.sizes[everywhere, last] * grown  # [N]
-            ranks = growth.ranks[everywhere, last].masked_fill(~grown[:, None], _FAR)  # [N, D]
+            least = math.log(min_gain) if min_gain else -torch.inf
+            sizes = (growth.scores >= least).sum(2).cumsum(1)[everywhere, last] * grown  # [N]
+            there = grown[:, None] & (growth.path_scores >= least)
+            ranks = growth.ranks[everywhere, last].masked_fill(~there, _FAR)  # [N, D]
             num_nodes = torch.tensor([budgets[i].num_nodes for i in members])
             accepted[members] = (ranks < num_nodes[:, None, None]).sum(2)
             nodes[members] = torch.minimum(sizes, num_nodes[:, None])
@@ -165,13 +169,15 @@ class _Growth(NamedTuple):
     """What growing with one top_k comes to at each position.
 
     mass [N, D]: probability of the nodes of a level that are expanded next.
-    sizes [N, D]: nodes of the first levels. ranks [N, D, D]: in the tree of the first i + 1 levels, the rank
-    in the total order of the node of depth j + 1 on the text's own path; _FAR where there is none.
+    scores [N, D, W]: of nodes that are grown; NaN where there is none.
+    ranks [N, D, D]: in the tree of the first i + 1 levels, the rank in the total order of the node of depth
+    j + 1 on the text's own path; _FAR where there is none. path_scores [N, D]: that node's.
     """
 
     mass: Tensor
-    sizes: Tensor
+    scores: Tensor
     ranks: Tensor
+    path_scores: Tensor
 
 
 def _grow(pools: _Pools, top_k: int) -> _Growth:
@@ -201,7 +207,7 @@ def _grow(pools: _Pools, top_k: int) -> _Growth:
     ranks = before.cumsum(2)
     below = torch.arange(depth)[:, None] > torch.arange(depth)  # this node is deeper than so many levels
     ranks = ranks.masked_fill(below | (path < 0)[:, :, None], _FAR)
-    return _Growth(mass, kept.sum(2).cumsum(1), ranks.transpose(1, 2))
+    return _Growth(mass, pools.scores.masked_fill(~kept, torch.nan), ranks.transpose(1, 2), path_scores)
 
 
 def _levels(mass: Tensor, min_gain: float) -> Tensor:

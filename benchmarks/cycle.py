@@ -1,7 +1,6 @@
 """Where the time of a cycle goes: `python benchmarks/cycle.py OUTPUT`.
 
-The shipped pair, deepened to 32 layers; texts of six prompts, or of those of suites, that end where the target
-ends them. Plain steps, bare
+The shipped pair, deepened to 32 layers; texts end where the target ends them. Plain steps, bare
 verifications and every part of real cycles are timed in turn, text after text, since a shared machine
 changes its speed from minute to minute; the ratio of a cycle to verification + S draft steps says what
 everything else costs. Bare verifications are of the rows that the cycles had, timed in the middle of each
@@ -132,7 +131,8 @@ def main() -> None:
     watching = {key: part for key, part in PARTS.items() if key[0] in owners}
     times: dict[str, list[float]] = defaultdict(list)
     bare: dict[int, list[float]] = defaultdict(list)
-    plain_steps, cycles = [], []
+    plain_steps: list[float] = []
+    cycles: list[Cycle] = []
     for prompt in prompts * options.rounds:
         half = list(run(plain, prompt, options.tokens // 2, options.temperature))
         plain_steps += [cycle.seconds for cycle in half]
@@ -158,6 +158,7 @@ def main() -> None:
     step = spent["draft steps"] / steps
     ideal = verified + steps * step
     speed, table = bandwidth(), drafter.head.table(None)
+    assert table is not None
     sizes = 2 * plain_bytes(target.model) // target.dtype.itemsize, native.num_bytes(table)
     floor = (sizes[0] + steps * sizes[1]) / speed
     other = cycle_seconds - spent["propose"] - spent["verify"] - spent["sample"] - spent["keep"]
@@ -191,8 +192,8 @@ def main() -> None:
         "floor_seconds": floor,
     }
     lines = [
-        f"{options.dtype}, {count} cycles of {len(prompts)} texts, tau {tau:.2f}, {steps:.2f} draft steps a cycle, "
-        f"tree {budget}.",
+        f"{options.dtype}, {count} cycles of {len(prompts)} texts, tau {tau:.2f}, {steps:.2f} draft steps a "
+        f"cycle, tree {budget}.",
         "",
         "| part of a cycle | ms | share |",
         "|---|---|---|",

@@ -367,7 +367,7 @@ def test_stats_and_marks(coral, models: Path) -> None:
     found = re.fullmatch(
         r"60 tokens in [\d.]+ s \([\d.]+ tokens/s\), the first after [\d.]+ s, (\d+) cycles \(\d+ of them "
         r"plain steps\), tau ([\d.]+), (\d+) of \d+ draft tokens accepted, drafting \d+%, "
-        r"verification \d+% of the time, tree 2,6,7,0.1 \(default\)\n", result.err)  # fmt: skip
+        r"verification \d+% of the time, tree 2,6,10,0.1 \(default\)\n", result.err)  # fmt: skip
     assert found is not None
     cycles, accepted = int(found[1]), int(found[3])
     assert accepted > 0 and cycles + accepted >= 60 and float(found[2]) > 1

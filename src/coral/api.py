@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from coral.decoding.proposers.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle, State
 from coral.decoding.text import Detokenizer, cut_at, stop_at
-from coral.decoding.tree import CPU_DEFAULT, DEFAULT, Budget
+from coral.decoding.tree import CPU_DEFAULT, DEFAULT, LOOKUP_NODES, Budget
 from coral.errors import CoralError
 from coral.forward import suits
 from coral.target import Target
@@ -109,14 +110,16 @@ def choose_budget(
 
     if asked is not None:
         return asked, "asked for"
+    found, lookup = None, False
     if not isinstance(drafter, Drafter):
-        source, head, _ = read_name(drafter, head)
+        source, head, lookup = read_name(drafter, head)
         if source is not None:
             directory = checkpoint.locate(source)
-            place = tuned.Place.of(target, heads.resolve(directory, head), compile)
-            if (found := tuned.find(directory, place)) is not None:
-                return found, "tuned"
-    return (CPU_DEFAULT if target.device.type == "cpu" else DEFAULT), "default"
+            found = tuned.find(directory, tuned.Place.of(target, heads.resolve(directory, head), compile))
+    budget = found or (CPU_DEFAULT if target.device.type == "cpu" else DEFAULT)
+    if lookup:
+        budget = replace(budget, num_nodes=max(budget.num_nodes, LOOKUP_NODES))
+    return budget, "tuned" if found else "default"
 
 
 def read_name(drafter: str | Path | None, head: str = "auto") -> tuple[str | Path | None, str, bool]:

@@ -37,7 +37,7 @@ from coral.decoding.generate import Proposer
 from coral.decoding.proposers.feature import Feature
 from coral.decoding.proposers.merged import Merged
 from coral.decoding.sampling import Sampling
-from coral.decoding.tree import DEFAULT, Budget
+from coral.decoding.tree import DEFAULT, LOOKUP_NODES, Budget
 from coral.drafter.drafter import num_bytes
 from coral.errors import CoralError
 from coral.files import atomic_text
@@ -154,7 +154,7 @@ def bench(
                 trees = _choose_trees(loaded, drafters, budget, head, compile)
             results["trees"][dtype_] = trees
             budgets = {name: Budget(**tree["budget"]) for name, tree in trees.items()}
-            lookup = Budget(2, 10, max(10, (budget or DEFAULT).num_nodes), min_gain=0.1)
+            lookup = Budget(2, LOOKUP_NODES, max(LOOKUP_NODES, (budget or DEFAULT).num_nodes), min_gain=0.1)
             tree_rows = {lookup.num_nodes + 1, *(each.num_nodes + 1 for each in budgets.values())}
             targets = {"eager": loaded}
             if compile:

@@ -45,6 +45,8 @@ DEFAULT = Budget(top_k=8, max_depth=6, num_nodes=15, min_gain=0.2)
 """The tree of the commands, if none is asked for; docs/log.md has the sizes that were compared."""
 CPU_DEFAULT = Budget(top_k=2, max_depth=6, num_nodes=7, min_gain=0.1)
 """The same on a CPU, where eight rows cost some 40% more than one, and sixteen more than twice as much."""
+LOOKUP_NODES = 10
+"""At least so many beside lookup: where a text repeats itself, the next ten tokens are likely right."""
 
 _NEVER = 1e-300  # the probability of what floating point takes for impossible
 

@@ -85,11 +85,12 @@ def draft(target, proposer, budget, sampling, accepted, length=20):
     ],
     ids=["plain", "two layers and biases", "normalised"],
 )
-def test_trees_are_those_of_levels(head, options):
+def test_trees_are_those_of_levels(head, options, monkeypatch):
     """Stops: a row of the cache that belongs to another row, branch or level; rotation at another position; a
-    path that sees a sibling; other children, ranks, ties, noise or ends of growth; accepted rows that a
-    later cycle does not find; and rows of a long prompt that are read twice or not at all.
+    path that sees a sibling; other children, ranks, ties, noise, ids that compete or ends of growth; accepted
+    rows that a later cycle does not find; and rows of a long prompt that are read twice or not at all.
     """
+    monkeypatch.setattr("coral.decoding.proposers.feature._POOL", 12)
     target, drafter = pair(**options)
     for sampling in (Sampling(), Sampling(0.8, seed=9)):
         for budget in BUDGETS:

@@ -192,6 +192,7 @@ struct Draft {
   std::vector<float> joined, x, normed, queries, attended, gate, up, drafted, logits;
   std::vector<std::vector<Best>> best;  // of each thread, for each node of the frontier
   std::vector<std::vector<float>> most, mass;
+  std::vector<std::vector<std::vector<Child>>> pools;  // as `best`, where noise is added
   std::vector<std::vector<Child>> found;  // children of each node of the frontier
 
   void start() {
@@ -209,6 +210,7 @@ struct Draft {
     queries.resize(n * job.heads * job.head_size), attended.resize(queries.size());
     gate.resize(n * job.inner), up.resize(gate.size()), logits.resize(frontier.size() * job.candidates);
     best.assign(team, std::vector<Best>(frontier.size(), Best{size_t(std::min(job.top_k, job.candidates)), {}}));
+    pools.assign(team, std::vector<std::vector<Child>>(frontier.size()));
     most.assign(team, std::vector<float>(frontier.size(), kNever));
     mass.assign(team, std::vector<float>(frontier.size(), 0));
     found.assign(frontier.size(), {});
@@ -370,7 +372,10 @@ struct Draft {
       mass[own][r] = at::vec::map_reduce_all<float>([highest](Vec v) { return (v - Vec(highest)).exp_u20(); },
                                                     [](Vec a, Vec b) { return a + b; }, begin, end - begin);
       most[own][r] = highest;
-      if (job.pool > 0) continue;
+      if (job.pool > 0) {
+        pools[own][r] = likeliest(&logits[r * all], mine, highest);
+        continue;
+      }
       Best& found_here = best[own][r];
       float bar = kNever;
       for (const float* score = begin; score < end; score++)
@@ -394,31 +399,48 @@ struct Draft {
       for (const auto& part : best)
         for (const Child& child : part[r].kept) chosen.add(child.score - all, child.id);
     } else {
-      couple(&logits[r * job.candidates], all, chosen);
+      couple(r, all, chosen);
     }
     for (Child& child : chosen.kept) child.id = job.head_ids ? job.head_ids[child.id] : child.id;
     return chosen.kept;
   }
 
+  // Of the head's rows in a range, as many of the likeliest as may compete where noise is added, and a few more: sorted
+  // by how far below the highest score they are, in eighths.
+  std::vector<Child> likeliest(const float* scores, Range range, float highest) const {
+    std::array<int64_t, 512> counts{};
+    const auto below = [&](float score) {
+      const float eighths = 8 * (highest - score);
+      return eighths < counts.size() - 1 ? size_t(eighths) : counts.size() - 1;
+    };
+    for (int64_t row = range.begin; row < range.end; row++) counts[below(scores[row])]++;
+    size_t last = 0;
+    for (int64_t count = counts[0]; count < job.pool && last + 1 < counts.size();) count += counts[++last];
+    std::vector<Child> found;
+    for (int64_t row = range.begin; row < range.end; row++)
+      if (below(scores[row]) <= last) found.push_back({scores[row], row});
+    return found;
+  }
+
   // Ranked with the noise that the sampler will add; the scores are log-probabilities of being sampled.
-  void couple(const float* scores, float all, Best& chosen) const {
-    std::vector<int64_t> rows(job.candidates);
-    std::iota(rows.begin(), rows.end(), 0);
-    const int64_t count = std::min(job.pool, job.candidates);
-    std::nth_element(rows.begin(), rows.begin() + count - 1, rows.end(),
-                     [&](int64_t a, int64_t b) { return scores[a] > scores[b]; });
-    rows.resize(count);
-    std::sort(rows.begin(), rows.end());
+  void couple(int64_t r, float all, Best& chosen) const {
+    std::vector<Child> rivals;
+    for (const auto& part : pools) rivals.insert(rivals.end(), part[r].begin(), part[r].end());
+    if (rivals.empty()) return;  // of scores that are no numbers
+    const int64_t count = std::min<int64_t>(job.pool, rivals.size());
+    std::nth_element(rivals.begin(), rivals.begin() + count - 1, rivals.end(), likelier);
+    rivals.resize(count);
+    std::sort(rivals.begin(), rivals.end(), [](const Child& a, const Child& b) { return a.id < b.id; });
     const auto noise = Noise{job.stream}.row(positions.back() + 2);  // the child's, which its parent's row predicts
     float highest = kNever, sum = 0;
     std::vector<float> noisy;
-    for (int64_t row : rows) {
+    for (const auto& [score, row] : rivals) {
       const float drawn = noise(job.head_ids ? job.head_ids[row] : row);
-      noisy.push_back(((scores[row] - all) / job.temperature + drawn) * job.temperature);
+      noisy.push_back(((score - all) / job.temperature + drawn) * job.temperature);
       highest = std::max(highest, noisy.back());
     }
     for (float score : noisy) sum += std::exp(score - highest);
-    for (int64_t i = 0; i < count; i++) chosen.add(noisy[i] - highest - std::log(sum), rows[i]);
+    for (int64_t i = 0; i < count; i++) chosen.add(noisy[i] - highest - std::log(sum), rivals[i].id);
   }
 
   // As decoding/growth.py: the frontier's children become nodes, and the best top_k of them the next frontier.

@@ -50,8 +50,10 @@ $BENCH $FIRST_40 $RECIPES $ROUTED --temperature 1 --uncoupled --no-peers --max-n
 "$BIN/python" "$HERE/few_rows.py" few-rows
 "$BIN/python" "$HERE/prompts.py" prompts
 "$BIN/python" "$HERE/dense.py" --output memory
-"$BIN/python" "$HERE/cycle.py" cycle $TREE
-"$BIN/python" "$HERE/cycle.py" cycle-bfloat16 $TREE --dtype bfloat16
-"$BIN/python" "$HERE/cycle.py" cycle-chain --tree 1,6,6,0.1
-"$BIN/python" "$HERE/cycle.py" cycle-chain-bfloat16 --tree 1,6,6,0.1 --dtype bfloat16
+CYCLE="--dtype bfloat16 --suites humaneval,gsm8k,mt_bench --limit 6 --rounds 1"
+OWN="$HERE/../src/coral/embedded/drafter+static"
+"$BIN/python" "$HERE/cycle.py" cycle-chain-lookup $CYCLE --drafter "$OWN+ngram" --tree 1,6,7,0.15
+"$BIN/python" "$HERE/cycle.py" cycle-tree-lookup $CYCLE --drafter "$OWN+ngram" --tree 2,6,10,0.1
+"$BIN/python" "$HERE/cycle.py" cycle-tree $CYCLE --drafter "$OWN" --tree 2,6,7,0.1
+"$BIN/python" "$HERE/cycle.py" cycle-sampled $CYCLE --drafter "$OWN" --tree 2,6,7,0.1 --temperature 1
 "$BIN/python" "$HERE/hostile.py" hostile

@@ -32,14 +32,22 @@ def looked_up(state: State, proposer: NGram, budget: Budget, written: list[int])
     return tree
 
 
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.integers(1, 40), st.integers(1, 6))
-def test_the_longest_match_is_found(text, prompt_length, max_n):
-    """Stops a match that is followed although it ended, one that is found in itself, and one of a place too
-    early or too late.
+@given(
+    st.lists(st.integers(0, 2), min_size=1, max_size=40),
+    st.integers(1, 40),
+    st.integers(1, 20),
+    st.integers(1, 6),
+)
+def test_the_longest_match_is_found(text, prompt, question, max_n):
+    """Stops a match that is followed although it ended, also in the next turn's question, one that is found
+    in itself, and one of a place too early or too late.
     """
-    index, prompt_length = _Index(max_n, 1), min(prompt_length, len(text))
-    for length in range(prompt_length, len(text) + 1):
-        index.extend(text[:length], prompt_length)
+    index, prompt = _Index(max_n, 1), min(prompt, len(text))
+    begin, end_of_question = prompt + 4, prompt + 4 + question  # four tokens are written before it
+    for length in range(prompt, len(text) + 1):
+        if begin < length < end_of_question:
+            continue
+        index.extend(text[:length], end_of_question if length >= end_of_question else prompt)
         found, end = index.match
         assert text[end - found : end] == text[length - found : length] and (end < length or not found)
         assert min(found, max_n) == min(longest(text[:length]), max_n)

@@ -23,7 +23,7 @@ _LOOKED_AT = 64  # of a token's occurrences, the last ones
 class NGram:
     """Needs no training. The longest match comes first, then the others, each the most recent of its length.
 
-    A level that is reached with less probability than the budget's `min_gain` is not drafted.
+    No node is drafted that is less likely than the budget's `min_gain`.
 
     max_n: longest match that is looked for. min_n: shortest that is drafted from.
     """
@@ -91,8 +91,9 @@ class _Index:
                 self._right[_kind(length)] += right
             if right:
                 self.match = length + 1, end + 1
-            elif place >= prompt_length - 1:
-                self.match = max(self._occurrences(tokens, place), default=(0, 0))
+            else:  # what is behind a token that a prompt goes on with is not asked
+                asked = place >= prompt_length - 1
+                self.match = max(self._occurrences(tokens, place), default=(0, 0)) if asked else (0, 0)
             self._places[tokens[place]].append(place)
         self.length = len(tokens)
 

@@ -44,9 +44,9 @@ Tree = Annotated[
     str | None,
     typer.Option(
         "--tree",
-        help="Draft tree as TOP_K,MAX_DEPTH,NUM_NODES, perhaps with ,MIN_GAIN: grow no level that will "
-        "hardly be reached. Larger trees accept more and cost more. Default: what `coral tune` found for "
-        "the drafter on this machine, else a built-in one.",
+        help="Draft tree as TOP_K,MAX_DEPTH,NUM_NODES, perhaps with ,MIN_GAIN: grow no level, and on a CPU "
+        "verify no node, that is less likely to be reached. Larger trees accept more and cost more. "
+        "Default: what `coral tune` found for the drafter on this machine, else a built-in one.",
     ),
 ]
 Compile = Annotated[

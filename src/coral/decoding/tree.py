@@ -101,7 +101,7 @@ class DraftTree:
 
     @cached_property
     def scores(self) -> Tensor:
-        return torch.as_tensor(self._parts[2])
+        return torch.as_tensor(self._parts[2], dtype=torch.float32)
 
     @cached_property
     def lists(self) -> tuple[list[int], list[int], list[float]]:

@@ -158,7 +158,7 @@ class Chain:
         return [DraftTree(torch.tensor([s.tokens[-1], 3, 3]), chain, -torch.arange(3.0), 2) for s in states]
 
 
-DRAFTERS = {"chain": lambda target, coupled: Chain(), "look": lambda target, coupled: NGram(3, 1)}
+DRAFTERS = {"chain": lambda target, coupled: Chain(), "look": lambda target, coupled: NGram(3)}
 OPTIONS = {
     "limit": 2, "deepen": 3, "cost_ratio": 0.2, "temperatures": (0.0, 1.0), "coupled": (True, False),
     "max_new_tokens": 14, "ignore_eos": True, "note": "Random weights.",

@@ -120,7 +120,7 @@ def finish(target, proposer, state):
 
 PROPOSERS = {
     "plain": lambda target: Plain(),
-    "ngram": lambda target: NGram(3, 1),
+    "ngram": lambda target: NGram(3),
     "feature": random_drafter,
 }
 TURNS = {

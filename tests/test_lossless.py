@@ -40,15 +40,15 @@ SAMPLINGS = {
 PROPOSERS = {
     "random": lambda target, texts: random_drafter(target),
     "random, not coupled": lambda target, texts: random_drafter(target, coupled=False),
-    "ngram": lambda target, texts: NGram(2, 1),
+    "ngram": lambda target, texts: NGram(2),
     **{
         name: lambda target, texts, head=head: Feature(random_drafter(target).drafter, target, head(target))
         for name, head in HEADS.items()
     },
     "merged, in context": lambda target, texts: Merged(
-        Feature(random_drafter(target).drafter, target, HEADS["in context"](target)), NGram(2, 1)
+        Feature(random_drafter(target).drafter, target, HEADS["in context"](target)), NGram(2)
     ),
-    "merged": lambda target, texts: Merged(random_drafter(target), NGram(2, 1)),
+    "merged": lambda target, texts: Merged(random_drafter(target), NGram(2)),
     "bushes": lambda target, texts: Bushes(texts, target.vocab_size),
     "oracle": lambda target, texts: Oracle(texts, target.vocab_size),
     "wrong": lambda target, texts: Wrong(texts, target.vocab_size),

@@ -103,7 +103,7 @@ def test_trees_are_those_of_levels(head, options, monkeypatch):
                     assert one.parents.tolist() == other.parents.tolist()
                     assert one.num_forwards == other.num_forwards
                     torch.testing.assert_close(one.scores, other.scores, rtol=1e-3, atol=1e-3)
-                torch.testing.assert_close(quick_rows, rows, rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(quick_rows, rows, rtol=1e-4, atol=3e-4)  # rows of 16 bits
 
 
 @pytest.fixture

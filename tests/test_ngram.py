@@ -42,7 +42,7 @@ def test_the_longest_match_is_found(text, prompt, question, max_n):
     """Stops a match that is followed although it ended, also in the next turn's question, one that is found
     in itself, and one of a place too early or too late.
     """
-    index, prompt = _Index(max_n, 1), min(prompt, len(text))
+    index, prompt = _Index(max_n), min(prompt, len(text))
     begin, end_of_question = prompt + 4, prompt + 4 + question  # four tokens are written before it
     for length in range(prompt, len(text) + 1):
         if begin < length < end_of_question:

@@ -64,7 +64,7 @@ def test_written_as_hugging_face_writes(kind, attention):
     assert write(target, None, [prompt], NEW).texts == [expected]
     for proposer, new, tau in (
         (random_drafter(target), 9, None),
-        (NGram(3, 1), 9, None),
+        (NGram(3), 9, None),
         (Oracle([expected]), 15, 5.0),
         (Wrong([expected]), 6, 1.0),
     ):
@@ -117,7 +117,7 @@ def test_context_ends_before_frequencies_change(kind, limit):
     """Stops text past a length where rotary frequencies change: cached keys would be of another model."""
     target = tiny_target(kind)
     assert target.context_length == limit
-    written = write(target, NGram(3, 1), [prompt_of(limit - 5)], new=50, budget=BUDGET)
+    written = write(target, NGram(3), [prompt_of(limit - 5)], new=50, budget=BUDGET)
     assert len(written.texts[0]) == limit
     state = new_state(target, prompt_of(limit - 1))
     target.prefill([state])

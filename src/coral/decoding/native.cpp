@@ -190,9 +190,9 @@ struct Draft {
   bool done = false;
 
   std::vector<float> joined, x, normed, queries, attended, gate, up, drafted, logits;
-  std::vector<std::vector<Best>> best;  // of each thread, for each node of the frontier
+  // Of each thread, for each node of the frontier: those of its part that may become children, and so on.
+  std::vector<std::vector<std::vector<Child>>> rivals;
   std::vector<std::vector<float>> most, mass;
-  std::vector<std::vector<std::vector<Child>>> pools;  // as `best`, where noise is added
   std::vector<std::vector<Child>> found;  // children of each node of the frontier
 
   void start() {
@@ -209,8 +209,7 @@ struct Draft {
     joined.resize(n * 2 * h), x.resize(n * h), normed.resize(n * h), drafted.resize(n * h);
     queries.resize(n * job.heads * job.head_size), attended.resize(queries.size());
     gate.resize(n * job.inner), up.resize(gate.size()), logits.resize(frontier.size() * job.candidates);
-    best.assign(team, std::vector<Best>(frontier.size(), Best{size_t(std::min(job.top_k, job.candidates)), {}}));
-    pools.assign(team, std::vector<std::vector<Child>>(frontier.size()));
+    rivals.assign(team, std::vector<std::vector<Child>>(frontier.size()));
     most.assign(team, std::vector<float>(frontier.size(), kNever));
     mass.assign(team, std::vector<float>(frontier.size(), 0));
     found.assign(frontier.size(), {});
@@ -373,31 +372,34 @@ struct Draft {
                                                     [](Vec a, Vec b) { return a + b; }, begin, end - begin);
       most[own][r] = highest;
       if (job.pool > 0) {
-        pools[own][r] = likeliest(&logits[r * all], mine, highest);
+        rivals[own][r] = likeliest(&logits[r * all], mine, highest);
         continue;
       }
-      Best& found_here = best[own][r];
+      Best found_here = none();
       float bar = kNever;
       for (const float* score = begin; score < end; score++)
         if (*score > bar) {
           found_here.add(*score, score - &logits[r * all]);
           bar = found_here.bar();
         }
+      rivals[own][r] = std::move(found_here.kept);
     }
     wait_for_all();
     for (int64_t r = own; r < count; r += omp_get_num_threads()) found[r] = children(r);
     wait_for_all();
   }
 
+  Best none() const { return {size_t(std::min(job.top_k, job.candidates)), {}}; }
+
   std::vector<Child> children(int64_t r) const {
     float highest = kNever, sum = 0;
     for (const auto& part : most) highest = std::max(highest, part[r]);
     for (size_t t = 0; t < mass.size(); t++) sum += mass[t][r] * std::exp(most[t][r] - highest);
     const float all = highest + std::log(sum);
-    Best chosen{best[0][r].count, {}};
+    Best chosen = none();
     if (job.pool == 0) {
-      for (const auto& part : best)
-        for (const Child& child : part[r].kept) chosen.add(child.score - all, child.id);
+      for (const auto& part : rivals)
+        for (const Child& child : part[r]) chosen.add(child.score - all, child.id);
     } else {
       couple(r, all, chosen);
     }
@@ -424,23 +426,23 @@ struct Draft {
 
   // Ranked with the noise that the sampler will add; the scores are log-probabilities of being sampled.
   void couple(int64_t r, float all, Best& chosen) const {
-    std::vector<Child> rivals;
-    for (const auto& part : pools) rivals.insert(rivals.end(), part[r].begin(), part[r].end());
-    if (rivals.empty()) return;  // of scores that are no numbers
-    const int64_t count = std::min<int64_t>(job.pool, rivals.size());
-    std::nth_element(rivals.begin(), rivals.begin() + count - 1, rivals.end(), likelier);
-    rivals.resize(count);
-    std::sort(rivals.begin(), rivals.end(), [](const Child& a, const Child& b) { return a.id < b.id; });
+    std::vector<Child> pool;
+    for (const auto& part : rivals) pool.insert(pool.end(), part[r].begin(), part[r].end());
+    if (pool.empty()) return;  // of scores that are no numbers
+    const int64_t count = std::min<int64_t>(job.pool, pool.size());
+    std::nth_element(pool.begin(), pool.begin() + count - 1, pool.end(), likelier);
+    pool.resize(count);
+    std::sort(pool.begin(), pool.end(), [](const Child& a, const Child& b) { return a.id < b.id; });
     const auto noise = Noise{job.stream}.row(positions.back() + 2);  // the child's, which its parent's row predicts
     float highest = kNever, sum = 0;
     std::vector<float> noisy;
-    for (const auto& [score, row] : rivals) {
+    for (const auto& [score, row] : pool) {
       const float drawn = noise(job.head_ids ? job.head_ids[row] : row);
       noisy.push_back(((score - all) / job.temperature + drawn) * job.temperature);
       highest = std::max(highest, noisy.back());
     }
     for (float score : noisy) sum += std::exp(score - highest);
-    for (int64_t i = 0; i < count; i++) chosen.add(noisy[i] - highest - std::log(sum), rivals[i].id);
+    for (int64_t i = 0; i < count; i++) chosen.add(noisy[i] - highest - std::log(sum), pool[i].id);
   }
 
   // As decoding/growth.py: the frontier's children become nodes, and the best top_k of them the next frontier.

@@ -1,1 +1,3 @@
-"""One file a kind of proposer; each has `propose(states, committed, budget) -> list[DraftTree]`."""
+"""One file a kind of proposer, and how one asks another; each has `propose(states, committed, budget) ->
+list[DraftTree]`.
+"""

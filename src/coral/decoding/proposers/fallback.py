@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import fmean, median_low
 from typing import Any
 
 from coral.decoding.generate import Proposer
+from coral.decoding.proposers.inner import ask
 from coral.decoding.state import Committed, State
 from coral.decoding.tree import Budget, DraftTree
 
@@ -49,21 +50,16 @@ class Fallback:
         memories = [s.memory if isinstance(s.memory, _Memory) else _Memory() for s in states]
         self._learn(states, memories)
         drafts = not self._rests()
-        for memory, pairs in zip(memories, committed, strict=True):
+        for state, memory, pairs in zip(states, memories, committed, strict=True):
             memory.waiting.append(pairs)
             memory.drafts = drafts
+            state.memory = memory
         if not drafts:
-            for state, memory in zip(states, memories, strict=True):
-                state.memory = memory
             return [DraftTree.root(state.tokens[-1]) for state in states]
-        for state, memory in zip(states, memories, strict=True):
-            state.memory = memory.inner
-        trees = self.proposer.propose(
-            states, [Committed.joined(memory.waiting) for memory in memories], budget
-        )
-        for state, memory in zip(states, memories, strict=True):
+        waiting = [Committed.joined(memory.waiting) for memory in memories]
+        trees = ask(self.proposer, "inner", states, waiting, budget)
+        for memory in memories:
             memory.waiting.clear()
-            state.memory = replace(memory, inner=state.memory)
         return trees
 
     def _learn(self, states: Sequence[State], memories: Sequence[_Memory]) -> None:

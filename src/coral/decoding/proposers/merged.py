@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from coral.decoding.generate import Proposer
+from coral.decoding.proposers.inner import ask
 from coral.decoding.state import Committed, State
 from coral.decoding.tree import Budget, DraftTree, merge
 from coral.device import CPU
@@ -35,31 +36,14 @@ class Merged:
                 state.memory = _Memory()
             state.memory.waiting.append(rows)
         longest = replace(budget, top_k=1, max_depth=budget.num_nodes)
-        trees = self._ask("lookup", states, committed, longest)
+        trees = ask(self.lookup, "lookup", states, committed, longest)
         unsure = [i for i, tree in enumerate(trees) if sum(map(math.exp, tree.lists[2][1:])) < self.sure]
         rest = [states[i] for i in unsure]
         waiting = [Committed.joined(state.memory.waiting) for state in rest]
-        for i, tree in zip(unsure, self._ask("drafter", rest, waiting, budget), strict=True):
+        for i, tree in zip(unsure, ask(self.drafter, "drafter", rest, waiting, budget), strict=True):
             states[i].memory.waiting.clear()
             trees[i] = merge([trees[i], tree.to(CPU)], budget.num_nodes) if len(trees[i]) > 1 else tree
         return trees
-
-    def _ask(
-        self,
-        which: Literal["lookup", "drafter"],
-        states: Sequence[State],
-        committed: Sequence[Committed],
-        budget: Budget,
-    ) -> list[DraftTree]:
-        """The trees of one of the two, which finds its own memory in the states."""
-        memories = [state.memory for state in states]
-        for state, memory in zip(states, memories, strict=True):
-            state.memory = getattr(memory, which)
-        trees = getattr(self, which).propose(states, committed, budget) if states else []
-        for state, memory in zip(states, memories, strict=True):
-            setattr(memory, which, state.memory)
-            state.memory = memory
-        return list(trees)
 
 
 @dataclass

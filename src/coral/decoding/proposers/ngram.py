@@ -25,11 +25,11 @@ class NGram:
 
     No node is drafted that is less likely than the budget's `min_gain`.
 
-    max_n: longest match that is looked for. min_n: shortest that is drafted from.
+    max_n: longest match that is looked for.
     """
 
-    def __init__(self, max_n: int = 16, min_n: int = 1) -> None:
-        self.max_n, self.min_n = max_n, min_n
+    def __init__(self, max_n: int = 16) -> None:
+        self.max_n = max_n
 
     def propose(
         self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
@@ -43,13 +43,13 @@ class NGram:
         """`known`: how many tokens are surely as in the last call; a conversation may have been rewritten."""
         index = state.memory
         if not isinstance(index, _Index) or index.length > known + 1:
-            index = state.memory = _Index(self.max_n, self.min_n)
+            index = state.memory = _Index(self.max_n)
         index.extend(state.tokens, state.prompt_length)
         tokens, parents, chances = [state.tokens[-1]], [-1], [1.0]
         left = [1.0]  # of each node, the probability that its children so far are wrong
         children: dict[tuple[int, int], int] = {}
         for length, end in index.matches(state.tokens, budget.top_k):
-            node, behind = 0, state.tokens[end:]
+            node, behind = 0, state.tokens[end : end + budget.max_depth]
             for depth in range(budget.max_depth):
                 token = behind[depth % len(behind)]  # a text that goes round in a circle goes on so
                 child = children.get((node, token))
@@ -74,8 +74,8 @@ class _Index:
     position behind it; while it goes on as the text does, no other can become longer.
     """
 
-    def __init__(self, max_n: int, min_n: int) -> None:
-        self.max_n, self.min_n = max_n, min_n
+    def __init__(self, max_n: int) -> None:
+        self.max_n = max_n
         self.length, self.match = 0, (0, 0)
         self._places: defaultdict[int, list[int]] = defaultdict(list)
         self._tried = [_WEIGHT] * len(_FIRST)
@@ -103,7 +103,7 @@ class _Index:
         if count > 1:
             others = sorted(self._occurrences(tokens, len(tokens) - 1), reverse=True)
             found += [other for other in others if other[1] != self.match[1]][: count - 1]
-        return [match for match in found if match[0] >= self.min_n]
+        return [match for match in found if match[0] > 0]
 
     def chance(self, length: int) -> float:
         """How likely the token behind a match of this length is right."""

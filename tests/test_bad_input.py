@@ -248,7 +248,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> N
         (GENERATE + "hi", "coral.api.make_proposer", 0),
         (GENERATE + "hi", "coral.chat.Detokenizer", 0),
         (PREPARE, "coral.data.prepared._truncate", 2),
-        (REGENERATE + "--batch-size 2", "coral.decoding.batch.write", 1),
+        (REGENERATE + "--batch-size 2", "coral.decoding.batch.write_padded", 1),
         (FEATURES, "coral.data.shards.feature_batch", 1),
         (TRAIN, "coral.training.loop.feature_batch", 0),
         (BENCH, "coral.bench.run.compare", 3),

@@ -29,7 +29,7 @@ def alone(target, index, new=NEW):
 
 def together(target, order, new=NEW):
     pick = [[items[i] for i in order] for items in (PROMPTS, SAMPLINGS, SEQUENCES)]
-    return batch.write(target, *pick, new)
+    return batch.write_padded(target, *pick, new)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral-sliding", "qwen2-sliding", "phi3", "olmo2"])
@@ -64,9 +64,9 @@ def test_rows_that_end_leave_the_batch():
 def test_nothing_to_write():
     """Stops a crash on an empty batch, an empty prompt, or a limit of no tokens."""
     target = tiny_target()
-    assert batch.write(target, [], [], [], 5) == []
+    assert batch.write_padded(target, [], [], [], 5) == []
     assert together(target, [0, 1], new=0) == [[], []]
-    answers = batch.write(target, [[], PROMPTS[0]], [Sampling()] * 2, [0, 1], 5)
+    answers = batch.write_padded(target, [[], PROMPTS[0]], [Sampling()] * 2, [0, 1], 5)
     assert answers[0] == [] and answers[1] == alone(target, 0, new=5)
 
 
@@ -74,3 +74,21 @@ def test_half_precision_keeps_its_dtype():
     """Stops a float32 mask or padding that makes a bfloat16 target fail."""
     target = Target(tiny_model().to(torch.bfloat16))
     assert [len(answer) for answer in together(target, [0, 1], new=3)] == [3, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_answers_are_bit_for_bit_those_written_alone(dtype):
+    """Stops rows of a neighbour in a sum or a mask, and a text that is mixed up when others leave or come."""
+    model = tiny_model(hidden_size=32, head_dim=16, intermediate_size=48, eos_token_id=[4, 9]).to(dtype)
+    target = Target(model).compiled((1,))
+    if target._native is None:
+        pytest.skip("no C++ compiler")
+    options = {"eos_ids": target.eos_ids}
+    states = [
+        new_state(target, prompt, NEW, sampling=sampling, sequence_id=number, **options)
+        for prompt, sampling, number in zip(PROMPTS, SAMPLINGS, SEQUENCES, strict=True)
+    ]
+    waiting = [*states]
+    written = list(batch.write_packed(target, lambda: waiting.pop(0) if waiting else None, 2))
+    assert {id(state) for state in written} == {id(state) for state in states} and not waiting
+    assert [state.written for state in states] == [alone(target, i) for i in range(6)]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from coral import options
 from coral.errors import CoralError
+
+if TYPE_CHECKING:
+    from coral.data.regenerate import Answer
+    from coral.target import Target
 
 data = typer.Typer(no_args_is_help=True, help="Turn conversations into training data.")
 
@@ -150,27 +154,8 @@ def regenerate(
             servers, max_new_tokens=max_new_tokens, seed=seed, keep_unfinished=keep_unfinished
         )
     else:
-        from coral import sampler
-        from coral.data.batches import answer_in_batches
-        from coral.decoding.batch import write
-        from coral.decoding.sampling import Sampling
-
         loaded = options.load_target(target, dtype, device, revision, trust_remote_code)
-        assert loaded.tokenizer is not None  # it was loaded from a directory or the hub
-
-        def answers(prompts: list[list[int]], at: list[float], ids: list[int]) -> list[list[int]]:
-            if loaded.device.type == "cpu":
-                sampler.load()  # which may build it, so not before there is something to write
-            return write(loaded, prompts, [Sampling(t, seed=seed) for t in at], ids, max_new_tokens)
-
-        answer = answer_in_batches(
-            loaded.tokenizer,
-            answers,
-            context_length=loaded.context_length,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            keep_unfinished=keep_unfinished,
-        )
+        answer = _written_by(loaded, max_new_tokens, batch_size, seed, keep_unfinished)
     result = run(
         sources,
         output,
@@ -187,6 +172,43 @@ def regenerate(
         raise CoralError(
             f"no endpoint answers any more ({why}); start one, and run the same command to go on."
         )
+
+
+def _written_by(
+    target: Target, max_new_tokens: int, batch_size: int, seed: int, keep_unfinished: bool
+) -> Answer:
+    """Answers of a target in this process, natively where it can be run so."""
+    from coral import sampler
+    from coral.data.batches import Turns, answer_packed, answer_padded
+    from coral.decoding.batch import write_packed, write_padded
+    from coral.decoding.sampling import Sampling
+    from coral.decoding.state import State
+    from coral.forward import suits
+
+    assert target.tokenizer is not None  # it was loaded from a directory or the hub
+    turns = Turns(
+        target.tokenizer,
+        context_length=target.context_length,
+        max_new_tokens=max_new_tokens,
+        keep_unfinished=keep_unfinished,
+    )
+    if not suits(target):
+
+        def write(prompts: list[list[int]], temperatures: list[float], ids: list[int]) -> list[list[int]]:
+            if target.device.type == "cpu":
+                sampler.load()  # which may build it, so not before there is something to write
+            samplings = [Sampling(t, seed=seed) for t in temperatures]
+            return write_padded(target, prompts, samplings, ids, max_new_tokens)
+
+        return answer_padded(turns, write, batch_size)
+    native = target.compiled((1,))
+
+    def begin(prompt: list[int], temperature: float, sequence_id: int) -> State:
+        length = len(prompt) + max_new_tokens
+        cache = native.new_cache(length)
+        return State(prompt, length, cache, Sampling(temperature, seed=seed), sequence_id, native.eos_ids)
+
+    return answer_packed(turns, begin, lambda admit: write_packed(native, admit, batch_size))
 
 
 @data.command()

@@ -4,7 +4,7 @@
 // between operations are float32; with bfloat16 rows each operation rounds its results as the model does.
 // n: rows of all sequences, h: hidden size, d: head size.
 
-#include "few_rows.h"
+#include "tiles.h"
 
 #include <memory>
 
@@ -40,6 +40,7 @@ struct Job {
   const float *cos, *sin;  // [positions, d]
   float eps, scale;
   bool narrow;  // rows are bfloat16, as the embedding, keys, values, and what is returned
+  bool tiles;   // they are multiplied by the matrix unit
 
   int64_t num_sequences;
   const Sequence* sequences;
@@ -173,6 +174,12 @@ struct Forward {
     const auto with = [&](const auto* weights) {
       multiply_panels(weights, panels, inner, n, matrix.inputs, matrix.outputs, copy_row, to);
     };
+#ifdef CORAL_TILES
+    if (job.tiles) {
+      const auto* weights = static_cast<const BFloat16*>(matrix.panels);
+      return multiply_panels_by_tiles(weights, panels, inner, n, matrix.inputs, matrix.outputs, copy_row, to);
+    }
+#endif
     matrix.narrow ? with(static_cast<const BFloat16*>(matrix.panels)) : with(static_cast<const float*>(matrix.panels));
   }
 

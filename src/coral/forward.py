@@ -70,6 +70,7 @@ class _Job(Structure):
         ("eps", c_float),
         ("scale", c_float),
         ("narrow", c_bool),
+        ("tiles", c_bool),
         ("num_sequences", c_int64),
         *((name, c_void_p) for name in ("sequences", "features", "logits")),
     )
@@ -118,6 +119,12 @@ def _library() -> CDLL | None:
     return build(Path(__file__).with_suffix(".cpp"))
 
 
+def _tiles() -> bool:
+    """Whether this processor has a matrix unit for bfloat16 (AMX) that the system lets this process use."""
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return wide and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+
+
 class NativeForward:
     """Verifies trees with packed copies of a target's weights as they are now; see `suits`."""
 
@@ -147,10 +154,9 @@ class NativeForward:
         kv_heads = attention.k_proj.out_features // head_size
         self._no_rows = target.embedding_weight.new_empty(1, kv_heads, 0, head_size)
         self._vocab_size = target.vocab_size
-        # Of many rows, too: not with vectors of eight numbers, or where bfloat16 has matrix units of its own.
+        # Of many rows, too: not with vectors of eight numbers.
         wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-        best = wide and not (target.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
-        self._most_rows = sys.maxsize if best else MOST_ROWS
+        self._most_rows = sys.maxsize if wide else MOST_ROWS
         self._job = _Job(
             hidden=target.hidden_size,
             heads=attention.q_proj.out_features // head_size,
@@ -164,6 +170,7 @@ class NativeForward:
             eps=config.rms_norm_eps,
             scale=attention.scaling,
             narrow=target.dtype == torch.bfloat16,
+            tiles=target.dtype == torch.bfloat16 and _tiles(),
         )
         self._rotate(0)
 

@@ -1,22 +1,48 @@
 """Plain decoding of many prompts at once: how training answers are written.
 
-The rows of a batch are padded on the left and share one cache; each answer is still a fixed function of
-(prompt, seed, sequence id), up to the rounding of another batch shape.
+Each answer is a fixed function of (prompt, seed, sequence id), up to the rounding of another batch shape.
+`write_packed` is for a target with a native forward, where rows of any number of sequences stand together and
+an answer is bit for bit the one that is written alone; `write_padded` is for all others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from coral.decoding.sampling import Sampling
+from coral.decoding.state import State
+from coral.decoding.tree import DraftTree
 from coral.target import Target
 
 
+def write_packed(target: Target, admit: Callable[[], State | None], at_once: int) -> Iterator[State]:
+    """Write states to their ends, at most `at_once` at a time, and yield each when it is done.
+
+    `admit` gives the next state, or None while there is none; it is asked again after each token of the
+    others, so an answer that ends makes room for the next prompt at once.
+    """
+    live: list[State] = []
+    while True:
+        while len(live) < at_once and (state := admit()):
+            target.prefill([state])
+            live.append(state)
+        if not live:
+            return
+        logits, _ = target.verify(live, [DraftTree.root(state.tokens[-1]) for state in live])
+        positions = torch.tensor([len(state.tokens) for state in live])
+        samplings, ids = [state.sampling for state in live], [state.sequence_id for state in live]
+        tokens = _sample(torch.cat(logits), positions, range(len(live)), samplings, ids)
+        for state, token in zip(live, tokens.tolist(), strict=True):
+            state.extend([token])
+        yield from (state for state in live if state.done)
+        live = [state for state in live if not state.done]
+
+
 @torch.inference_mode()
-def write(
+def write_padded(
     target: Target,
     prompts: Sequence[list[int]],
     samplings: Sequence[Sampling],
@@ -25,7 +51,8 @@ def write(
 ) -> list[list[int]]:
     """Answer every prompt: at most `max_new_tokens` ids each, the end token included when it was written.
 
-    Rows that have ended leave the batch as soon as they are a quarter of it.
+    The rows of a batch are padded on the left and share one cache; those that have ended leave it as soon as
+    they are a quarter.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     rows = [i for i, prompt in enumerate(prompts) if prompt and max_new_tokens > 0]
@@ -66,7 +93,7 @@ def write(
 def _sample(
     logits: Tensor,
     positions: Tensor,
-    rows: list[int],
+    rows: Sequence[int],
     samplings: Sequence[Sampling],
     sequence_ids: Sequence[int],
 ) -> Tensor:

@@ -78,6 +78,23 @@ def test_bfloat16_is_rounded_where_the_model_rounds(kind):
     assert sum(same) / len(same) > 0.99
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 33, 70])
+def test_the_matrix_unit_computes_what_vectors_do(kind, rows):
+    """Stops a tile of the wrong shape: rows above 16 or 32, inputs that fill no tile, outputs that fill none."""
+    sizes = {"hidden_size": 272, "head_dim": 16, "intermediate_size": 304, "vocab_size": 77}
+    fast = Target(tiny_model(kind, GROUPED_SDPA, **sizes).bfloat16()).compiled((1, 8))
+    if not fast._native._job.tiles:
+        pytest.skip("no matrix unit for bfloat16")
+    tree, results = random_tree(rows, seed=rows), []
+    for tiles in (True, False):
+        fast._native._job.tiles = tiles
+        logits, features = fast.verify(states_of(fast, [9], room=90), [tree])
+        results.append(torch.cat([logits[0], features[0]], 1).float())
+    by_tiles, by_vectors = results
+    assert (by_tiles - by_vectors).norm() < 0.02 * by_vectors.norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_the_rows_beside_it(dtype):
     """Stops a verification that rounds otherwise than plain steps, so that ties fall otherwise."""

@@ -5,7 +5,12 @@ llm = coral.load("path-or-hub-id", "drafter-directory")
 print(llm.generate_text("What is a reef?"))
 """
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# How long a thread of a team spins before it sleeps; libgomp reads it when torch loads it. Its own default is
+# many milliseconds, which a thread spends waiting for one that a busy neighbour keeps off its core.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
     from coral.api import Pair, load

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from coral.api import make_proposer
 from coral.decoding.generate import acceptance_length, generate
-from coral.decoding.proposers.feature import Feature
 from coral.decoding.state import State
 from coral.decoding.tree import Budget
 from coral.drafter.drafter import Drafter
@@ -18,9 +18,12 @@ TREE = Budget(top_k=6, max_depth=5, num_nodes=24)
 def acceptance(
     target: Target, drafter: Drafter, prompts: Sequence[list[int]], max_new_tokens: int = 64
 ) -> dict[str, float]:
-    """Greedy tau on `prompts` with a chain of four draft tokens and with a tree of 24."""
+    """Greedy tau on `prompts` with a chain of four draft tokens and with a tree of 24.
+
+    The drafter may be in another dtype than the target, as it is while it learns.
+    """
     taus = {}
-    proposer = Feature(drafter, target)
+    proposer = make_proposer(target, drafter, head="full")
     for name, budget in (("chain", CHAIN), ("tree", TREE)):
         cycles = []
         for prompt in prompts:

@@ -17,6 +17,7 @@ import coral as library
 from coral.cli import app
 from coral.data import prepared
 from coral.data.features import FeatureBatch
+from coral.decoding.tree import Budget
 from coral.drafter import checkpoint, heads
 from coral.drafter.reduced import StaticHead
 from coral.target import Target
@@ -152,8 +153,10 @@ def test_help_waits_for_no_library() -> None:
 def test_prepare(coral, models: Path, tmp_path: Path) -> None:
     source = conversations(tmp_path / "c.jsonl")
     common = ("data", "prepare", source, "--tokenizer", models / "target", "--held-out", 1)
-    result = coral(*common, "--output", tmp_path / "one", "--preview")
-    assert result.code == 0 and "[[say 0 <|eot|>]]" in result.out and not (tmp_path / "one").exists()
+    assert "missing option '--output'" in coral(*common).err
+    for more in ((), ("--output", tmp_path / "one")):
+        result = coral(*common, "--preview", *more)
+        assert result.code == 0 and "[[say 0 <|eot|>]]" in result.out and not (tmp_path / "one").exists()
 
     result = coral(*common, "--output", tmp_path / "one")
     assert (
@@ -433,6 +436,40 @@ def test_bench(coral, models: Path, tmp_path: Path) -> None:
     assert unknown.code == 2 and "known are plain, ngram, mine" in unknown.err
     assert "records.jsonl" in coral("bench", "compare", "mine", "ngram", tmp_path).err
     assert "--output" in coral("bench", "--limit", 1).err
+
+
+def test_drafters_are_named_as_in_generate(coral, models: Path, tmp_path: Path) -> None:
+    """Stops names that `coral generate` takes and a bench does not, and a second row of what is there."""
+    suite, own, odd = tmp_path / "mine.jsonl", models / "drafter", tmp_path / "a=b" / "odd"
+    suite.write_text('{"id": 1, "turns": ["ask"]}\n')
+    shutil.copytree(own, odd)
+    command = ("bench", "--target", models / "target", "--suite", suite, "--max-new-tokens", 6,
+               "--temperature", 0, "--temperature", 1, "--uncoupled", "--no-compile")  # fmt: skip
+
+    def run(output: str, *options: object) -> dict[str, list[tuple[str, float, bool]]]:
+        """What was measured: kind, temperature and whether coupled, by name."""
+        result = coral(*command, "--output", tmp_path / output, *options)
+        assert result.code == 0, result.err
+        rows = json.loads((tmp_path / output / "results.json").read_text())["rows"]
+        found: dict[str, list[tuple[str, float, bool]]] = {}
+        for row in (row for row in rows if row["suite"] == "all"):
+            found.setdefault(row["drafter"], []).append((row["kind"], row["temperature"], row["coupled"]))
+        return found
+
+    alone = run("alone", "--no-peers", "--drafter", "ngram", "--drafter", "plain")
+    once = [(0, False), (1, False)]
+    assert alone == {
+        name: [(kind, *at) for at in once] for name, kind in {"plain": "plain", "ngram": "peer"}.items()
+    }
+    trees = json.loads((tmp_path / "alone" / "results.json").read_text())["trees"]["float32"]
+    asked = ("generate", "hi", "--target", models / "target", "--drafter", "ngram", "--stats")
+    assert f"tree {Budget(**trees['ngram']['budget'])} (default)" in coral(*asked, "--max-new-tokens", 4).err
+    drafters = (own, f"{own}+ngram", f"{odd}+full", "look=ngram", f"mine={own}+full+ngram")
+    named = run("named", *(word for drafter in drafters for word in ("--drafter", drafter)))
+    assert [name for name, rows in named.items() if rows[0][0] == "drafter"] == [
+        "drafter", "drafter+ngram", "odd+full", "look", "mine"
+    ]  # fmt: skip
+    assert [row[0] for row in named["ngram"]] == ["peer", "peer"]
 
 
 def test_demo_and_the_shipped_pair(coral, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,10 @@ def _bench(
     target: options.Target = None,
     drafter: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=DIR; may be given again. Default with the shipped pair: its own."),
+        typer.Option(
+            help="As for `coral generate`, perhaps with a name for the table, as NAME=DRAFTER; may be given "
+            "again. Default with the shipped pair: its own."
+        ),
     ] = None,
     suite: Annotated[
         str,

@@ -37,7 +37,9 @@ Limit = Annotated[
 def prepare(
     sources: Sources,
     tokenizer: Annotated[str, typer.Option(help="The target (or its tokenizer): a directory or hub id.")],
-    output: Annotated[Path, typer.Option(help="Directory to write.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Directory to write. Required, except with --preview.")
+    ] = None,
     max_length: Annotated[int, typer.Option(help="Cut (or pack) rows at this many tokens.", min=8)] = 2048,
     pack: Annotated[
         bool, typer.Option("--pack", help="Put whole conversations together into rows of --max-length.")
@@ -65,11 +67,14 @@ def prepare(
     from coral.data import prepared
     from coral.data.preview import preview_sources
 
+    if output is None and not preview:
+        raise CoralError("missing option '--output'; see `coral data prepare --help`.")
     options.quiet_transformers()
     loaded = options.read_tokenizer(tokenizer, revision, trust_remote_code)
     if preview:
         preview_sources(sources, loaded, Console(), last_turn_only=last_turn_only)
         return
+    assert output is not None
     info = prepared.prepare(
         sources,
         loaded,

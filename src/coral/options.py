@@ -111,19 +111,37 @@ def read_part(part: str) -> tuple[int, int]:
     return int(number), int(parts)
 
 
-def read_drafters(items: list[str]) -> dict[str, str | Path]:
-    """What --drafter NAME=DIR says, given any number of times.
+def read_drafters(items: list[str]) -> dict[str, str]:
+    """What --drafter says, given any number of times: what `coral generate` takes, perhaps as NAME=DRAFTER.
+
+    Without a name a drafter is called what its directory or repository is, with what stands behind it.
 
     Raises:
-        CoralError: one of them cannot be read.
+        CoralError: one of them cannot be read, or two have the same name.
     """
-    drafters: dict[str, str | Path] = {}
+    drafters: dict[str, str] = {}
     for item in items:
-        name, _, source = item.partition("=")
+        name, named, source = item.partition("=")
+        if not named or "/" in name:  # a path may hold a "=", a name no "/"
+            name, source = _own_name(item), item
         if not (name and source):
-            raise CoralError(f"cannot read --drafter {item!r}; write it as NAME=DIR.")
+            raise CoralError(f"cannot read --drafter {item!r}; write it as DRAFTER or NAME=DRAFTER.")
+        if name in drafters:
+            raise CoralError(
+                f"two drafters are called {name!r}; name them apart, with --drafter NAME={source}."
+            )
         drafters[name] = source
     return drafters
+
+
+def _own_name(drafter: str) -> str:
+    from coral.api import read_name
+
+    source, _, _ = read_name(drafter)
+    if source is None:
+        return drafter
+    own = Path(source).resolve() if Path(source).is_dir() else Path(source)
+    return own.name + drafter.removeprefix(str(source))
 
 
 def load_target(

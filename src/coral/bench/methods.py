@@ -53,7 +53,7 @@ class Write(Protocol):
 MakeProposer = Callable[[Target, bool], Proposer]
 """(target, coupled) -> proposer; a bench makes one for each dtype."""
 
-# Names that no drafter may take.
+# Names that no drafter may take; "plain" and "ngram" only where they are what they say.
 RESERVED = ("plain", "hf_generate", "hf_prompt_lookup", "hf_assisted", "ngram")
 
 
@@ -164,7 +164,7 @@ def all_methods(
     """Plain decoding first: the others are compared with what it wrote.
 
     Args:
-        budgets: of the drafters, by name. lookup: of the n-gram peer.
+        budgets: of the drafters, by name; lookup: of the n-gram peer, unless it is one of them.
     """
     methods = [Method("plain", "plain", False, plain)]
     if peers:
@@ -174,9 +174,14 @@ def all_methods(
         ]
         if assistant is not None:
             methods.append(Method("peer", "hf_assisted", False, hugging_face(target, assistant)))
-        found = ours(sized(target, lookup.num_nodes + 1), NGram(), lookup)
+    if peers or "ngram" in made:
+        lookup = budgets.get("ngram", lookup)
+        proposer: Proposer = Fallback(NGram()) if fallback and "ngram" in made else NGram()
+        found = ours(sized(target, lookup.num_nodes + 1), proposer, lookup)
         methods.append(Method("peer", "ngram", False, found))
     for name, make in made.items():
+        if name == "ngram":
+            continue  # measured above, once: it has no noise to share
         budget = budgets[name]
         own = sized(target, budget.num_nodes + 1)
         for flag in coupled:

@@ -75,7 +75,7 @@ def bench(
     prefill. A second turn continues with the plain answer to the first, whatever the method.
 
     Args:
-        drafters: name -> checkpoint directory or hub id, or a function that makes the proposer.
+        drafters: name -> what `coral.load` takes as a drafter's name, or a function that makes the proposer.
         suites, limit: see `suites.load`.
         deepen: append layers that change no output up to this many (see `deepen.deepen`).
         dtypes: "auto", "float32", "bfloat16", "float16"; each is measured against its own plain decoding.
@@ -96,8 +96,11 @@ def bench(
     """
     output = Path(output)
     prompts = suites_.load(suites, limit)
-    if taken := sorted(set(drafters) & set(RESERVED)):
-        raise CoralError(f"drafter name {taken[0]!r} is reserved; rename it in --drafter NAME=DIR.")
+    if taken := sorted(name for name in RESERVED if drafters.get(name, name) != name):
+        raise CoralError(f"drafter name {taken[0]!r} is reserved; rename it in --drafter NAME=DRAFTER.")
+    drafters = {name: source for name, source in drafters.items() if name != "plain"}  # measured in any case
+    for source in drafters.values():
+        _refuse_missing(source, head)  # before minutes of loading and measuring
     if assistant is not None and not peers:
         raise CoralError(
             "an assistant makes a peer, but peers are left out; leave out one of the two options."
@@ -200,6 +203,17 @@ def _save(output: Path, results: dict[str, Any], log: Log) -> None:
         results["costs"] = {dtype: costs.to_json() for dtype, costs in log.costs.items()}
         results["rows"] = rows(log.records, log.costs)
         atomic_text(output / "results.json", json.dumps(results, indent=1) + "\n")
+
+
+def _refuse_missing(source: str | Path | MakeProposer, head: str) -> None:
+    """Raise CoralError when there is no such drafter or head."""
+    from coral.api import read_name
+    from coral.drafter import checkpoint, heads
+
+    named = source if isinstance(source, (str, Path)) else None
+    directory, head, _ = read_name(named, head)
+    if directory is not None:
+        heads.resolve(checkpoint.locate(directory), head)
 
 
 def _choose_trees(

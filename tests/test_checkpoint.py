@@ -84,6 +84,33 @@ def test_another_target_is_refused(saved):
     checkpoint.load(directory, target)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_target_is_the_same_in_every_dtype(tmp_path, stored, trained):
+    """Stops: a target that is said to have other weights when it is loaded in float16, whose small numbers
+    are coarser than those of bfloat16."""
+    target = tiny_target(hidden_size=64)
+    with torch.no_grad():
+        target.head_weight.mul_(torch.logspace(-6, 0, 64))  # many numbers below the normal ones of float16
+    target.model.to(stored)
+
+    def loaded(dtype):
+        other = tiny_target(hidden_size=64)
+        other.model.to(dtype).load_state_dict(target.model.state_dict())
+        other.head_weight = other.model.lm_head.weight
+        return other
+
+    record = TargetRecord.of(loaded(trained))
+    dtypes = {torch.float32, torch.bfloat16, torch.float16}
+    if stored == torch.float32 and trained != torch.float32:
+        dtypes = {torch.float32, trained}  # what was lost in training cannot be told from other weights
+    for dtype in dtypes:
+        assert record.has_weights_of(TargetRecord.of(loaded(dtype)))
+    with torch.no_grad():
+        target.head_weight[-1, -1] *= 1.5
+    assert not any(record.has_weights_of(TargetRecord.of(loaded(dtype))) for dtype in dtypes)
+
+
 def test_what_is_not_a_drafter_is_refused_and_left_alone(tmp_path, saved):
     """Stops: saving over a directory of other files, and stack traces for a wrong path."""
     (tmp_path / "home").mkdir()

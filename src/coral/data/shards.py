@@ -299,7 +299,8 @@ def _refuse_other(directory: Path, manifest: dict[str, Any], advice: str) -> Non
 
 
 def _refuse_target(directory: Path, recorded: TargetRecord, given: TargetRecord) -> None:
-    if any(getattr(recorded, k) != getattr(given, k) for k in ("vocab_size", "hidden_size", "fingerprint")):
+    sizes = [(record.vocab_size, record.hidden_size) for record in (recorded, given)]
+    if sizes[0] != sizes[1] or not recorded.has_weights_of(given):
         raise CoralError(
             f"the features in {directory} are those of the target {recorded.name}, but {given.name} has "
             "other weights; use that target, or store the features of this one elsewhere."

@@ -9,6 +9,7 @@ from coral.decoding.generate import acceptance_length, generate
 from coral.decoding.state import State
 from coral.decoding.tree import Budget
 from coral.drafter.drafter import Drafter
+from coral.forward import suits
 from coral.target import Target
 
 CHAIN = Budget(top_k=1, max_depth=4, num_nodes=4)
@@ -23,6 +24,7 @@ def acceptance(
     The drafter may be in another dtype than the target, as it is while it learns.
     """
     taus = {}
+    target = target.compiled(()) if suits(target) else target  # as `coral generate` does
     proposer = make_proposer(target, drafter, head="full")
     for name, budget in (("chain", CHAIN), ("tree", TREE)):
         cycles = []

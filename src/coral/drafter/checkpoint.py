@@ -49,8 +49,9 @@ class TargetLike(Protocol):
 
 @dataclass(frozen=True)
 class TargetRecord:
-    """Which target a drafter belongs to. The fingerprint recognises a target whose directory was moved or
-    renamed.
+    """Which target a drafter belongs to. A fingerprint recognises a target whose directory was moved or
+    renamed; there is one of its weights in bfloat16 and one in float16, since it may be loaded in either, and
+    what one of them rounds the other cannot tell. Records of before there were two have the first.
     """
 
     name: str
@@ -58,6 +59,7 @@ class TargetRecord:
     vocab_size: int
     hidden_size: int
     fingerprint: str
+    fingerprint_float16: str | None = None
 
     @classmethod
     def of(cls, target: TargetLike) -> "TargetRecord":
@@ -66,16 +68,21 @@ class TargetRecord:
             target.revision,
             target.vocab_size,
             target.hidden_size,
-            _fingerprint(target.head_weight),
+            _fingerprint(target.head_weight, torch.bfloat16),
+            _fingerprint(target.head_weight, torch.float16),
         )
 
+    def has_weights_of(self, other: "TargetRecord") -> bool:
+        """Whether both are of the same weights, each loaded in any dtype."""
+        if self.fingerprint == other.fingerprint:
+            return True
+        return self.fingerprint_float16 is not None and self.fingerprint_float16 == other.fingerprint_float16
 
-def _fingerprint(head_weight: Tensor) -> str:
-    """A hash of 64 rows spread over the LM head [V,h]; in bfloat16, so that the loading dtype does not
-    matter.
-    """
+
+def _fingerprint(head_weight: Tensor, dtype: torch.dtype) -> str:
+    """A hash of 64 rows spread over the LM head [V,h], rounded to `dtype`."""
     rows = torch.linspace(0, head_weight.shape[0] - 1, 64, device=head_weight.device).long()
-    sample = head_weight.detach()[rows].to(torch.bfloat16).cpu().contiguous()
+    sample = head_weight.detach()[rows].to(dtype).cpu().contiguous()
     return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
@@ -239,7 +246,7 @@ def _check_target(directory: Path, recorded: TargetRecord, given: TargetRecord) 
                 f"the drafter {directory} has {what} {ours}, but the target {given.name} has {theirs}; it "
                 f"was trained for {recorded.name}: use that target."
             )
-    if recorded.fingerprint != given.fingerprint:
+    if not recorded.has_weights_of(given):
         revision = f" at revision {recorded.revision}" if recorded.revision else ""
         raise CoralError(
             f"the drafter {directory} was trained for the target {recorded.name}{revision}, but {given.name} "

@@ -40,7 +40,6 @@ CASES = {
     "qwen2 float32 tied": Case("qwen2", torch.float32, True, NATIVE, True),
     "qwen3 bfloat16 tied": Case("qwen3", torch.bfloat16, True, NATIVE, True),
     "phi3 bfloat16 untied": Case("phi3", torch.bfloat16, False, PARTIAL | {"hidden_size": 32}, False),
-    "olmo2 float32 untied": Case("olmo2", torch.float32, False, {}, False),
     "olmo2 bfloat16 untied": Case("olmo2", torch.bfloat16, False, {}, False),
 }
 
@@ -88,22 +87,21 @@ def test_every_command(coral, tmp_path: Path, name: str) -> None:
     losses = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
     assert len(losses) == 2 and all(map(math.isfinite, losses))
 
-    # Heads, and the text with each of them.
+    # Heads; the drafter in the target's dtype, and both in others.
     make = ("train-head", drafter, "--data", data, *at)
     run(*make, "--kind", "static", "--size", 40)
     run(*make, "--kind", "low_rank", "--rank", 8, "--rescored", 5, "--batches", 2, "--updates", 2)
     run(*make, "--kind", "routed", "--groups", 4, "--active", 2, "--core", 9, "--updates", 2)
-    ask = ("generate", "the the", *at, "--max-new-tokens", 12)
-    drafters = ["ngram", f"{drafter}+ngram"]
-    drafters += [f"{drafter}+{head}" for head in ("full", "in_context", "static", "low_rank", "routed")]
-    for temperature in (0, 0.8):
-        for each in drafters:
-            run(*ask, "--temperature", temperature, "--drafter", each, "--no-fallback", "--mark")
+    ask = ("generate", "the the", *at, "--max-new-tokens", 8, "--no-fallback")
+    run(*ask, "--drafter", f"{drafter}+ngram", "--mark")
+    run(*ask, "--drafter", f"{drafter}+low_rank", "--temperature", 0.8, "--top-p", 0.9)
+    for dtype in {"float32", "bfloat16", "float16"} - {str(case.dtype).removeprefix("torch.")}:
+        run(*ask, "--drafter", drafter, "--dtype", dtype)
     run("tune", drafter, *at, "--prompts", 1, "--max-new-tokens", 4, "--head", "static")
 
     # Each text against plain decoding; in float16 and bfloat16 beside what rounding explains.
     suite, output = tmp_path / "mine.jsonl", tmp_path / "out"
-    suite.write_text("".join(json.dumps({"id": i, "turns": [f"ask {i}"]}) + "\n" for i in range(2)))
+    suite.write_text(json.dumps({"id": 1, "turns": ["ask 1"]}) + "\n")
     bench = ["bench", *at, "--suite", suite, "--max-new-tokens", 10, "--output", output]
     bench += ["--temperature", 0, "--temperature", 1, "--ignore-eos"]
     if not suits(loaded):
@@ -120,10 +118,14 @@ def test_every_command(coral, tmp_path: Path, name: str) -> None:
     run("bench", "compare", "static", "ngram", output)
 
     # Other engines, and back.
-    for engine in ("vllm", "sglang"):
+    trained = load_file(drafter / "model.safetensors")
+    fits = (
+        loaded.hidden_size == loaded.config.num_attention_heads * loaded.decoder.layers[0].self_attn.head_dim
+    )
+    for engine in ("vllm", "sglang", *(("eagle", "speculators") if fits else ())):
         out = tmp_path / engine
         run("export", drafter, "--to", engine, "--output", out, "--dtype", "bfloat16")
         run("import", out, *at, "--output", tmp_path / f"{engine}-back")
-        there, back = (load_file(d / "model.safetensors") for d in (out, tmp_path / f"{engine}-back"))
-        assert all(torch.equal(there[name], back[name]) for name in back)
+        back = load_file(tmp_path / f"{engine}-back" / "model.safetensors")
+        assert all(torch.equal(tensor, trained[name].bfloat16()) for name, tensor in back.items())
     run(*ask, "--drafter", tmp_path / "vllm-back")

@@ -429,7 +429,7 @@ def test_bench(coral, models: Path, tmp_path: Path) -> None:
     assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
     compared = coral("bench", "compare", "mine", "mine", output)
     assert compared.code == 0 and compared.out.splitlines()[0].startswith(
-        "float32 T=0 mine: mine - mine: +0.00 tau [0.00, 0.00] over 2 prompts: no difference shown; 1.00x"
+        "float32 T=0 mine: mine - mine: +0.00 tau [0.00, 0.00] over 2 prompts: too few to say; 1.00x"
     )
     assert len(compared.out.splitlines()) == 6  # T = 0, T = 1 coupled and not; the suite and `all`
     unknown = coral("bench", "compare", "mine", "yours", output)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coral.bench.compare import Run, compare, interval, line
+from coral.bench.compare import FEWEST, Run, compare, interval, line
 from coral.bench.log import Log, read
 from coral.bench.rows import Record, tau
 from coral.decoding.state import Cycle
@@ -75,7 +75,16 @@ def test_exchanging_the_names_turns_the_sign(pairs: list[tuple[list[int], list[i
     assert (ab.tau.value, ab.tau.low, ab.tau.high) == pytest.approx(mirrored, abs=1e-12)
     equal = compare(["a"], ["a"], [run(*records)], draws=200)[-1]
     assert (equal.tau.value, equal.tau.low, equal.tau.high) == (0, 0, 0)
-    assert equal.verdict == "no difference shown"
+    assert equal.verdict == ("no difference shown" if len(pairs) >= FEWEST else "too few to say")
+
+
+@pytest.mark.parametrize("prompts", [1, FEWEST - 1, FEWEST])
+def test_a_few_prompts_are_no_evidence(prompts: int) -> None:
+    """Stops `better` of one prompt, whose interval has no width, and of five that agree by chance."""
+    records = [record(name, i, [n, 9]) for i in range(prompts) for name, n in (("a", 3), ("b", 2))]
+    (found, _) = compare(["a"], ["b"], [run(*records)])
+    assert found.verdict == ("better" if prompts >= FEWEST else "too few to say")
+    assert ("over 1 prompt:" in line(found, "a", "b")) is (prompts == 1)
 
 
 def test_seeds_and_turns_are_pooled_by_prompt() -> None:
@@ -99,7 +108,8 @@ def test_only_what_all_have_counts_and_only_times_of_one_run() -> None:
     for found in compare(["a"], ["b"], [run(*a), run(*b)]):
         assert (found.tau.prompts, found.left_out, found.speed) == (4, 3, None)
         assert line(found, "a", "b").endswith(
-            "a - b: +1.00 tau [1.00, 1.00] over 4 prompts: better; 3 prompts left out, not all have them"
+            "a - b: +1.00 tau [1.00, 1.00] over 4 prompts: too few to say; 3 prompts left out, not all have "
+            "them"
         )
     warm = [record(n, 1, [3, 9], temperature=1.0, coupled=True) for n in "ab"]
     assert {d.temperature for d in compare(["a"], ["b"], [run(*a, *b), run(*warm)])} == {0.0, 1.0}

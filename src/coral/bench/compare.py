@@ -18,6 +18,8 @@ from coral.bench.rows import Record
 from coral.errors import CoralError
 
 DRAWS = 10_000
+FEWEST = 6
+"""Prompts for a verdict: of fewer, all differ in one direction by chance more often than in 5% of benches."""
 SAME = ("target", "max_new_tokens", "ignore_eos", "budget", "seed")
 """Settings without which two taus are not comparable."""
 
@@ -57,6 +59,8 @@ class Difference:
 
     @property
     def verdict(self) -> str:
+        if self.tau.prompts < FEWEST:
+            return "too few to say"
         if self.tau.low > 0:
             return "better"
         return "worse" if self.tau.high < 0 else "no difference shown"
@@ -109,12 +113,16 @@ def line(difference: Difference, first: str, second: str) -> str:
     noise = "" if d.temperature == 0 else " coupled" if d.coupled else " not coupled"
     text = (
         f"{d.dtype} T={d.temperature:g}{noise} {d.suite}: {first} - {second}: {tau.value:+.2f} tau "
-        f"[{tau.low:.2f}, {tau.high:.2f}] over {tau.prompts} prompts: {d.verdict}"
+        f"[{tau.low:.2f}, {tau.high:.2f}] over {_prompts(tau.prompts)}: {d.verdict}"
     )
     if d.speed:
         text += f"; {d.speed.value:.2f}x as fast [{d.speed.low:.2f}, {d.speed.high:.2f}]"
-    text += f"; {d.left_out} prompts left out, not all have them" if d.left_out else ""
+    text += f"; {_prompts(d.left_out)} left out, not all have them" if d.left_out else ""
     return text + ("" if d.same_trees else "; their trees differ (give --tree to compare drafters alone)")
+
+
+def _prompts(count: int) -> str:
+    return f"{count} prompt" + "s" * (count != 1)
 
 
 def interval(sums: NDArray[np.float64], how: str, draws: int = DRAWS, seed: int = 0) -> Interval:

@@ -169,8 +169,10 @@ def bench(
                     console.print(f"{dtype}: compiling, a few seconds a layer for each of {count} forwards")
             fastest = [*targets.values()][-1]
             made = {name: maker(source, head) for name, source in drafters.items()}
-            heads = _measure_apart(targets, made, few, log, max_new_tokens, budgets, max(tree_rows), helper)
-            results["routed_heads"][dtype_] = heads
+            with console.status(f"{dtype_}: measuring what plain and draft steps cost ..."):
+                results["routed_heads"][dtype_] = _measure_apart(
+                    targets, made, few, log, max_new_tokens, budgets, max(tree_rows), helper
+                )
             if dtype_ not in log.trees:
                 log.add_trees(dtype_, trees)
             costs, tie_references = log.costs[dtype_], references(loaded)
@@ -182,11 +184,12 @@ def bench(
                 sampling = Sampling(temperature=temperature, seed=seed)
                 flags = list(coupled) if temperature else [False]  # at T = 0 there is no noise to share
                 methods = all_methods(fastest, plain, made, flags, budgets, peers, lookup, helper, fallback)
-                for method in methods:
-                    method.write(few[0][0], sampling, 0, 4)  # warm up
                 turns = sum(prompt.num_turns for items in prompts.values() for prompt in items)
                 with Progress(console=console, transient=True) as progress:
-                    task = progress.add_task(f"{dtype_} T={temperature:g}", total=turns * len(methods))
+                    task = progress.add_task("warming up", total=turns * len(methods))
+                    for method in methods:
+                        method.write(few[0][0], sampling, 0, 4)
+                    progress.update(task, description=f"{dtype_} T={temperature:g}")
                     for suite, prompt in ((s, p) for s, items in prompts.items() for p in items):
                         common = (sampling, max_new_tokens, eos_ids, log, tie_references)
                         for reason in _conversation(loaded, methods, suite, prompt, *common):

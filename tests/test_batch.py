@@ -32,7 +32,7 @@ def together(target, order, new=NEW):
     return batch.write_padded(target, *pick, new)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral-sliding", "qwen2-sliding", "phi3", "olmo2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral-sliding", "qwen2-sliding", "phi3", "olmo2", "gemma3"])
 def test_batch_equals_one_by_one(kind):
     """Stops padding that is attended to or counted as a position, and rows that share noise."""
     target = tiny_target(kind)

@@ -26,7 +26,7 @@ from coral.decoding.state import State
 from coral.decoding.tree import Budget
 
 BUDGET = Budget(top_k=3, max_depth=4, num_nodes=8)
-FAMILIES = ["llama", "mistral-sliding", "qwen2-sliding", "qwen3", "phi3-longrope", "olmo2"]
+FAMILIES = ["llama", "mistral-sliding", "qwen2-sliding", "qwen3", "phi3-longrope", "olmo2", "gemma3"]
 
 
 def assert_cache_is_fresh(target, state):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -37,6 +38,7 @@ CONFIGS = {
     "qwen3": Qwen3Config(**SHAPE, head_dim=8),
     "phi3": Phi3Config(**SHAPE),
     "olmo2": Olmo2Config(**SHAPE),
+    "gemma3": Gemma3TextConfig(**SHAPE, head_dim=4, sliding_window=5, sliding_window_pattern=2),
 }
 
 

@@ -20,7 +20,19 @@ from coral.target import Target
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 
 SIZES = {"hidden_size": 32, "head_dim": 16, "intermediate_size": 48}
-KINDS = ["llama", "llama-tied", "llama-ungrouped", "llama-llama3", "mistral", "qwen2", "qwen3"]
+KINDS = [
+    "llama",
+    "llama-tied",
+    "llama-ungrouped",
+    "llama-llama3",
+    "mistral",
+    "mistral-sliding",
+    "qwen2",
+    "qwen2-sliding",
+    "qwen3",
+    "qwen3-sliding",
+    "gemma3",
+]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -95,10 +107,21 @@ def test_the_matrix_unit_computes_what_vectors_do(kind, rows):
     assert (by_tiles - by_vectors).norm() < 0.02 * by_vectors.norm()
 
 
+@pytest.mark.parametrize("kind", ["gemma3", "llama"])
+def test_eager_attention_is_the_same_in_float32(kind):
+    """Stops a model that eager attention keeps from being run here, though nothing is rounded between."""
+    slow, fast = targets(kind, attention="eager")
+    assert fast._native is not None
+    tree = random_tree(9)
+    (model,), (own,) = (target.verify(states_of(target, [12]), [tree])[0] for target in (slow, fast))
+    torch.testing.assert_close(own, model, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_does_not_depend_on_the_rows_beside_it(dtype):
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3"])
+def test_a_row_does_not_depend_on_the_rows_beside_it(kind, dtype):
     """Stops a verification that rounds otherwise than plain steps, so that ties fall otherwise."""
-    _, fast = targets("qwen3", dtype)
+    _, fast = targets(kind, dtype)
     (state,), tokens = states_of(fast, [9]), prompt_of(7, seed=2)
     chain = tree_of(tokens, range(-1, len(tokens) - 1))
     together = fast.verify([state], [chain])
@@ -113,10 +136,13 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [2, 40, few_rows.MOST_ROWS + 30])
-def test_a_prompt_is_read_as_its_tokens_are_written(length, dtype, monkeypatch):
-    """Stops a prompt's rows, or a long prompt's pieces, that are not those of plain steps over its tokens."""
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3"])
+def test_a_prompt_is_read_as_its_tokens_are_written(kind, length, dtype, monkeypatch):
+    """Stops a prompt's rows, or a long prompt's pieces, that are not those of plain steps over its tokens; and
+    a window that is another for rows that attend together.
+    """
     monkeypatch.setattr(target_module, "_PREFILL_CHUNK", 70)
-    _, fast = targets("qwen3", dtype)
+    _, fast = targets(kind, dtype)
     assert fast._native is not None
     fast._native._most_rows = length  # also where torch's forward would be faster
     tokens = prompt_of(length)
@@ -129,9 +155,12 @@ def test_a_prompt_is_read_as_its_tokens_are_written(length, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_node_does_not_depend_on_other_branches(dtype):
-    """Stops sums over keys whose order follows the places of a path's rows in the cache."""
-    _, fast = targets("llama", dtype)
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_node_does_not_depend_on_other_branches(kind, dtype):
+    """Stops sums over keys whose order follows the places of a path's rows in the cache, and a window that
+    is counted in places, not in positions.
+    """
+    _, fast = targets(kind, dtype)
     for seed in range(8):
         (state,), tree = states_of(fast, [20 + seed]), random_tree(12, seed=seed)
         (logits,), (features,) = fast.verify([state], [tree])
@@ -182,9 +211,8 @@ def test_threads_share_the_work():
     [
         ("phi3", {}),
         ("olmo2", {}),
-        ("mistral-sliding", {}),
         ("llama-dynamic", {}),
-        ("llama", {"attention": "eager"}),
+        ("llama", {"attention": "eager", "dtype": torch.bfloat16}),
         ("llama", {"hidden_act": "gelu"}),
         ("llama", {"head_dim": 8}),
         ("llama", {"dtype": torch.float16}),

@@ -81,9 +81,9 @@ def draft(target, proposer, budget, sampling, accepted, length=20):
     [
         {},
         {"num_layers": 2, "fc_bias": True, "biased": True},
-        {"normalised_feedback": True, "num_key_value_heads": 1},
+        {"normalised_feedback": True, "num_key_value_heads": 1, "embedding_scale": 6.0},
     ],
-    ids=["plain", "two layers and biases", "normalised"],
+    ids=["plain", "two layers and biases", "normalised and scaled"],
 )
 def test_trees_are_those_of_levels(head, options, monkeypatch):
     """Stops: a row of the cache that belongs to another row, branch or level; rotation at another position; a

@@ -131,6 +131,7 @@ def config_directory(tmp_path, **config):
 
 
 LLAMA = LlamaConfig(**SHAPE).to_dict()
+GEMMA = CONFIGS["gemma3"].to_dict()
 
 
 @pytest.mark.parametrize(
@@ -143,9 +144,11 @@ LLAMA = LlamaConfig(**SHAPE).to_dict()
             "linear_attention keep a state that cannot be cut",
         ),
         (LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised targets"),
+        (GEMMA | {"final_logit_softcapping": 30.0}, "sets final_logit_softcapping"),
+        (GEMMA | {"use_bidirectional_attention": True}, "sets use_bidirectional_attention"),
         ({"model_type": "nothing-of-the-kind"}, "cannot read a model config"),
     ],
-    ids=["gpt2", "gemma2", "linear", "quantised", "unknown"],
+    ids=["gpt2", "gemma2", "linear", "quantised", "soft caps", "both ways", "unknown"],
 )
 def test_refused_before_weights_are_read(tmp_path, config, reason):
     """Stops minutes of download before a refusal: no weights are here, yet the reason is the config's."""

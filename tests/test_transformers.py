@@ -48,6 +48,7 @@ KINDS = (
     "qwen3",
     "phi3-partial",
     "olmo2",
+    "gemma3",
 )
 
 

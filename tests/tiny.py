@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -77,6 +78,21 @@ CONFIGS = {
     ),
     "phi3-longrope": Phi3Config(**SHAPE, rope_parameters=LONGROPE, original_max_position_embeddings=34),
     "olmo2": Olmo2Config(**SHAPE),
+    "gemma3": Gemma3TextConfig(
+        **SHAPE
+        | {
+            "tie_word_embeddings": True,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 12,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "initializer_range": 0.1,
+        },
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
 }
 
 

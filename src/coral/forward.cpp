@@ -20,8 +20,15 @@ struct Matrix {
 
 struct Layer {
   const float *input_norm, *norm;
-  const float *query_norm, *key_norm;  // or none
-  Matrix qkv, o, gate_up, down;        // gate_up: a panel of one, a panel of the other, and so on
+  const float *query_norm, *key_norm;       // or none
+  const float *attended_norm, *fed_norm;    // or none: of what attention and the MLP add
+  Matrix qkv, o, gate_up, down;             // gate_up: a panel of one, a panel of the other, and so on
+  int64_t rotation;                         // which of the job's
+  bool windowed;                            // rows see the last `window` positions only
+};
+
+struct Rotation {
+  const float *cos, *sin;  // [positions, d]
 };
 
 struct Sequence {
@@ -37,8 +44,11 @@ struct Job {
   const void* embedding;
   const float* norm;
   Matrix head;
-  const float *cos, *sin;  // [positions, d]
-  float eps, scale;
+  const Rotation* rotations;
+  int64_t window;
+  float eps, scale, embedding_scale;
+  bool gelu;            // the MLP's activation, by tanh; else SiLU
+  bool normed_at_once;  // a norm rounds once; else before its weights, too
   bool narrow;  // rows are bfloat16, as the embedding, keys, values, and what is returned
   bool tiles;   // they are multiplied by the matrix unit
 
@@ -81,10 +91,13 @@ struct Forward {
   const int64_t h = job.hidden, d = job.head_size, attended_width = job.heads * d,
                 width = attended_width + 2 * job.kv_heads * d;
 
+  static constexpr bool wide = std::is_same_v<T, float>;  // logits are then made where they will stand
+
   int64_t n = 0;
   std::vector<Place> place;  // of each row; so are the next two
   std::vector<int64_t> position;
   std::vector<Buffer<bool>> seen;  // rows of the cache that it attends to
+  std::vector<Buffer<bool>> near;  // those within the window; none: all of them
   std::vector<Task> tasks;
 
   Buffer<float> x, qkv, sums, inner, parts;  // parts: each thread's of the last product of a layer, [threads, n, h]
@@ -106,6 +119,7 @@ struct Forward {
         position.push_back(i > 0 ? position[first + s->parents[i]] + 1 : s->length);
         place.push_back({s, i}), seen.push_back(std::move(allowed));
       }
+      for (int64_t i = 0; i < s->count; i++) near.push_back(within_window(*s, first, first + i));
       for (int64_t head = 0; head < job.kv_heads; head++)
         for (int64_t row = 0; row < group * s->count; row += most)
           tasks.push_back({s, first, head, row, std::min(row + most, group * s->count)});
@@ -114,8 +128,23 @@ struct Forward {
     for (int64_t l = 0; l < job.num_layers; l++) widest = std::max(widest, job.layers[l].gate_up.outputs);
     x = buffer<float>(n * h), qkv = buffer<float>(n * width), attended = buffer<T>(n * attended_width);
     inner = buffer<float>(n * widest / 2);
-    sums = buffer<float>(n * std::max(widest, job.logits ? job.head.outputs : 0));
+    sums = buffer<float>(n * std::max(widest, job.logits && !wide ? job.head.outputs : 0));
     parts = buffer<float>(job.threads * n * h);
+  }
+
+  // The position of the first row of the cache that a row sees through a window.
+  int64_t horizon(int64_t row) const { return std::max<int64_t>(position[row] - job.window + 1, 0); }
+
+  // What a row sees through the window; `first`: the sequence's first row.
+  Buffer<bool> within_window(const Sequence& s, int64_t first, int64_t row) const {
+    const int64_t from = job.window ? horizon(row) : 0, all = s.length + s.count;
+    if (!from) return nullptr;
+    auto near = buffer<bool>(all);
+    std::copy_n(seen[row].get(), all, near.get());
+    std::fill_n(near.get(), std::min(from, s.length), false);
+    for (int64_t i = 0; i < s.count; i++)
+      if (position[first + i] < from) near[s.length + i] = false;
+    return near;
   }
 
   void run() {
@@ -125,7 +154,10 @@ struct Forward {
       const Range rows = share(n, 1);
       for (int64_t r = rows.begin; r < rows.end; r++) {
         const int64_t id = place[r].sequence->ids[place[r].node];
-        convert<T, T>(static_cast<const T*>(job.embedding) + id * h, nullptr, h, &x[r * h]);
+        for (int64_t c = 0; c < h; c += kLanes) {
+          const Vec numbers = load(static_cast<const T*>(job.embedding) + id * h + c);
+          store(rounded<T>(numbers * Vec(job.embedding_scale)), &x[r * h + c]);
+        }
       }
       wait_for_all();
       for (int64_t l = 0; l < job.num_layers; l++) {
@@ -136,31 +168,34 @@ struct Forward {
         wait_for_all();
         rotate(layer, l);
         wait_for_all();
-        attend(l);
+        attend(layer, l);
         wait_for_all();
-        add_product(layer.o, [&](int64_t r, int64_t k, int64_t depth, float* to) {
+        add_product(layer.o, layer.attended_norm, [&](int64_t r, int64_t k, int64_t depth, float* to) {
           convert<T, T>(&attended[r * attended_width + k], nullptr, depth, to);
         });
         wait_for_all();
         feed_forward(layer);
         wait_for_all();
-        add_parts(layer.down);
+        add_parts(layer.down, layer.fed_norm);
         wait_for_all();
       }
       T *features = static_cast<T*>(job.features), *logits = static_cast<T*>(job.logits);
       const int64_t ids = job.head.outputs;
-      if (logits)
-        normalised_product(job.norm, job.head, sums.get(), 1, [&](int64_t r, int64_t j, int64_t count) {
-          store(result(job.head, &sums[r * ids], j, count), logits + r * ids + j, count);
+      if (logits) {
+        float* scores = wide ? static_cast<float*>(job.logits) : sums.get();
+        normalised_product(job.norm, job.head, scores, 1, [&](int64_t r, int64_t j, int64_t count) {
+          store(result(job.head, scores + r * ids, j, count), logits + r * ids + j, count);
         });
+      }
       for (int64_t r = rows.begin; r < rows.end; r++)
         for (int64_t c = 0; c < h; c += kLanes)
           store(normalised(&x[r * h + c], job.norm + c, scale_of(&x[r * h], h, job.eps)), features + r * h + c);
     }
   }
 
-  static Vec normalised(const float* numbers, const float* weights, float scale) {
-    return rounded<T>(rounded<T>(load(numbers) * Vec(scale)) * load(weights));
+  Vec normalised(const float* numbers, const float* weights, float scale) const {
+    const Vec unit = load(numbers) * Vec(scale);
+    return rounded<T>((job.normed_at_once ? unit : rounded<T>(unit)) * load(weights));
   }
 
   // A product's sum with its bias, for `count` outputs.
@@ -205,10 +240,26 @@ struct Forward {
   }
 
   template <typename CopyRow>
-  void add_product(const Matrix& matrix, const CopyRow& copy_row) {
+  void add_product(const Matrix& matrix, const float* norm, const CopyRow& copy_row) {
     product(matrix, copy_row, sums.get(), 1, [&](int64_t r, int64_t j, int64_t count) {
-      add(r, j, count, result(matrix, &sums[r * h], j, count));
+      add_or_keep(r, j, count, result(matrix, &sums[r * h], j, count), norm, sums.get());
     });
+    if (norm) add_normalised(norm, sums.get());
+  }
+
+  // A change is added at once, or kept where all of its row is to be normalised first.
+  void add_or_keep(int64_t r, int64_t j, int64_t count, const Vec& change, const float* norm, float* kept) {
+    norm ? store(change, kept + r * h + j, count) : add(r, j, count, change);
+  }
+
+  void add_normalised(const float* norm, const float* changes) {
+    wait_for_all();
+    const Range mine = share(h, kLanes);
+    for (int64_t r = 0; r < n; r++) {
+      const float scale = scale_of(changes + r * h, h, job.eps);
+      for (int64_t j = mine.begin; j < mine.end; j += kLanes)
+        add(r, j, kLanes, normalised(changes + r * h + j, norm + j, scale));
+    }
   }
 
   void add(int64_t row, int64_t column, int64_t count, const Vec& change) {
@@ -216,7 +267,7 @@ struct Forward {
     store(rounded<T>(Vec::loadu(place, count) + change), place, count);
   }
 
-  // SiLU(gate) * up; both panels of a pair are this thread's. Then this thread's part of `down`: what it has just
+  // SiLU(gate) * up, or GELU by tanh: gate / (1 + exp(-2 u)) is gate / 2 * (1 + tanh(u)); both panels of a pair are this thread's. Then this thread's part of `down`: what it has just
   // made, with all outputs, so that no thread waits for another's numbers, or fetches them.
   void feed_forward(const Layer& layer) {
     const Matrix &both = layer.gate_up, &down = layer.down;
@@ -224,7 +275,8 @@ struct Forward {
       if (j / kPanel % 2) return;
       const float* row = &sums[r * both.outputs];
       const Vec gate = result(both, row, j, count), up = result(both, row, j + kPanel, count);
-      const Vec active = rounded<T>(gate / (Vec(1) + gate.neg().exp_u20()));
+      const Vec power = job.gelu ? gate * (Vec(1.5957691f) + Vec(0.07135482f) * gate * gate) : gate;
+      const Vec active = rounded<T>(gate / (Vec(1) + power.neg().exp_u20()));
       const int64_t output = j / (2 * kPanel) * kPanel + j % kPanel;
       store(rounded<T>(active * up), &inner[r * down.inputs + output]);
     });
@@ -237,15 +289,16 @@ struct Forward {
     multiply(down, {0, h / kPanel}, made, copy_row, part);
   }
 
-  void add_parts(const Matrix& down) {
+  void add_parts(const Matrix& down, const float* norm) {
     const Range mine = share(h, kLanes);
     for (int64_t r = 0; r < n; r++)
       for (int64_t j = mine.begin; j < mine.end; j += kLanes) {
         Vec sum = load(&parts[r * h + j]);
         for (int64_t t = 1; t < omp_get_num_threads(); t++) sum = sum + load(&parts[(t * n + r) * h + j]);
         store(sum, &parts[r * h + j]);
-        add(r, j, kLanes, result(down, &parts[r * h], j, kLanes));
+        add_or_keep(r, j, kLanes, result(down, &parts[r * h], j, kLanes), norm, parts.get());
       }
+    if (norm) add_normalised(norm, parts.get());
   }
 
   T* stored(const Sequence& s, int64_t part, int64_t kv_head) const {
@@ -259,7 +312,7 @@ struct Forward {
     for (int64_t task = mine.begin; task < mine.end; task++) {
       const int64_t r = task / heads, head = task % heads, kv_head = head - job.heads;
       float* row = &qkv[r * width + head * d];
-      turn(row, kv_head < 0 ? layer.query_norm : layer.key_norm, position[r]);
+      turn(row, kv_head < 0 ? layer.query_norm : layer.key_norm, job.rotations[layer.rotation], position[r]);
       if (kv_head < 0) continue;
       const Sequence& s = *place[r].sequence;
       const int64_t slot = (s.length + place[r].node) * d;
@@ -270,12 +323,12 @@ struct Forward {
     }
   }
 
-  void turn(float* head, const float* norm, int64_t at_position) const {
+  void turn(float* head, const float* norm, const Rotation& rotation, int64_t at_position) const {
     if (norm) {
       const float scale = scale_of(head, d, job.eps);
       for (int64_t c = 0; c < d; c += kLanes) store(normalised(head + c, norm + c, scale), head + c);
     }
-    const float *cos = job.cos + at_position * d, *sin = job.sin + at_position * d;
+    const float *cos = rotation.cos + at_position * d, *sin = rotation.sin + at_position * d;
     for (int64_t c = 0, half = d / 2; c < half; c += kLanes) {
       const int64_t count = std::min(kLanes, half - c), other = half + c;
       const auto at = [count](const float* numbers) { return Vec::loadu(numbers, count); };
@@ -286,20 +339,24 @@ struct Forward {
     }
   }
 
-  void attend(int64_t l) {
+  void attend(const Layer& layer, int64_t l) {
     const Range mine = share(tasks.size(), 1);
     for (int64_t t = mine.begin; t < mine.end; t++) {
       const Task& task = tasks[t];
       const Sequence& s = *task.sequence;
       Block<T> block;
+      int64_t from = layer.windowed ? s.length : 0;  // rows of the cache before it are none of these rows' business
       for (int64_t i = task.begin; i < task.end; i++) {
         const int64_t head = task.kv_head * (job.heads / job.kv_heads) + i / s.count, r = task.first + i % s.count;
         block.queries[block.count] = &qkv[r * width + head * d];
-        block.allowed[block.count] = seen[r].get();
+        block.allowed[block.count] = layer.windowed && near[r] ? near[r].get() : seen[r].get();
         block.outputs[block.count++] = &attended[r * attended_width + head * d];
+        if (layer.windowed) from = std::min(from, horizon(r));
       }
-      kAttend<T>[block.count - 1](block, stored(s, 2 * l, task.kv_head), stored(s, 2 * l + 1, task.kv_head),
-                                  s.length + s.count, d, job.scale);
+      for (int64_t i = 0; i < block.count; i++) block.allowed[i] += from;
+      kAttend<T>[block.count - 1](block, stored(s, 2 * l, task.kv_head) + from * d,
+                                  stored(s, 2 * l + 1, task.kv_head) + from * d, s.length + s.count - from, d,
+                                  job.scale);
     }
   }
 };

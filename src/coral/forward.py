@@ -22,6 +22,7 @@ from coral import sampler
 from coral.cpp import build
 from coral.few_rows import DTYPES, LANES, MOST_ROWS, PANEL, pack_once
 from coral.packed import PackedLinear
+from coral.support import rotations
 
 if TYPE_CHECKING:
     from coral.cache import KVCache
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     from coral.decoding.tree import DraftTree
     from coral.target import Target
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""RMSNorm before attention and before a gated SiLU, rotated queries and keys; with their own module names."""
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+"""RMSNorm before attention and before a gated MLP, rotated queries and keys; with their own module names."""
+_ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # whose frequencies do not follow the length
 
 
@@ -47,8 +49,15 @@ class _Matrix(Structure):
 class _Layer(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("input_norm", "norm", "query_norm", "key_norm")),
+        *((name, c_void_p) for name in ("attended_norm", "fed_norm")),
         *((name, _Matrix) for name in ("qkv", "o", "gate_up", "down")),
+        ("rotation", c_int64),
+        ("windowed", c_bool),
     )
+
+
+class _Rotation(Structure):
+    _fields_ = (("cos", c_void_p), ("sin", c_void_p))
 
 
 class _Sequence(Structure):
@@ -65,10 +74,13 @@ class _Job(Structure):
         *((name, c_int64) for name in ("threads", "hidden", "heads", "kv_heads", "head_size", "num_layers")),
         *((name, c_void_p) for name in ("layers", "embedding", "norm")),
         ("head", _Matrix),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
+        ("rotations", c_void_p),
+        ("window", c_int64),
         ("eps", c_float),
         ("scale", c_float),
+        ("embedding_scale", c_float),
+        ("gelu", c_bool),
+        ("normed_at_once", c_bool),
         ("narrow", c_bool),
         ("tiles", c_bool),
         ("num_sequences", c_int64),
@@ -77,20 +89,19 @@ class _Job(Structure):
 
 
 def suits(target: Target) -> bool:
-    """Whether a target can be run here. Not so: another family, or code that is not transformers' own; a
-    sliding window, or rotary frequencies that follow the length or turn a part of a head; eager attention;
-    another device, number format or activation; sizes that do not fill vectors; layers that are not plain
-    linear ones; no memory for copies; no C++ compiler, or one that does not know this processor's vectors.
+    """Whether a target can be run here. Not so: another family, or code that is not transformers' own; rotary
+    frequencies that follow the length or turn a part of a head; eager attention, except in float32, where it
+    rounds nothing between; another device, number format or activation; sizes that do not fill vectors; layers
+    that are not plain linear ones; no memory for copies; no C++ compiler, or one that does not know this
+    processor's vectors.
     """
     config, decoder = target.config, target.decoder
-    rope = getattr(config, "rope_parameters", None) or {}
     if (
         config.model_type not in FAMILIES
         or not type(target.model).__module__.startswith("transformers.models.")
-        or target.window is not None
-        or rope.get("rope_type", "default") not in _FIXED_ROPE
-        or config._attn_implementation == "eager"
-        or config.hidden_act != "silu"
+        or any(rope.get("rope_type", "default") not in _FIXED_ROPE for rope in rotations(config).values())
+        or (config._attn_implementation == "eager" and target.dtype != torch.float32)
+        or _activation(config) not in _ACTIVATIONS
     ):
         return False
     weights = [*target.model.parameters()]
@@ -108,11 +119,15 @@ def suits(target: Target) -> bool:
         and target.dtype in DTYPES
         and all(type(linear) in (nn.Linear, PackedLinear) for linear in linears)
         and all(size % LANES == 0 for size in (head_size, *(linear.in_features for linear in linears)))
-        and 2 * len(decoder.rotary_emb.inv_freq) == head_size
+        and all(2 * len(frequencies) == head_size for frequencies in decoder.rotary_emb.buffers())
         and target.embedding_weight.is_contiguous()
         and psutil.virtual_memory().available > 1.2 * sum(linear.weight.nbytes for linear in linears)
         and _library() is not None
     )
+
+
+def _activation(config: Any) -> str:
+    return str(getattr(config, "hidden_act", None) or config.hidden_activation)
 
 
 def _library() -> CDLL | None:
@@ -135,18 +150,26 @@ class NativeForward:
         self._run, self._decoder = library.coral_forward, decoder
         self._owned: list[Tensor] = [target.embedding_weight]  # what the pointers below lead to
         self._met = Counter[Any]()
+        self._gemma = config.model_type == "gemma3_text"
+        # The kinds of layers that have a rotation of their own.
+        self._turns = sorted(set(config.layer_types)) if self._gemma else [None]
         layers = []
-        for layer in decoder.layers:
+        for layer, kind in zip(decoder.layers, target.layer_types, strict=True):
             a, mlp = layer.self_attn, layer.mlp
-            norms = (layer.input_layernorm, layer.post_attention_layernorm)
+            around = [None, layer.post_attention_layernorm, None]  # after attention, before and after the MLP
+            if self._gemma:
+                around = [around[1], layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm]
             head_norms = (getattr(a, "q_norm", None), getattr(a, "k_norm", None))
+            norms = (layer.input_layernorm, around[1], *head_norms, around[0], around[2])
             layers.append(
                 _Layer(
-                    *(None if norm is None else self._vector(norm.weight) for norm in norms + head_norms),
+                    *(None if norm is None else self._norm(norm) for norm in norms),
                     self._matrix([a.q_proj, a.k_proj, a.v_proj]),
                     self._matrix([a.o_proj]),
                     self._matrix([mlp.gate_proj, mlp.up_proj], interleaved=True),
                     self._matrix([mlp.down_proj]),
+                    rotation=self._turns.index(kind) if self._gemma else 0,
+                    windowed=target.window is not None and kind == "sliding_attention",
                 )
             )
         self._layers = (_Layer * len(layers))(*layers)
@@ -165,10 +188,14 @@ class NativeForward:
             num_layers=len(layers),
             layers=addressof(self._layers),
             embedding=target.embedding_weight.data_ptr(),
-            norm=self._vector(decoder.norm.weight),
+            norm=self._norm(decoder.norm),
             head=self._matrix([target.model.get_output_embeddings()]),
             eps=config.rms_norm_eps,
             scale=attention.scaling,
+            window=target.window or 0,
+            embedding_scale=self._embedding_scale(target),
+            gelu=_activation(config) != "silu",
+            normed_at_once=self._gemma,
             narrow=target.dtype == torch.bfloat16,
             tiles=target.dtype == torch.bfloat16 and _tiles(),
         )
@@ -233,9 +260,13 @@ class NativeForward:
 
     def _rotate(self, length: int) -> None:
         """Have cos, sin [length, d] float32 of all positions, rounded as the model rounds them."""
-        tables = self._decoder.rotary_emb(self._no_rows, torch.arange(length)[None])
-        self._rotation, self._rotated = [table[0].float().contiguous() for table in tables], length
-        self._job.cos, self._job.sin = (table.data_ptr() for table in self._rotation)
+        kinds = [() if kind is None else (kind,) for kind in self._turns]
+        positions = torch.arange(length)[None]
+        tables = [self._decoder.rotary_emb(self._no_rows, positions, *kind) for kind in kinds]
+        self._tables = [[table[0].float().contiguous() for table in pair] for pair in tables]
+        pairs = [_Rotation(*(table.data_ptr() for table in pair)) for pair in self._tables]
+        self._rotations, self._rotated = (_Rotation * len(pairs))(*pairs), length
+        self._job.rotations = addressof(self._rotations)
 
     def _matrix(self, linears: list[Any], interleaved: bool = False) -> _Matrix:
         """One product of layers that read the same rows; interleaved: a panel of each in turn."""
@@ -254,6 +285,15 @@ class NativeForward:
             narrow=self._owned[-1].dtype == torch.bfloat16,
             bias=None if linears[0].bias is None else self._vector(joined([each.bias for each in linears])),
         )
+
+    def _norm(self, norm: Any) -> int:
+        """What normalised rows are multiplied by: with Gemma 1 + the weight, in float32."""
+        return self._vector(1 + norm.weight.float() if self._gemma else norm.weight)
+
+    def _embedding_scale(self, target: Target) -> float:
+        """What the model multiplies rows of its embedding by, rounded as it rounds it."""
+        scale = getattr(target.model.get_input_embeddings(), "embed_scale", None)
+        return 1.0 if scale is None else float(scale.to(target.dtype))
 
     def _vector(self, values: Tensor) -> int:
         self._owned.append(values.detach().float().contiguous())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from coral.errors import CoralError
 
 # Families whose logits are head(feature) with nothing in between, and whose only state is a KV cache. Each is
 # compared with Hugging Face `generate` token for token in tests/test_parity.py.
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2")
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "gemma3_text")
 
 
 def check_supported(config: PreTrainedConfig) -> None:
@@ -19,6 +21,12 @@ def check_supported(config: PreTrainedConfig) -> None:
             f"architecture {kind!r} is not supported: its logits, state or masks are not known to be exact "
             f"here; use a target of one of these families: {', '.join(SUPPORTED)}."
         )
+    for key in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
+        if getattr(config, key, None):
+            raise CoralError(
+                f"the model's config sets {key}, which changes its logits in a way that is not known to be "
+                f"exact here; use a checkpoint without it, as those of {kind} are."
+            )
     odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if odd:
         raise CoralError(
@@ -34,15 +42,26 @@ def check_supported(config: PreTrainedConfig) -> None:
 def context_length(config: PreTrainedConfig) -> int:
     """The longest sequence decoded exactly: it ends before rotary frequencies change with the length."""
     limit = int(config.max_position_embeddings)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        original = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
-        return min(limit, int(original or limit))
-    if rope.get("rope_type") == "dynamic":
-        return min(limit, int(rope.get("original_max_position_embeddings") or limit))
+    for rope in rotations(config).values():
+        original = rope.get("original_max_position_embeddings")
+        if rope.get("rope_type") == "longrope":
+            original = original or getattr(config, "original_max_position_embeddings", None)
+        if rope.get("rope_type") in ("longrope", "dynamic"):
+            limit = min(limit, int(original or limit))
     return limit
+
+
+def rotations(config: PreTrainedConfig) -> dict[str | None, dict[str, Any]]:
+    """The rotary parameters of each type of layers, or those of all of them under None."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope and all(isinstance(value, dict) for value in rope.values()):
+        return dict(rope)
+    return {None: rope}
+
+
+def embedding_scale(config: PreTrainedConfig) -> float:
+    """What a family multiplies the rows of its embedding by; the model itself rounds it to its dtype."""
+    return float(config.hidden_size**0.5) if config.model_type == "gemma3_text" else 1.0
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:

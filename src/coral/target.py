@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _ATTENTION = ("sdpa", "eager")  # kernels that take an arbitrary mask; "sdpa" is loaded as our grouped form
 _PREFILL_CHUNK = 512
+_ALIKE = ("mistral", "phi3")  # all of whose layers have the window, whatever `layer_types` says
 
 
 class Target:
@@ -201,7 +202,11 @@ class Target:
         return next((size for size in self.sizes if size >= counts[0]), None)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Frozen token embeddings, [...] int64 -> [..., h]."""
+        """Rows of the frozen embedding as they are stored, [...] int64 -> [..., h].
+
+        So other engines, too, hand them to a drafter. What some families multiply them by is in a drafter's
+        config (`DrafterConfig.embedding_scale`).
+        """
         return F.embedding(ids.to(self.embedding_weight.device), self.embedding_weight).to(self.device)
 
     def head(self, features: Tensor) -> Tensor:
@@ -354,12 +359,20 @@ class Target:
         used = getattr(self.config, "use_sliding_window", True)
         return getattr(self.config, "sliding_window", None) if used else None
 
+    @property
+    def layer_types(self) -> list[str]:
+        """Which layers have the window ("sliding_attention") and which see everything ("full_attention")."""
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds is None or self.config.model_type in _ALIKE:
+            kind = "full_attention" if self.window is None else "sliding_attention"
+            return [kind] * self.config.num_hidden_layers
+        return list(kinds)
+
     def _for_layers(self, full: Tensor, windowed: Tensor) -> Any:
         """Masks of layers without and with a window as the model's family takes them."""
         if self.window is None:
             return full
-        kinds = getattr(self.config, "layer_types", None)
-        if kinds is None or self.config.model_type in ("mistral", "phi3"):
+        if getattr(self.config, "layer_types", None) is None or self.config.model_type in _ALIKE:
             return windowed
         return {"full_attention": full, "sliding_attention": windowed}
 

@@ -46,7 +46,7 @@ struct Job {
   const float *fc_bias, *head_bias;  // or none
   const int64_t* head_ids;           // or none: rows of the head are ids
   const float *cos, *sin;            // [positions, d]
-  float eps;
+  float eps, embedding_scale;
   bool feed_back_normalised;
 
   Numbers cache;             // keys and values of each layer in turn, [2 * layers, kv_heads, capacity, d]
@@ -230,7 +230,9 @@ struct Draft {
   void forward() {
     const int64_t n = ids.size(), h = job.hidden, own = omp_get_thread_num(), team = omp_get_num_threads();
     for (int64_t r = own; r < n; r += team) {
-      job.embedding.visit([&](const auto* rows) { std::copy_n(rows + ids[r] * h, h, &joined[r * 2 * h]); });
+      job.embedding.visit([&](const auto* rows) {
+        for (int64_t c = 0; c < h; c++) joined[r * 2 * h + c] = float(rows[ids[r] * h + c]) * job.embedding_scale;
+      });
       std::copy_n(&features[r * h], h, &joined[r * 2 * h + h]);
     }
     wait_for_all();

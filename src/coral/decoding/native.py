@@ -54,6 +54,7 @@ class _Job(Structure):
         ("head", _Matrix),
         *((name, c_void_p) for name in ("fc_bias", "head_bias", "head_ids", "cos", "sin")),
         ("eps", c_float),
+        ("embedding_scale", c_float),
         ("feed_back_normalised", c_bool),
         ("cache", _Numbers),
         ("num_rows", c_int64),
@@ -99,6 +100,7 @@ class NativeDrafter:
             fc=self._matrix(drafter.fc.weight),
             fc_bias=None if bias is None else self._vector(bias),
             eps=config.rms_norm_eps,
+            embedding_scale=config.embedding_scale,
             feed_back_normalised=config.normalised_feedback,
         )
         self._head: tuple[Tensor | None, _Matrix] = None, _Matrix()  # the last fixed rows, and as bytes

@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 from coral.attention import attend
 from coral.errors import CoralError
+from coral.support import embedding_scale, rotations
 
 # Rotary types whose frequencies are the same at every length, so a cached key never goes out of date.
 _FIXED_ROTARY = {"default", "linear", "llama3", "yarn"}
@@ -31,6 +32,10 @@ class DrafterConfig:
 
     fc_bias: `fc` has a bias, as in some published EAGLE drafters; ours are trained without, since vLLM would
     drop it.
+    embedding_scale: what rows of the target's embedding are multiplied by before they enter `fc`, as the target
+    multiplies them (Gemma: sqrt(h)). Beside features of rms 50 the bare rows, of 0.04, would hardly be learnt
+    from, and native drafting, which makes each row whole numbers, would round them away. An export is for
+    engines that know no such factor, so there it is part of `fc`.
     """
 
     hidden_size: int
@@ -48,6 +53,7 @@ class DrafterConfig:
     max_position_embeddings: int = 2048
     normalised_feedback: bool = False
     fc_bias: bool = False
+    embedding_scale: float = 1.0
 
     @classmethod
     def for_target(cls, target_config: Any, **options: Any) -> "DrafterConfig":
@@ -58,7 +64,8 @@ class DrafterConfig:
         weights.
         """
         heads = target_config.num_attention_heads
-        rope = dict(getattr(target_config, "rope_parameters", None) or {})
+        ropes = rotations(target_config)  # where layers differ: of those that see everything, as a drafter's do
+        rope = ropes[None] if None in ropes else ropes["full_attention"]
         rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
         if rope.get("rope_type", "default") not in _FIXED_ROTARY:
             rope = {"rope_theta": rope.get("rope_theta", 10000.0)}
@@ -72,6 +79,7 @@ class DrafterConfig:
             "rms_norm_eps": getattr(target_config, "rms_norm_eps", 1e-6),
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **rope},
             "max_position_embeddings": target_config.max_position_embeddings,
+            "embedding_scale": embedding_scale(target_config),
         }
         return cls(**{**sizes, **options})
 
@@ -190,8 +198,9 @@ class Drafter(nn.Module):
 
     def inputs(self, embeddings: Tensor, features: Tensor) -> Tensor:
         """Join embeddings [B,N,h] (of token t+1) and features [B,N,h] (of token t) into rows [B,N,h]."""
-        dtype = self.fc.weight.dtype
-        return self.fc(torch.cat([embeddings.to(dtype), features.to(dtype)], dim=-1))
+        dtype, scale = self.fc.weight.dtype, self.config.embedding_scale
+        embeddings = embeddings.to(dtype) if scale == 1 else embeddings.to(dtype) * scale
+        return self.fc(torch.cat([embeddings, features.to(dtype)], dim=-1))
 
     def forward(
         self,

@@ -44,7 +44,7 @@ def lacks(config: DrafterConfig) -> list[str]:
 def tensors(drafter: Drafter, target: Target | None) -> dict[str, Tensor]:
     assert target is not None
     embedding = target.embed(torch.arange(drafter.config.vocab_size, device=target.device))
-    return {"embed_tokens.weight": embedding.to(drafter.fc.weight), **drafter.state_dict()}
+    return {"embed_tokens.weight": embedding.to(drafter.fc.weight), **plain.tensors(drafter)}
 
 
 def config_json(

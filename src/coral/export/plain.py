@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from coral.drafter.drafter import DrafterConfig
+import torch
+from torch import Tensor
+
+from coral.drafter.drafter import Drafter, DrafterConfig
 
 ONCE = ("fc.weight",)
 IN_EACH_LAYER = (
@@ -32,6 +35,17 @@ def names(num_layers: int) -> set[str]:
     every = {f"layers.{i}.{name}" for i in range(num_layers) for name in IN_EACH_LAYER}
     later = {f"layers.{i}.{name}" for i in range(1, num_layers) for name in BUT_IN_THE_FIRST}
     return {*ONCE} | every | later
+
+
+def tensors(drafter: Drafter) -> dict[str, Tensor]:
+    """A drafter's tensors for engines, which give it the target's embedding as it is stored: where ours
+    multiplies that (Gemma), the factor is in fc's weights.
+    """
+    own, scale = dict(drafter.state_dict()), drafter.config.embedding_scale
+    if scale != 1:
+        embedding, feature = own["fc.weight"].chunk(2, dim=1)
+        own["fc.weight"] = torch.cat([embedding * scale, feature], dim=1)
+    return own
 
 
 def lacks_everywhere(config: DrafterConfig) -> list[str]:

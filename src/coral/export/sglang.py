@@ -35,7 +35,7 @@ def lacks(config: DrafterConfig) -> list[str]:
 
 
 def tensors(drafter: Drafter, target: Target | None) -> dict[str, Tensor]:
-    return {"fc.bias": torch.zeros_like(drafter.fc.weight[:, 0]), **drafter.state_dict()}
+    return {"fc.bias": torch.zeros_like(drafter.fc.weight[:, 0]), **plain.tensors(drafter)}
 
 
 def config_json(

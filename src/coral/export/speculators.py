@@ -50,7 +50,7 @@ def lacks(config: DrafterConfig) -> list[str]:
 
 def tensors(drafter: Drafter, target: Target | None) -> dict[str, Tensor]:
     renamed = TENSORS | BIAS
-    return {renamed.get(name, name): tensor for name, tensor in drafter.state_dict().items()}
+    return {renamed.get(name, name): tensor for name, tensor in plain.tensors(drafter).items()}
 
 
 def config_json(

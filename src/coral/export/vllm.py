@@ -36,7 +36,7 @@ def lacks(config: DrafterConfig) -> list[str]:
 
 
 def tensors(drafter: Drafter, target: Target | None) -> dict[str, Tensor]:
-    return drafter.state_dict()
+    return plain.tensors(drafter)
 
 
 def config_json(

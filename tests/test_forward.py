@@ -138,8 +138,8 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(kind, dtype):
 @pytest.mark.parametrize("length", [2, 40, few_rows.MOST_ROWS + 30])
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3"])
 def test_a_prompt_is_read_as_its_tokens_are_written(kind, length, dtype, monkeypatch):
-    """Stops a prompt's rows, or a long prompt's pieces, that are not those of plain steps over its tokens; and
-    a window that is another for rows that attend together.
+    """Stops a prompt's rows, or a long prompt's pieces, that are not those of plain steps over its tokens;
+    and a window that is another for rows that attend together.
     """
     monkeypatch.setattr(target_module, "_PREFILL_CHUNK", 70)
     _, fast = targets(kind, dtype)

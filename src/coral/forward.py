@@ -90,10 +90,10 @@ class _Job(Structure):
 
 def suits(target: Target) -> bool:
     """Whether a target can be run here. Not so: another family, or code that is not transformers' own; rotary
-    frequencies that follow the length or turn a part of a head; eager attention, except in float32, where it
-    rounds nothing between; another device, number format or activation; sizes that do not fill vectors; layers
-    that are not plain linear ones; no memory for copies; no C++ compiler, or one that does not know this
-    processor's vectors.
+    frequencies that follow the length or turn a part of a head; eager attention in bfloat16, which rounds
+    within; another device, number format or activation; sizes that do not fill vectors; layers that are not
+    plain linear ones; no memory for copies; no C++ compiler, or one that does not know this processor's
+    vectors.
     """
     config, decoder = target.config, target.decoder
     if (

@@ -53,8 +53,8 @@ Compile = Annotated[
     bool | None,
     typer.Option(
         help="Run the target faster than transformers' own code does. On a CPU, a Llama, Mistral, Qwen2, "
-        "Qwen3 or Gemma 3 is run natively, at once, which is the default; anything else is compiled by torch, after a "
-        "minute or more of waiting at the start.",
+        "Qwen3 or Gemma 3 is run natively, at once, which is the default; anything else is compiled by "
+        "torch, after a minute or more of waiting at the start.",
     ),
 ]
 Head = Annotated[

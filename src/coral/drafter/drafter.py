@@ -32,10 +32,10 @@ class DrafterConfig:
 
     fc_bias: `fc` has a bias, as in some published EAGLE drafters; ours are trained without, since vLLM would
     drop it.
-    embedding_scale: what rows of the target's embedding are multiplied by before they enter `fc`, as the target
-    multiplies them (Gemma: sqrt(h)). Beside features of rms 50 the bare rows, of 0.04, would hardly be learnt
-    from, and native drafting, which makes each row whole numbers, would round them away. An export is for
-    engines that know no such factor, so there it is part of `fc`.
+    embedding_scale: what rows of the target's embedding are multiplied by before they enter `fc`, as the
+    target multiplies them (Gemma: sqrt(h)). Beside features of rms 50 the bare rows, of 0.04, would hardly be
+    learnt from, and native drafting, which makes each row whole numbers, would round them away. Engines know
+    no such factor, so in an export it is part of `fc`.
     """
 
     hidden_size: int
@@ -64,7 +64,7 @@ class DrafterConfig:
         weights.
         """
         heads = target_config.num_attention_heads
-        ropes = rotations(target_config)  # where layers differ: of those that see everything, as a drafter's do
+        ropes = rotations(target_config)  # where layers differ: of those that see everything, as ours do
         rope = ropes[None] if None in ropes else ropes["full_attention"]
         rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
         if rope.get("rope_type", "default") not in _FIXED_ROTARY:

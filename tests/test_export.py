@@ -200,6 +200,17 @@ def test_any_plain_drafter_comes_back(to, dtype, heads, width, eps, theta, seed,
 
 
 @pytest.mark.parametrize("to", TENSORS)
+def test_what_multiplies_the_embedding_goes_into_fc(to, target, tmp_path):
+    """Stops: a drafter of Gemma that an engine gives rows of another size than it was trained with."""
+    directory = make(tmp_path / "d", target, embedding_scale=4.0)
+    before, after = checkpoint.load(directory), read(exported(directory, to, target), target)
+    assert (before.config.embedding_scale, after.config.embedding_scale) == (4.0, 1.0)
+    rows, positions = torch.randn(2, 1, 7, 16), torch.arange(7)[None]
+    torch.testing.assert_close(after(*rows, positions), before(*rows, positions), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(after(rows[0] * 4, rows[1], positions), before(*rows, positions), rtol=1e-2)
+
+
+@pytest.mark.parametrize("to", TENSORS)
 def test_normalised_feedback_is_refused_by_name(to, target, tmp_path):
     """Stops: a drafter that an engine runs without a part of it, and accepts little from."""
     directory = make(tmp_path / "d", target, normalised_feedback=True)

@@ -23,6 +23,7 @@ from coral.attention import GROUPED_SDPA
 from coral.decoding.generate import acceptance_length
 from coral.decoding.proposers.ngram import NGram
 from coral.decoding.tree import Budget
+from coral.drafter.drafter import DrafterConfig
 from coral.errors import CoralError
 from coral.target import Target
 
@@ -101,6 +102,26 @@ def test_packed_documents_do_not_see_each_other(kind, monkeypatch):
     packed = target.features(torch.tensor([[token for document in documents for token in document]]), starts)
     alone = torch.cat([target.features(torch.tensor([document])) for document in documents], 1)
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "olmo2"])
+def test_a_window_that_the_model_does_not_know_is_none(kind):
+    """Stops a key of the config that a family's code does not read, and that would cut what rows see."""
+    model = tiny_model(kind, GROUPED_SDPA, sliding_window=7)
+    ids = torch.tensor([prompt_of(20)])
+    logits = tiny_model(kind)(ids).logits
+    torch.testing.assert_close(Target(model).head(Target(model).features(ids)), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_drafter_reads_the_embedding_as_the_target_does():
+    """Stops a drafter of Gemma that gets rows without their factor, or the frequencies of local layers."""
+    target, ids = tiny_target("gemma3"), torch.arange(9)
+    config = DrafterConfig.for_target(target.config)
+    assert config.rope_parameters == {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0}
+    own = target.embed(ids) * config.embedding_scale
+    torch.testing.assert_close(own, target.model.get_input_embeddings()(ids))
+    assert DrafterConfig.for_target(tiny_target("llama").config).embedding_scale == 1
 
 
 @torch.no_grad()

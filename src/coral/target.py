@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 _ATTENTION = ("sdpa", "eager")  # kernels that take an arbitrary mask; "sdpa" is loaded as our grouped form
 _PREFILL_CHUNK = 512
 _ALIKE = ("mistral", "phi3")  # all of whose layers have the window, whatever `layer_types` says
+_WITHOUT = ("llama", "olmo2")  # whose code knows no window, whatever the config says
 
 
 class Target:
@@ -356,7 +357,7 @@ class Target:
     @property
     def window(self) -> int | None:
         """The sliding window of the layers that have one; None where none has."""
-        used = getattr(self.config, "use_sliding_window", True)
+        used = getattr(self.config, "use_sliding_window", True) and self.config.model_type not in _WITHOUT
         return getattr(self.config, "sliding_window", None) if used else None
 
     @property

@@ -14,6 +14,7 @@ from coral import options
 from coral.cli_bench import bench
 from coral.cli_data import data
 from coral.cli_export import export, import_
+from coral.cli_gguf import cache, convert
 from coral.cli_heads import train_head
 from coral.cli_hub import push
 from coral.cli_tune import tune
@@ -201,6 +202,8 @@ app.command()(tune)
 app.command()(export)
 app.command("import")(import_)
 app.command()(push)
+app.command()(convert)
+app.command()(cache)
 
 
 def main() -> None:

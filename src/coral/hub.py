@@ -37,7 +37,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except Exception as error:
-        raise _explained(error, f"no drafter {repo_id!r}: no such directory, and ", revision) from error
+        raise explained(error, f"no drafter {repo_id!r}: no such directory, and ", revision) from error
 
 
 def parts(directory: Path) -> list[str]:
@@ -109,7 +109,7 @@ def push(
     except CoralError:
         raise
     except Exception as error:
-        raise _explained(error, f"cannot push to {repo_id!r}: ", revision) from error
+        raise explained(error, f"cannot push to {repo_id!r}: ", revision) from error
     return commit.oid, commit.commit_url
 
 
@@ -121,7 +121,7 @@ def _foreign(paths: list[str]) -> list[str]:
     return sorted(path for path in paths if not _matches(path, (*PARTS, CARD, *_LOCAL)))
 
 
-def _explained(error: Exception, what: str, revision: str | None) -> CoralError:
+def explained(error: Exception, what: str, revision: str | None) -> CoralError:
     """What the hub's client raised, as one sentence with what to do about it."""
     from huggingface_hub import errors
 

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from coral.target import Target as Target_
 
 Target = Annotated[
-    str | None, typer.Option(help="Target: a directory or hub id. Default: the pair that the package ships.")
+    str | None,
+    typer.Option(
+        help="Target: a directory, a hub id or a GGUF file (FILE.gguf, ORG/REPO:Q4_K_M). Default: the pair "
+        "that the package ships."
+    ),
 ]
 Data = Annotated[
     Path, typer.Option(help="Directory that `coral data prepare` or `coral data features` wrote.")
@@ -31,7 +35,9 @@ Drafter = Annotated[
         "else plain."
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto (as stored; of a GGUF file bfloat16), float32, bfloat16 or float16.")
+]
 Device = Annotated[str | None, typer.Option(help="Device, for example cuda. Default: where it fits.")]
 DeviceMap = Annotated[
     str | None,
@@ -184,6 +190,10 @@ def read_tokenizer(source: str, revision: str | None, trust_remote_code: bool) -
     """
     from transformers import AutoTokenizer
 
+    from coral.gguf import cache as gguf
+
+    if (found := gguf.tokenizer(source, revision)) is not None:
+        return found
     refuse_missing(source, "tokenizer")
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -29,6 +30,8 @@ from coral.device import upload
 from coral.errors import CoralError
 from coral.files import refuse_missing
 from coral.forward import NativeForward
+from coral.gguf import cache as gguf
+from coral.gguf.names import hint
 from coral.graphs import steady
 from coral.packed import pack_linears
 from coral.support import check_supported, context_length, eos_ids
@@ -110,10 +113,10 @@ class Target:
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> Target:
-        """Load a target from a directory, a hub id, or take a model that is already loaded.
+        """Load a target from a directory, a hub id, a GGUF file (see `gguf.names`), or take a loaded model.
 
         Args:
-            dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+            dtype: "auto" (as stored; of a GGUF file bfloat16), "float32", "bfloat16" or "float16".
             device_map: placement of the parts by accelerate, for a model that does not fit on one device:
                 "auto" or another strategy, or a device for each part. Layers may be offloaded.
             attention: "sdpa" or "eager".
@@ -127,22 +130,28 @@ class Target:
             raise CoralError(f"dtype {dtype!r} is not known; use auto, float32, bfloat16 or float16.")
         if attention not in _ATTENTION:
             raise CoralError(f"attention {attention!r} takes no arbitrary mask; use sdpa or eager.")
-        name = str(source)
-        refuse_missing(source, "target")
-        if Path(name).exists() and not (Path(name) / "config.json").is_file():
-            raise CoralError(f"{name} holds no config.json, so it is no Hugging Face model; check the path.")
+        place = name = str(source)
+        if (converted := gguf.directory(source, dtype, revision, Console(stderr=True))) is not None:
+            place, dtype, revision = str(converted), "auto", None
+            tokenizer = tokenizer or gguf.load_tokenizer(converted, name)
+        refuse_missing(place, "target")
+        if Path(place).exists() and not (Path(place) / "config.json").is_file():
+            raise CoralError(
+                f"{name} holds neither config.json nor a GGUF file, so it is no model; check the path."
+            )
         common = {"revision": revision, "trust_remote_code": trust_remote_code}
         try:
-            config = AutoConfig.from_pretrained(name, **common)
+            config = AutoConfig.from_pretrained(place, **common)
         except (OSError, ValueError, KeyError) as error:
             raise CoralError(
                 f"cannot read a model config from {name!r}: {_first_line(error).rstrip('.')}; check the name."
+                f"{hint(name, revision)}"
             ) from error
         check_supported(config)
         try:
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, **common)
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(place, **common)
             model: Any = AutoModelForCausalLM.from_pretrained(
-                name,
+                place,
                 config=config,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 attn_implementation=GROUPED_SDPA if attention == "sdpa" else attention,

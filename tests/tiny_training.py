@@ -22,8 +22,14 @@ class TinyTarget:
 
     @torch.no_grad()
     def features(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
-        assert document_starts is None, "the tiny target does not unpack"
-        return self.model.model(input_ids).last_hidden_state
+        if document_starts is None:
+            return self.model.model(input_ids).last_hidden_state
+        features = []  # document by document, row by row
+        for ids, starts in zip(input_ids, document_starts, strict=True):
+            begins = [0, *(int(i) for i in starts.nonzero() if i)]
+            sizes = [b - a for a, b in zip(begins, [*begins[1:], len(ids)], strict=True)]
+            features.append(torch.cat([self.features(part[None])[0] for part in ids.split(sizes)]))
+        return torch.stack(features)
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(ids)

@@ -25,3 +25,12 @@ def cpu_info() -> dict[str, str]:
         return {}
     pairs = (line.partition(":") for line in first.split("\n") if ":" in line)
     return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 are at least as fast as those of float32 there."""
+    if device.type == "cpu":
+        info = cpu_info()
+        flags = f"{info.get('flags', '')} {info.get('Features', '')}".split()  # x86's name, and Arm's
+        return not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(flags)
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)

@@ -38,7 +38,9 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """B rows of length L, padded at the right, where no causal row sees it and none is trained."""
+    """B rows of length L, padded at the right, where no causal row sees it and none is trained; or, joined,
+    one row that holds them one after the other (B is 1).
+    """
 
     rows: list[int]
     """Where the rows stand in the prepared data."""
@@ -49,30 +51,45 @@ class FeatureBatch:
     document_starts: Tensor | None
     """bool [B,L], True where a packed document starts; None when every row is one document."""
     features: Tensor
-    """The target's feature of each token, float32 [B,L,h]."""
+    """The target's feature of each token, [B,L,h], in the target's dtype or the one they were stored in."""
     embeddings: Tensor
-    """The embedding of the token after each, float32 [B,L,h] (the last one stands for nothing)."""
+    """The embedding of the token after each, [B,L,h] in the target's dtype (the last one stands for nothing,
+    nor does a document's)."""
 
 
-def feature_batch(target: FeatureSource, dataset: Rows, rows: Sequence[int]) -> FeatureBatch:
+def feature_batch(
+    target: FeatureSource, dataset: Rows, rows: Sequence[int], *, joined: bool = False
+) -> FeatureBatch:
     """Read rows of prepared data, each cut after its last trained token, with the target's features.
 
     The target runs on rows that do not hold their features. Where they do, the padding's features are zeros.
+
+    Args:
+        joined: put the rows one after the other, as packed documents: nothing is padded, so a CPU computes
+            nothing in vain. A GPU, which is faster at few large rows than at many short ones, pads.
 
     Raises:
         CoralError: a token id that the target does not have.
     """
     examples = [dataset[row] for row in rows]
     lengths = [used_length(example["loss_mask"]) for example in examples]
-    shape = (len(rows), max(2, *lengths))
+    joined = joined and len(rows) > 1
+    shape = (1, max(2, sum(lengths))) if joined else (len(rows), max(2, *lengths))
     input_ids = torch.zeros(shape, dtype=torch.int64)
     loss_mask = torch.zeros(shape, dtype=torch.bool)
     document_starts = torch.zeros(shape, dtype=torch.bool)
-    for i, (example, length) in enumerate(zip(examples, lengths, strict=True)):
-        input_ids[i, :length] = torch.as_tensor(example["input_ids"])[:length]
-        loss_mask[i, :length] = torch.as_tensor(example["loss_mask"])[:length].bool()
+    stored = examples[0]["features"] if "features" in examples[0] else None
+    features = torch.zeros(0) if stored is None else torch.zeros(*shape, stored.shape[1], dtype=stored.dtype)
+    i = begin = 0
+    for example, length in zip(examples, lengths, strict=True):
+        place = i, slice(begin, begin + length)
+        input_ids[place] = torch.as_tensor(example["input_ids"])[:length]
+        loss_mask[place] = torch.as_tensor(example["loss_mask"])[:length].bool()
         starts = torch.as_tensor(example["document_starts"])
-        document_starts[i, starts[starts < shape[1]].long()] = True
+        document_starts[i, begin + starts[starts < length].long()] = True
+        if stored is not None:
+            features[place] = example["features"][:length]
+        i, begin = (i, begin + length) if joined else (i + 1, 0)
     if int(input_ids.max()) >= target.vocab_size:
         raise CoralError(
             f"the prepared data holds the token id {int(input_ids.max())}, but the target's vocabulary ends "
@@ -81,20 +98,15 @@ def feature_batch(target: FeatureSource, dataset: Rows, rows: Sequence[int]) -> 
     packed = bool(document_starts[:, 1:].any())
     input_ids, loss_mask = input_ids.to(target.device), loss_mask.to(target.device)
     starts_given = document_starts.to(target.device) if packed else None
-    if "features" in examples[0]:
-        features = torch.zeros(*shape, examples[0]["features"].shape[1])
-        for i, (example, length) in enumerate(zip(examples, lengths, strict=True)):
-            features[i, :length] = example["features"][:length]
-        features = features.to(target.device)
-    else:
-        features = target.features(input_ids, starts_given).float()
+    if stored is None:
+        features = target.features(input_ids, starts_given)
     return FeatureBatch(
         rows=list(rows),
         input_ids=input_ids,
         loss_mask=loss_mask,
         document_starts=starts_given,
-        features=features,
-        embeddings=target.embed(input_ids.roll(-1, dims=1)).float(),
+        features=features.to(target.device),
+        embeddings=target.embed(input_ids.roll(-1, dims=1)),
     )
 
 

@@ -198,7 +198,9 @@ class Drafter(nn.Module):
 
     def inputs(self, embeddings: Tensor, features: Tensor) -> Tensor:
         """Join embeddings [B,N,h] (of token t+1) and features [B,N,h] (of token t) into rows [B,N,h]."""
-        dtype, scale = self.fc.weight.dtype, self.config.embedding_scale
+        kind, dtype, scale = embeddings.device.type, self.fc.weight.dtype, self.config.embedding_scale
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
         embeddings = embeddings.to(dtype) if scale == 1 else embeddings.to(dtype) * scale
         return self.fc(torch.cat([embeddings, features.to(dtype)], dim=-1))
 

@@ -8,9 +8,10 @@ from torch.nn.functional import pad
 
 from coral.data.features import FeatureBatch
 from coral.drafter.drafter import Drafter
+from coral.training import candidates
 from coral.training.alignment import alignment_loss
 from coral.training.drafted import draft
-from coral.training.losses import draft_losses
+from coral.training.losses import draft_losses, rows_at_a_time
 from coral.training.recipe import TrainConfig
 
 
@@ -38,7 +39,9 @@ class Learner(nn.Module):
         head_bias: Tensor | None,
         generator: torch.Generator,
     ) -> Outcome:
-        """Run S draft steps on a batch; `generator` (CPU) draws the noise and the aligned rows."""
+        """Run S draft steps on a batch; `generator` (CPU) draws the noise, the candidates and the aligned
+        rows.
+        """
         config, features = self.config, batch.features
         read = features
         if config.noise:
@@ -56,6 +59,13 @@ class Learner(nn.Module):
         tokens = batch.input_ids[sequence, row + 2]
         follows = (sequence[1:] == sequence[:-1]) & (row[1:] == row[:-1] + 1)
         before = torch.where(pad(follows, (1, 0)), torch.arange(len(row), device=row.device), 0) - 1
+        certain = None
+        if 0 < config.loss.candidates < len(head_weight):
+            chunk = config.head_chunk or rows_at_a_time(len(head_weight))
+            head = head_weight, head_bias
+            chosen = candidates.choose(wanted, tokens, *head, config.loss.candidates, generator, chunk)
+            head_weight, head_bias, certain = chosen.weight, chosen.bias, chosen.certain
+            tokens = chosen.places(tokens)
         losses = draft_losses(
             drafts,
             wanted,
@@ -66,6 +76,7 @@ class Learner(nn.Module):
             head_bias,
             config.loss,
             config.head_chunk,
+            certain,
         )
         loss = losses.total.sum()
         aligned = torch.zeros((), device=drafts.device)

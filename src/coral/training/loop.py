@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +23,7 @@ from coral.data.shards import refuse_other_target
 from coral.drafter import checkpoint, eagle
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.errors import CoralError
+from coral.machine import has_fast_bfloat16
 from coral.training import parallel, trackers
 from coral.training import state as run_state
 from coral.training.learner import Learner
@@ -92,6 +93,7 @@ def train(
             installed, processes that see different runs, or `PATIENCE` updates in a row that are not finite.
     """
     check(config)
+    config = replace(config, precision=_precision(config, target))
     output = Path(output)
     checkpoint.refuse_foreign(output)
     dataset = data.dataset
@@ -221,6 +223,14 @@ def train(
     return TrainOutcome(state.update, fraction >= 1, state.skipped, state.seconds, state.acceptance)
 
 
+def _precision(config: TrainConfig, target: TrainTarget) -> Literal["float32", "bfloat16"]:
+    """What "auto" means beside this target on this device."""
+    if config.precision != "auto":
+        return config.precision
+    half = target.head_weight.dtype in (torch.bfloat16, torch.float16)
+    return "bfloat16" if half and has_fast_bfloat16(target.device) else "float32"
+
+
 def _refuse_different(accelerator: Accelerator, *, resumed: bool, rows: int) -> None:
     """Raise CoralError unless all processes see the same run and as much data."""
     own = torch.tensor([[int(resumed), rows]], device=accelerator.device)
@@ -248,7 +258,8 @@ def _accumulate(
     """
     rank, world, size = accelerator.process_index, accelerator.num_processes, config.batch_size
     numbers = range(rank, config.accumulate * world, world)  # of the update's batches: those of this process
-    batches = [feature_batch(target, dataset, rows[n * size : (n + 1) * size]) for n in numbers]
+    joined = target.device.type == "cpu"
+    batches = [feature_batch(target, dataset, rows[n * size : (n + 1) * size], joined=joined) for n in numbers]
     trained = torch.stack([trained_rows(b.loss_mask, b.document_starts, 1).sum() for b in batches]).sum()
     count = accelerator.reduce(trained.float()).clamp(min=1)
     loss = torch.zeros((), device=target.device)

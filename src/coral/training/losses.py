@@ -2,7 +2,7 @@
 vocabulary.
 
 All sums run over the trained rows only, which are gathered first; the LM head then sees a few rows at a time,
-so no (batch x length x V) tensor ever exists. The head is frozen, which makes its part of the backward pass
+so no (batch x length x V) tensor ever exists. Scores are in the head's dtype, sums over them in float32. The head is frozen, which makes its part of the backward pass
 cheap: with W the head [V,h], f a draft feature, p the target's and q the drafter's distribution,
 
     d/df ( -sum_x p(x) log q(x) )            = q W - p W
@@ -44,6 +44,9 @@ class LossConfig:
     """
     top_k: int = 10
     """K of the top-K loss."""
+    candidates: int = 0
+    """Ids that draft steps are scored on, chosen for each batch and in part drawn (`training/candidates.py`):
+    less to compute where the vocabulary is large; 0 takes all."""
     step_decay: float = 1.0
     """Draft step s counts with step_decay ** (s-1)."""
     aligned_top: int = 0
@@ -91,6 +94,7 @@ def draft_losses(
     head_bias: Tensor | None,
     config: LossConfig,
     chunk: int | None = None,
+    certain: int | None = None,
 ) -> DraftLosses:
     """Compare draft features [S,R,h] with the target's features [R,h] of the same tokens.
 
@@ -101,20 +105,27 @@ def draft_losses(
             come in their order in the sequence.
         head_weight: the target's frozen LM head [V,h]; head_bias: [V] or None.
         chunk: rows that meet the LM head at a time; None: as `TrainConfig.head_chunk` says.
+        certain: rows of the head, from the first, that stand for one id each; None: all.
     """
-    chunk = chunk or max(256, 2**24 // len(head_weight))
+    chunk = chunk or rows_at_a_time(len(head_weight))
+    certain = len(head_weight) if certain is None else certain
     decay = torch.tensor([config.step_decay**step for step in range(len(drafts))], device=drafts.device)
     features, kept = features.to(drafts.dtype), valid
     zero = torch.zeros(len(drafts), device=drafts.device)
     total, cross_entropy, top_k, correct = zero, zero, zero, zero
     if config.divergence_weight or config.top_k_weight or config.aligned_top:
         total, cross_entropy, top_k, correct, kept = _HeadLoss.apply(
-            drafts, features, valid, tokens, before, head_weight, head_bias, config, chunk
+            drafts, features, valid, tokens, before, head_weight, head_bias, config, chunk, certain
         )
     distance = smooth_l1_loss(drafts, features.expand_as(drafts), reduction="none").mean(-1)  # [S,R]
     total = total + config.regression * (distance * kept).sum(1)
     regression = (distance.detach() * valid).sum(1)
     return DraftLosses(total * decay, regression, cross_entropy, top_k, correct, valid.sum(1))
+
+
+def rows_at_a_time(vocabulary: int) -> int:
+    """Rows whose scores fill 64 MB in float32, and no fewer than 256, below which products get slow."""
+    return max(256, 2**24 // vocabulary)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -132,6 +143,7 @@ class _HeadLoss(torch.autograd.Function):
         head_bias: Tensor | None,
         config: LossConfig,
         chunk: int,
+        certain: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         steps, rows, _ = drafts.shape
         gradient = torch.empty(drafts.shape, dtype=torch.float32, device=drafts.device)  # [S,R,h]
@@ -145,18 +157,21 @@ class _HeadLoss(torch.autograd.Function):
             part = slice(start, start + chunk)
             p = _logits(features[part], head_weight, head_bias, own)  # [c,V]
             p = torch.softmax(p, dim=-1, out=p)
-            top, ids = p.topk(min(config.top_k if k else 1, p.shape[-1]), dim=-1)  # [c,K]
+            top, ids = p[:, :certain].topk(min(config.top_k if k else 1, certain), dim=-1)  # [c,K]
+            top = top.float()
             mass = top.sum(-1)  # P_K
             p_head = _times_head(p, head_weight)  # p W: [c,h]
             top_head = torch.bmm(top.unsqueeze(1), head_weight[ids].to(top.dtype)).squeeze(1)  # [c,h]
             p_bias, top_bias = torch.zeros_like(mass), torch.zeros_like(mass)
             if head_bias is not None:
-                p_bias, top_bias = p @ head_bias.float(), (top * head_bias[ids].float()).sum(-1)
+                p_bias = (p @ head_bias.to(p.dtype)).float()
+                top_bias = (top * head_bias[ids].float()).sum(-1)
             for step in range(steps):
                 draft = drafts[step, part]
                 q = _logits(draft, head_weight, head_bias, buffer)
                 highest = q.amax(-1)  # several times faster on CPU than the index of the maximum
-                correct = q.gather(1, ids[:, :1]).squeeze(1) >= highest
+                likeliest = highest if certain == q.shape[1] else q[:, :certain].amax(-1)
+                correct = q.gather(1, ids[:, :1]).squeeze(1) >= likeliest
                 if config.aligned_top:
                     above = q > q.gather(1, tokens[part, None])
                     hits[step, part] = above.sum(-1) < config.aligned_top
@@ -164,12 +179,12 @@ class _HeadLoss(torch.autograd.Function):
                         kept[step, part] &= (before[part] < 0) | hits[step - 1, before[part]]
                     hits[step, part] &= kept[step, part] | ~valid[step, part]
                 q = torch.softmax(q, dim=-1, out=q)
-                normaliser = highest - q.amax(-1).log()  # log-sum-exp of the logits
+                normaliser = highest.float() - q.amax(-1).float().log()  # log-sum-exp of the logits
                 cross_entropy = normaliser - (draft * p_head).sum(-1) - p_bias
                 top_k = mass * normaliser - (draft * top_head).sum(-1) - top_bias
                 divergence, kl, tv = cross_entropy, torch.ones_like(mass), torch.zeros_like(mass)
                 if overlap:
-                    alpha = torch.minimum(p, q).sum(-1)
+                    alpha = torch.minimum(p, q).sum(-1, dtype=torch.float32)
                     divergence, kl, tv = _overlap_loss(config.divergence, cross_entropy, alpha)
                 losses = torch.stack([divergence, cross_entropy, top_k]) * kept[step, part]
                 sums[:3, step] += losses.sum(1)
@@ -177,7 +192,7 @@ class _HeadLoss(torch.autograd.Function):
                 # Slope in the logits: weight * (kl * (q - p) + tv * slope of 1 - alpha) + k * (P_K q - top).
                 if overlap:
                     inside = q * (p > q)
-                    outer = weight * (kl + tv * inside.sum(-1)) + k * mass
+                    outer = weight * (kl + tv * inside.sum(-1, dtype=torch.float32)) + k * mass
                     q = q.mul_(outer[:, None]).sub_(inside.mul_((weight * tv)[:, None]))
                     slope = _times_head(q, head_weight)
                 else:
@@ -192,7 +207,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * upstream[0][:, None, None]).to(ctx.dtype), *[None] * 8
+        return (gradient * upstream[0][:, None, None]).to(ctx.dtype), *[None] * 9
 
 
 def _overlap_loss(kind: str, cross_entropy: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,8 +222,8 @@ def _overlap_loss(kind: str, cross_entropy: Tensor, alpha: Tensor) -> tuple[Tens
 
 
 def _logits(rows: Tensor, head_weight: Tensor, head_bias: Tensor | None, buffer: Tensor) -> Tensor:
-    """Logits [c,V] in float32, written into `buffer` where its dtype allows."""
-    logits = torch.mm(rows.to(head_weight.dtype), head_weight.t(), out=buffer[: len(rows)]).float()
+    """Logits [c,V] in the head's dtype, written into `buffer`."""
+    logits = torch.mm(rows.to(head_weight.dtype), head_weight.t(), out=buffer[: len(rows)])
     return logits if head_bias is None else logits.add_(head_bias)
 
 

@@ -91,8 +91,9 @@ class TrainConfig:
     """Rows of the prepared data in one forward pass of one process."""
     accumulate: int = 1
     """Forward passes in one update."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs the drafter's products under autocast; weights and losses stay float32."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16 runs the drafter's products under autocast; weights and optimiser stay float32. auto: bfloat16
+    beside a target of half precision, where the device multiplies it fast."""
     checkpoint_steps: bool = False
     """Compute each draft step's activations again in the backward pass instead of keeping them: less memory
     for one more forward pass of the drafter."""

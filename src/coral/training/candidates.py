@@ -63,7 +63,7 @@ def choose(
         mass += torch.softmax(logits, -1, out=logits).sum(0, dtype=torch.float32)
     mass[tokens] += 2 * len(features)  # more than any other can have
     order = mass.argsort(descending=True, stable=True)
-    certain = max(size - size // 4, len(tokens.unique()))
+    certain = min(vocabulary, max(size - size // 4, len(tokens.unique())))
     others = vocabulary - certain
     drawn = min(others, size // 4)
     chosen = torch.randperm(others, generator=generator)[:drawn].sort().values.to(device)

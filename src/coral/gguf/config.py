@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from coral.errors import CoralError
 from coral.gguf.file import File
-from coral.gguf.rope import read_rope
+from coral.gguf.rope import decimal, read_rope
 
 FAMILIES = {
     "llama": "llama",  # Mistral, too: the same function, and the file names no window
@@ -49,7 +49,7 @@ def read_config(file: File) -> PreTrainedConfig:
     kind = FAMILIES[file.architecture]
     try:
         values: dict[str, Any] = {ours: int(_one(keys.pop(key))) for key, ours in _KEYS.items()}
-        values["rms_norm_eps"] = _decimal(keys.pop("attention.layer_norm_rms_epsilon"))
+        values["rms_norm_eps"] = decimal(keys.pop("attention.layer_norm_rms_epsilon"))
         vocab_size, hidden = file.tensors["token_embd.weight"].shape
     except (KeyError, ValueError, TypeError) as error:
         raise CoralError(f"{file.name} lacks {error}, or holds no number there; use another file.") from error
@@ -61,7 +61,7 @@ def read_config(file: File) -> PreTrainedConfig:
         _expect(file, keys, key, usual)
     values |= {"head_dim": head_dim, "vocab_size": vocab_size, "use_cache": True}
     values["tie_word_embeddings"] = "output.weight" not in file.tensors
-    theta = _decimal(keys.pop("rope.freq_base", 10000.0))
+    theta = decimal(keys.pop("rope.freq_base", 10000.0))
     rope = read_rope(keys, file, theta, values["max_position_embeddings"])
     match kind:
         case "llama" | "qwen3" | "olmo2":
@@ -82,7 +82,7 @@ def read_config(file: File) -> PreTrainedConfig:
             values |= _gemma3(keys, values["num_hidden_layers"])
             scale = hidden // heads if values["num_hidden_layers"] == 62 else head_dim  # of 27B: its own
             values["query_pre_attn_scalar"] = scale
-            local = {"rope_theta": _decimal(keys.pop("rope.freq_base_swa", 10000.0)), "rope_type": "default"}
+            local = {"rope_theta": decimal(keys.pop("rope.freq_base_swa", 10000.0)), "rope_type": "default"}
             rope = {"full_attention": rope, "sliding_attention": local}
     if width != head_dim:
         raise CoralError(
@@ -169,8 +169,3 @@ def _one(value: Any) -> Any:
     if len(set(np.asarray(value).tolist())) != 1:
         raise ValueError("layers of one kind")
     return value[0]
-
-
-def _decimal(value: float) -> float:
-    """The shortest decimal that is this float32: files store 1e-5 as 9.999999747378752e-06."""
-    return float(str(np.float32(value)))

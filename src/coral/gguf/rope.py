@@ -85,8 +85,8 @@ def _longrope(file: File, original: int, attention: float | None) -> dict[str, A
         )
     return {
         "rope_type": "longrope",
-        "long_factor": [float(np.float32(x)) for x in _divisors(file, LONG)],
-        "short_factor": [float(np.float32(x)) for x in _divisors(file, SHORT)],
+        "long_factor": [decimal(x) for x in _divisors(file, LONG)],
+        "short_factor": [decimal(x) for x in _divisors(file, SHORT)],
         "original_max_position_embeddings": original,
     } | ({} if attention is None else {"attention_factor": float(attention)})
 
@@ -101,35 +101,49 @@ def _llama3(file: File, theta: float, original: int) -> dict[str, Any]:
     divisors, original = _divisors(file, LLAMA3), original or 8192
     if np.abs(divisors - 1).max() < _TOLERANCE:
         return {}
-    factor = _neat(divisors.max())
+    largest = divisors.max()
+    for factor in (float(f"{largest:.5g}"), decimal(largest)):
+        if found := _fit(divisors, theta, original, factor):
+            return {"rope_type": "llama3", **found, "original_max_position_embeddings": original}
+    raise CoralError(
+        f"{file.name} scales RoPE by {LLAMA3} with divisors from {divisors.min():g} to {largest:g}, which are "
+        "Llama 3's for no parameters, so positions cannot be computed as the model does; use another file."
+    )
+
+
+def _fit(divisors: Numbers, theta: float, original: int, factor: float) -> dict[str, float] | None:
+    """The two frequency factors with which Llama 3's scaling by `factor` gives these divisors, if any."""
     smooth = (1 / divisors - 1 / factor) / (1 - 1 / factor)
     between = (smooth > _TOLERANCE) & (smooth < 1 - _TOLERANCE)
     guesses = [(1.0, 4.0)]  # Llama 3's own
     if between.sum() > 1:
-        per_position = theta ** (-np.arange(len(divisors)) / len(divisors)) / (2 * np.pi)
-        slope, intercept = np.polyfit(per_position[between], smooth[between], 1)
-        low = -intercept * original / slope
-        guesses.append((_neat(low), _neat(low + original / slope)))
+        periods = original * _frequencies(theta, len(divisors))
+        slope, intercept = np.polyfit(periods[between], smooth[between], 1)
+        low, high = -intercept / slope, (1 - intercept) / slope
+        guesses += [(float(f"{low:.5g}"), float(f"{high:.5g}")), (float(low), float(high))]
     for low, high in guesses:
         found = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
         expected = llama3_divisors(theta, len(divisors), original, **found)
         if np.abs(expected / divisors - 1).max() < _TOLERANCE:
-            return {"rope_type": "llama3", **found, "original_max_position_embeddings": original}
-    raise CoralError(
-        f"{file.name} scales RoPE by {LLAMA3} with divisors from {divisors.min():g} to {factor:g}, which are "
-        "Llama 3's for no parameters, so positions cannot be computed as the model does; use another file."
-    )
+            return found
+    return None
 
 
 def llama3_divisors(
     theta: float, count: int, original: int, factor: float, low_freq_factor: float, high_freq_factor: float
 ) -> Numbers:
     """What Llama 3's scaling divides each of `count` frequencies by, as Hugging Face computes it."""
-    periods = original * theta ** (-np.arange(count) / count) / (2 * np.pi)  # in the original context
+    periods = original * _frequencies(theta, count)
     smooth = (periods - low_freq_factor) / (high_freq_factor - low_freq_factor)
     smooth = np.clip(smooth, 0.0, 1.0)
     return np.asarray(1 / ((1 - smooth) / factor + smooth))
 
 
-def _neat(value: float) -> float:
-    return float(f"{value:.5g}")
+def _frequencies(theta: float, count: int) -> Numbers:
+    """How often each pair of dimensions turns round at a step."""
+    return np.asarray(theta ** (-np.arange(count) / count) / (2 * np.pi))
+
+
+def decimal(value: float) -> float:
+    """The shortest decimal that is this float32: files store 1e-5 as 9.999999747378752e-06."""
+    return float(str(np.float32(value)))

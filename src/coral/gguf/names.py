@@ -64,7 +64,8 @@ def hint(source: str | Path, revision: str | None = None) -> str:
 
 def _is_of(name: str, quant: str) -> bool:
     stem = re.sub(r"\.gguf$", "", _PART.sub("", name), flags=re.IGNORECASE)
-    return re.search(rf"(?:^|[-._/]){re.escape(quant)}$", stem, re.IGNORECASE) is not None
+    before = "-._/" if re.match(r"[a-z]+\d", quant, re.IGNORECASE) else "-./"  # K_M is not Q4_K_M
+    return re.search(rf"(?:^|[{before}]){re.escape(quant)}$", stem, re.IGNORECASE) is not None
 
 
 def _only(names: Iterable[str], asked: str, instead: str) -> str:

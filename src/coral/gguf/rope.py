@@ -103,10 +103,10 @@ def _llama3(file: File, theta: float, original: int) -> dict[str, Any]:
         return {}
     largest = divisors.max()
     for factor in (float(f"{largest:.5g}"), decimal(largest)):
-        if found := _fit(divisors, theta, original, factor):
+        if factor > 1 and (found := _fit(divisors, theta, original, factor)):
             return {"rope_type": "llama3", **found, "original_max_position_embeddings": original}
     raise CoralError(
-        f"{file.name} scales RoPE by {LLAMA3} with divisors from {divisors.min():g} to {largest:g}, which are "
+        f"{file.name} scales RoPE by {LLAMA3} with divisors from {divisors.min():g} to {largest:g} that are "
         "Llama 3's for no parameters, so positions cannot be computed as the model does; use another file."
     )
 

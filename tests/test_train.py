@@ -14,9 +14,10 @@ from tiny_training import tiny_data, tiny_target
 from coral.drafter import checkpoint
 from coral.errors import CoralError
 from coral.training.alignment import AlignmentConfig
-from coral.training.loop import schedule, train
+from coral.training.loop import train
 from coral.training.losses import LossConfig
 from coral.training.recipe import Limits, OptimiserConfig, Reports, TrainConfig
+from coral.training.schedule import learning_rate
 
 CONFIG = TrainConfig(
     steps=3,
@@ -69,13 +70,17 @@ def test_thirty_updates_on_one_batch_halve_the_loss(tmp_path, precision):
     assert len(lines[-1]["accuracy"]) == 3 and max(lines[-1]["accuracy"]) <= 1
 
 
-def test_resumed_equals_never_stopped(tmp_path):
-    """Stops: optimiser moments, schedule, data position or random draws that restart after a stop."""
-    run(tmp_path / "whole", acceptance=lambda drafter: {"chain": 1.0})
-    outcome, said = run(tmp_path / "parts", acceptance=interrupt_at_first)
+@pytest.mark.parametrize("options", [{}, {"one_step": 0.7}, {"loss": LossConfig(candidates=16)}], ids=str)
+def test_resumed_equals_never_stopped(tmp_path, options):
+    """Stops: optimiser moments, schedule, draft steps, data position or random draws that restart after a
+    stop.
+    """
+    config = replace(CONFIG, **options)
+    run(tmp_path / "whole", config, acceptance=lambda drafter: {"chain": 1.0})
+    outcome, said = run(tmp_path / "parts", config, acceptance=interrupt_at_first)
     assert not outcome.finished and outcome.update == 4
     assert "stopped at update 4; run the same command to go on" in said
-    outcome, said = run(tmp_path / "parts", acceptance=lambda drafter: {"chain": 1.0})
+    outcome, said = run(tmp_path / "parts", config, acceptance=lambda drafter: {"chain": 1.0})
     assert outcome.finished and outcome.update == 8 and "going on after update 4" in said
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -83,6 +88,14 @@ def test_resumed_equals_never_stopped(tmp_path):
     assert [[line.get(key) for key in timeless] for line in metrics(tmp_path / "whole")] == [
         [line.get(key) for key in timeless] for line in metrics(tmp_path / "parts")
     ]
+
+
+def test_one_step_comes_first(tmp_path):
+    """Stops a part with one draft step that is too long, too short or never ends."""
+    _, said = run(tmp_path / "o", replace(CONFIG, one_step=0.5))
+    learnt = [sum(x > 0 for x in line["regression"]) for line in metrics(tmp_path / "o")]
+    assert learnt == [1] * 4 + [3] * 4
+    assert said.count("top-1") == 8
 
 
 def test_a_signal_is_ours_only_while_training(tmp_path):
@@ -218,6 +231,6 @@ def test_schedule_rises_then_falls():
     """Stops: a first update at full rate, and a rate that never comes down."""
     for decay, last in (("cosine", 0.02), ("linear", 0.02), ("constant", 1.0)):
         options = OptimiserConfig(decay=decay, warmup=0.1)
-        rates = [schedule(options, x / 100) for x in range(101)]
+        rates = [learning_rate(options, x / 100) for x in range(101)]
         assert rates[0] < 1e-4 and max(rates) == rates[10] == 1.0
         assert rates[-1] == pytest.approx(last)

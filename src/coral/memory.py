@@ -29,6 +29,16 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def trim() -> None:
+    """Give freed pages back to the kernel, wherever they lie between blocks in use: where sizes differ from
+    one update to the next, blocks fill their gaps badly and the heap grows for hours. To be called now and
+    then, since every page comes back at a price.
+    """
+    libc = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 _PAGE, _CHUNK = 2 << 20, 64 << 20
 _chunk: Tensor | None = None  # a tensor of bytes, of which the first `_used` are taken
 _used = 0

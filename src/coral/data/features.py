@@ -78,7 +78,7 @@ def feature_batch(
     input_ids = torch.zeros(shape, dtype=torch.int64)
     loss_mask = torch.zeros(shape, dtype=torch.bool)
     document_starts = torch.zeros(shape, dtype=torch.bool)
-    stored = examples[0]["features"] if "features" in examples[0] else None
+    stored = examples[0].get("features")
     features = torch.zeros(0) if stored is None else torch.zeros(*shape, stored.shape[1], dtype=stored.dtype)
     i = begin = 0
     for example, length in zip(examples, lengths, strict=True):

@@ -38,9 +38,10 @@ class Learner(nn.Module):
         head_weight: Tensor,
         head_bias: Tensor | None,
         generator: torch.Generator,
+        steps: int | None = None,
     ) -> Outcome:
-        """Run S draft steps on a batch; `generator` (CPU) draws the noise, the candidates and the aligned
-        rows.
+        """Run S draft steps on a batch, or fewer: the sums of the others are 0. `generator` (CPU) draws the
+        noise, the candidates and the aligned rows.
         """
         config, features = self.config, batch.features
         read = features
@@ -51,7 +52,7 @@ class Learner(nn.Module):
             drafts, wanted, kept, sequence, row = draft(
                 self.drafter,
                 batch,
-                config.steps,
+                steps or config.steps,
                 read=read,
                 detach=config.detach,
                 checkpoint_steps=config.checkpoint_steps,
@@ -85,5 +86,5 @@ class Learner(nn.Module):
             aligned = alignment_loss(*views, config.alignment, generator) * len(row)
             loss = loss + config.alignment.weight * aligned
         parts = (losses.rows, losses.correct, losses.regression, losses.cross_entropy, losses.top_k)
-        sums = torch.stack([*(part.float() for part in parts), aligned.detach().expand(config.steps)], dim=1)
-        return Outcome(loss, sums)
+        sums = torch.stack([*(part.float() for part in parts), aligned.detach().expand(len(drafts))], dim=1)
+        return Outcome(loss, pad(sums, (0, 0, 0, config.steps - len(drafts))))

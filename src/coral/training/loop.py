@@ -24,13 +24,17 @@ from coral.drafter import checkpoint, eagle
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.errors import CoralError
 from coral.machine import has_fast_bfloat16
+from coral.memory import trim
 from coral.training import parallel, trackers
 from coral.training import state as run_state
 from coral.training.learner import Learner
 from coral.training.losses import trained_rows
 from coral.training.progress import Reporter
-from coral.training.recipe import OptimiserConfig, TrainConfig, check
+from coral.training.recipe import TrainConfig, check
+from coral.training.schedule import learning_rate, order, progress
 
+TRIM_EVERY = 10
+"""Updates after which freed memory goes back to the kernel."""
 PATIENCE = 10
 """Updates in a row without a finite gradient after which a run gives up."""
 
@@ -120,7 +124,7 @@ def train(
         state, moments = run_state.load(output, config, len(dataset), accelerator.num_processes)
         parallel.load_moments(optimiser, moments)
     rows_per_update = config.batch_size * config.accumulate * accelerator.num_processes
-    peak = options.learning_rate or 0.25 / target.hidden_size
+    peak = options.learning_rate or 1 / target.hidden_size
 
     def save() -> None:
         gathered, moments = parallel.whole_drafter(drafter), parallel.whole_moments(optimiser)
@@ -167,14 +171,15 @@ def train(
             clock = time.monotonic() - started if accelerator.is_main_process else 0.0
             shared = torch.tensor([clock, float(len(stop))], device=accelerator.device)
             state.seconds, stopping = accelerator.reduce(shared).tolist()
-            fraction = _progress(config, state, len(dataset), rows_per_update)
+            fraction = progress(config, state, len(dataset), rows_per_update)
             if fraction >= 1 or stopping:
                 break
-            rate = peak * schedule(options, fraction)
+            rate = peak * learning_rate(options, fraction)
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            rows = _order(config.seed, len(dataset), state.update * rows_per_update, rows_per_update)
-            loss, sums = _accumulate(accelerator, learner, config, target, dataset, rows, state.update)
+            rows = order(config.seed, len(dataset), state.update * rows_per_update, rows_per_update)
+            steps = 1 if fraction < config.one_step else config.steps
+            loss, sums = _accumulate(accelerator, learner, config, target, dataset, rows, state.update, steps)
             norm = parallel.clip(parameters, options.gradient_clip)
             state.update += 1
             if math.isfinite(norm) and math.isfinite(loss):
@@ -193,6 +198,8 @@ def train(
                         "or check these rows."
                     )
             optimiser.zero_grad()
+            if state.update % TRIM_EVERY == 0:
+                trim()
             if state.update % config.reports.log_every == 0:
                 reporter.log(
                     state.update,
@@ -250,16 +257,18 @@ def _accumulate(
     dataset: Rows,
     rows: list[int],
     update: int,
+    steps: int,
 ) -> tuple[float, Tensor]:
-    """Leave the gradient of the mean loss over `rows` in the learner; the summed loss and sums [S,6].
+    """Leave the gradient of the mean loss over `rows` in so many draft steps in the learner; the summed loss,
+    and sums [S,6].
 
     Batch n of an update is the same, with the same random draws, whichever process reads it. So N processes
     that accumulate A batches learn what one does that accumulates N x A.
     """
     rank, world, size = accelerator.process_index, accelerator.num_processes, config.batch_size
     numbers = range(rank, config.accumulate * world, world)  # of the update's batches: those of this process
-    joined = target.device.type == "cpu"
-    batches = [feature_batch(target, dataset, rows[n * size : (n + 1) * size], joined=joined) for n in numbers]
+    parts, joined = [rows[n * size : (n + 1) * size] for n in numbers], target.device.type == "cpu"
+    batches = [feature_batch(target, dataset, part, joined=joined) for part in parts]
     trained = torch.stack([trained_rows(b.loss_mask, b.document_starts, 1).sum() for b in batches]).sum()
     count = accelerator.reduce(trained.float()).clamp(min=1)
     loss = torch.zeros((), device=target.device)
@@ -268,7 +277,7 @@ def _accumulate(
         last = number == numbers[-1]
         with nullcontext() if last else parallel.without_exchange(accelerator, learner):
             generator = run_state.random_generator(config.seed, 2, update, 0, number)
-            outcome = learner(batch, target.head_weight, target.head_bias, generator)
+            outcome = learner(batch, target.head_weight, target.head_bias, generator, steps)
             # The mean is over the rows of all processes, but gradients are averaged over processes.
             accelerator.backward(outcome.loss * world / count)
         loss, sums = loss + outcome.loss.detach(), sums + outcome.sums
@@ -307,41 +316,3 @@ def new_drafter(target: TrainTarget, config: TrainConfig) -> Drafter:
     if source is not None:
         drafter.init_from_drafter(source)
     return drafter
-
-
-def schedule(options: OptimiserConfig, fraction: float) -> float:
-    """The learning rate as a part of its peak, when `fraction` of the run is done."""
-    if fraction < options.warmup:
-        return max(fraction, 1e-6) / options.warmup
-    done = (fraction - options.warmup) / max(1 - options.warmup, 1e-9)
-    match options.decay:
-        case "cosine":
-            return options.final + (1 - options.final) * (1 + math.cos(math.pi * done)) / 2
-        case "linear":
-            return options.final + (1 - options.final) * (1 - done)
-        case "constant":
-            return 1.0
-
-
-def _progress(config: TrainConfig, state: run_state.RunState, examples: int, rows_per_update: int) -> float:
-    """The part of the run that is done: that of the nearest limit."""
-    limits, parts = config.limits, [0.0]
-    if limits.updates is not None:
-        parts.append(state.update / limits.updates)
-    if limits.epochs is not None:
-        parts.append(state.update / math.ceil(limits.epochs * examples / rows_per_update))
-    if limits.minutes is not None:
-        parts.append(state.seconds / (60 * limits.minutes))
-    return min(1.0, max(parts))
-
-
-def _order(seed: int, examples: int, first: int, count: int) -> list[int]:
-    """Rows first .. first+count of the endless sequence of one random permutation of the data after the
-    other.
-    """
-    rows: list[int] = []
-    while len(rows) < count:
-        epoch, offset = divmod(first + len(rows), examples)
-        permutation = torch.randperm(examples, generator=run_state.random_generator(seed, 1, epoch))
-        rows += permutation[offset : offset + count - len(rows)].tolist()
-    return rows

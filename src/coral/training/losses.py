@@ -2,8 +2,9 @@
 vocabulary.
 
 All sums run over the trained rows only, which are gathered first; the LM head then sees a few rows at a time,
-so no (batch x length x V) tensor ever exists. Scores are in the head's dtype, sums over them in float32. The head is frozen, which makes its part of the backward pass
-cheap: with W the head [V,h], f a draft feature, p the target's and q the drafter's distribution,
+so no (batch x length x V) tensor ever exists. Scores are in the head's dtype, sums over them in float32. The
+head is frozen, which makes its part of the backward pass cheap: with W the head [V,h], f a draft feature, p
+the target's and q the drafter's distribution,
 
     d/df ( -sum_x p(x) log q(x) )            = q W - p W
     d/df ( -sum_{x in K} p(x) log q(x) )     = P_K q W - sum_{x in K} p(x) W_x,   P_K = sum_{x in K} p(x).

@@ -106,7 +106,8 @@ class Reporter:
         }
         line["alignment"] = line["alignment"][0]
         self.write(line)
-        accuracy = " ".join(f"{x:.1%}" for x in line["accuracy"])
+        learnt = zip(line["accuracy"], self.sums[:, 0].tolist(), strict=True)
+        accuracy = " ".join(f"{x:.1%}" for x, count in learnt if count)
         text = (
             f"update {update}  loss {line['loss']:.4f}  top-1 {accuracy}  {speed:,.0f} trained tokens/s  "
             f"{line['memory_bytes'] / 2**30:.1f} GiB"

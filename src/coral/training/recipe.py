@@ -35,7 +35,7 @@ class OptimiserConfig:
     """AdamW and its schedule, which is a function of the run's progress from 0 to 1."""
 
     learning_rate: float | None = None
-    """Peak learning rate; none: 0.25 / hidden size, that is 1e-3 at 256 and 6e-5 at 4096."""
+    """Peak learning rate; none: 1 / hidden size, that is 1.7e-3 at 576 and 2.4e-4 at 4096."""
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.0
@@ -85,6 +85,9 @@ class TrainConfig:
     """Draft steps of the unroll."""
     detach: bool = True
     """Stop gradients between draft steps."""
+    one_step: float = 0.0
+    """Part of the run, from its start, in which there is one draft step only: what later steps build on is
+    learnt three times as fast alone."""
     noise: float = 0.0
     """Half-width of uniform noise added to the target features that the drafter reads (EAGLE: 0.1)."""
     batch_size: int = 16
@@ -141,6 +144,10 @@ def check(c: TrainConfig) -> None:
     ):
         if value < least:
             raise CoralError(f"{name} must be at least {least}, not {value}.")
+    if not 0 <= c.one_step <= 1:
+        raise CoralError(f"one_step is a part of the run, from 0 to 1, not {c.one_step}.")
+    if c.loss.candidates < 0:
+        raise CoralError(f"loss.candidates must be at least 0, not {c.loss.candidates}.")
     if not c.alignment.temperature > 0:
         raise CoralError(f"alignment.temperature must be above 0, not {c.alignment.temperature}.")
     given = [v for v in (c.limits.updates, c.limits.epochs, c.limits.minutes) if v is not None]

@@ -124,10 +124,12 @@ def test_the_grid_and_its_best() -> None:
     assert all(b.num_nodes <= min(31, b.top_k + (b.max_depth - 1) * b.top_k**2) for b in budgets)
     assert all(b.min_gain in MIN_GAIN for b in budgets)
     found = fastest([
-        Prediction(Budget(k, 2, nodes), 2.0, 1.0, 3.0, 10.0, speedup)
-        for k, nodes, speedup in ((1, 2, 1.5), (2, 2, 1.7), (2, 4, 1.6))
+        Prediction(Budget(k, 2, nodes), 2.0, 1.0, filled, 10.0, speedup)
+        for k, nodes, filled, speedup in (
+            (1, 2, 1.5, 1.5), (2, 2, 1.8, 1.7), (2, 9, 2.5, 1.6), (2, 4, 2.5, 1.6), (4, 4, 2.5, 1.4)
+        )
     ])  # fmt: skip
-    assert [p.speedup for p in found] == [1.7, 1.6]
+    assert [(p.speedup, p.budget.num_nodes) for p in found] == [(1.7, 2), (1.6, 4)]
 
 
 # ------------------------------------------------------------------------------------------- trees.json

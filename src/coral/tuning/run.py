@@ -47,8 +47,7 @@ class Prediction:
 class Tuned:
     """What tuning found.
 
-    candidates: the fastest budget of every number of nodes, the fastest first. default: `tree.DEFAULT`
-    or `tree.CPU_DEFAULT`.
+    candidates: see `fastest`. default: `tree.DEFAULT` or `tree.CPU_DEFAULT`.
     plain: plain decoding, from the same costs; plain_rows: see `Costs.plain_rows`.
     predicted: the best budget's speedup, from costs measured anew between the texts that were decoded.
     decoded: tokens a second of the best budget and of plain decoding, when both decode the same prompts.
@@ -160,10 +159,14 @@ def grid(most_nodes: int, min_gains: Sequence[float] = MIN_GAIN) -> list[Budget]
 
 
 def fastest(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """The fastest of every number of nodes, the fastest first."""
+    """The fastest of every number of nodes, the fastest first; of budgets that do the same only the first."""
     best: dict[int, Prediction] = {}
-    for one in sorted(predictions, key=lambda p: -p.speedup):
-        best.setdefault(one.budget.num_nodes, one)
+    met = set[tuple[float, float, float]]()
+    for one in sorted(predictions, key=lambda p: (-p.speedup, p.budget.num_nodes)):
+        does = one.tau, one.steps, one.nodes  # a drafter that is never sure fills no larger tree
+        if does not in met:
+            met.add(does)
+            best.setdefault(one.budget.num_nodes, one)
     return list(best.values())
 
 

@@ -137,7 +137,7 @@ def bench(
         "routed_heads": {},
         "trees": {},
     }
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     try:
         for dtype in dtypes:
             loaded = _load(target, dtype, device)

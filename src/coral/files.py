@@ -1,74 +1,103 @@
-"""Write aside, then rename: nothing on disk is ever half-written."""
+"""Write aside, then rename: nothing on disk is ever half-written, lost in between, or written by two at once.
 
+A directory is replaced in one step of the kernel where it can exchange two names. Elsewhere it takes two
+renames, and the next process that locks the output takes back what a kill between them left aside.
+"""
+
+import ctypes
+import errno
 import os
+import re
 import shutil
-import tempfile
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from uuid import uuid4
 
 from coral.errors import CoralError
+from coral.locks import locked
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path, ours: Sequence[str] = ("*",)) -> Iterator[Path]:
     """Yield an empty directory beside `path`; on success it replaces `path`, on any failure it is removed.
 
+    The new directory has the mode of the old one. A symbolic link stays, and what it names is replaced.
+
+    Args:
+        ours: patterns of what an old directory loses; its other files are carried over, unless they were
+            written anew. Default: all.
+
     Raises:
-        CoralError: `path` is a file, or the disk refuses the write (full, read-only, no permission).
+        CoralError: `path` is a file, a mount point or holds the working directory, another process writes
+            it, or the disk refuses the write (full, read-only, no permission).
     """
-    path = Path(path).absolute()
-    if path.exists() and not path.is_dir():
-        raise CoralError(f"{path} is a file, but a directory is to be written there; choose another output.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise CoralError(f"cannot write {path}: {error.strerror}; choose another output.") from error
-    try:
-        yield aside
-        aside.chmod(0o755)
-        old = path.parent / f".{path.name}.old-{os.getpid()}"
+    path = replaceable(path)
+    with locked(path), _explained(path):
+        aside = path.with_name(f".{path.name}.new-{uuid4().hex}")
+        aside.mkdir()
         try:
+            mode = stat.S_IMODE((path if path.exists() else aside).stat().st_mode)
+            aside.chmod(0o700)
+            yield aside
             if path.exists():
-                path.rename(old)
-            aside.rename(path)
-        except BaseException:  # Ctrl-C included: whoever looks at `path` finds the old or the new directory
-            if old.exists() and not path.exists():
-                old.rename(path)
-            raise
+                _carry_over(path, aside, ours)
+            aside.chmod(mode)
+            _replace(aside, path)
         finally:
-            if path.exists():
-                shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def replaceable(path: Path) -> Path:
+    """The directory that `path` names, links resolved.
+
+    Raises:
+        CoralError: it cannot be replaced: a file, a mount point, or where a process of ours works.
+    """
+    given, path = path, Path(os.path.realpath(path))
+    if path.exists() and not path.is_dir():
+        raise CoralError(f"{given} is a file, but a directory is to be written there; choose another output.")
+    here = Path(os.path.realpath("."))
+    if path in (here, *here.parents):
         raise CoralError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another output."
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            f"{given} holds the working directory, which cannot be replaced; choose a directory inside it."
+        )
+    if _is_mount(path):
+        raise CoralError(
+            f"{given} is a mount point, which cannot be replaced; choose a directory inside it, such as "
+            f"{given / 'output'}."
+        )
+    return path
 
 
 def atomic_text(path: Path, text: str) -> None:
     """Replace the file at `path` with `text` in one step; raises CoralError when the disk refuses."""
-    atomic_bytes(path, text.encode())
+    atomic_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
 def atomic_bytes(path: Path, content: bytes) -> None:
-    """Replace the file at `path` with `content` in one step; raises CoralError when the disk refuses."""
-    path = Path(path)
+    """Replace the file at `path` with `content` in one step; raises CoralError when the disk refuses.
+
+    The file keeps its mode. A symbolic link stays, and what it names is replaced.
+    """
+    path = Path(os.path.realpath(path))
     aside = path.with_name(f".{path.name}.{uuid4().hex}")  # process ids repeat on other nodes
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(content)
-        aside.replace(path)
-    except OSError as error:
-        raise CoralError(
-            f"cannot write {path}: {error.strerror}; free some space or choose another output."
-        ) from error
-    finally:
-        with suppress(OSError):  # the parent may be a file
-            aside.unlink(missing_ok=True)
+    with _explained(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                aside.touch(0o600)
+            aside.write_bytes(content)
+            if path.exists():
+                shutil.copymode(path, aside)
+            aside.replace(path)
+        finally:
+            with suppress(OSError):  # the parent may be a file
+                aside.unlink(missing_ok=True)
 
 
 def refuse_missing(source: str | Path, what: str) -> None:
@@ -77,3 +106,76 @@ def refuse_missing(source: str | Path, what: str) -> None:
     is_path = isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
     if is_path and not Path(source).exists():
         raise CoralError(f"there is no {what} directory {text}; check the path.")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CoralError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another output."
+        ) from error
+
+
+def _carry_over(old: Path, new: Path, ours: Sequence[str]) -> None:
+    """Give the files of one directory to another that lacks them, but for those that match `ours`."""
+    for folder, folders, files in os.walk(old):
+        links = [name for name in folders if Path(folder, name).is_symlink()]
+        for name in (*files, *links):
+            source = Path(folder, name)
+            inside = source.relative_to(old)
+            target = new / inside
+            if any(fnmatch(inside.as_posix(), pattern) for pattern in ours) or os.path.lexists(target):
+                continue
+            if not target.parent.exists():
+                target.parent.mkdir(parents=True)
+                shutil.copymode(source.parent, target.parent)
+            try:
+                os.link(source, target, follow_symlinks=False)
+            except OSError:  # a file system without links
+                shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _replace(new: Path, path: Path) -> None:
+    """Put `new` where `path` is. What was there is removed, or left where `new` was."""
+    if not path.exists():
+        new.rename(path)
+        return
+    if _exchange(new, path):
+        return
+    old = path.with_name(f".{path.name}.old-{uuid4().hex}")
+    try:
+        path.rename(old)
+        new.rename(path)
+    except BaseException:  # Ctrl-C included: whoever looks at `path` finds the old or the new directory
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where the kernel or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # no Linux, or an old C library
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def _is_mount(path: Path) -> bool:
+    if os.path.ismount(path):
+        return True
+    try:  # a directory that is bound to another one of the same file system
+        lines = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:
+        return False
+    points = {re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), line.split()[4]) for line in lines}
+    return str(path) in points

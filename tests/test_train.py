@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from tiny_training import tiny_data, tiny_target
+from tiny_training import tiny_data, tiny_drafter, tiny_target
 
-from coral.drafter import checkpoint
+from coral import tuned
+from coral.decoding.tree import Budget
+from coral.drafter import checkpoint, heads
 from coral.errors import CoralError
 from coral.training.alignment import AlignmentConfig
 from coral.training.loop import train
@@ -234,3 +236,80 @@ def test_schedule_rises_then_falls():
         rates = [learning_rate(options, x / 100) for x in range(101)]
         assert rates[0] < 1e-4 and max(rates) == rates[10] == 1.0
         assert rates[-1] == pytest.approx(last)
+
+
+def everything(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_ino) for path in files}
+
+
+def beside(output):
+    """What people and other commands put into the directory of a finished run."""
+    target = tiny_target()
+    (output / "README.md").write_text("my card")
+    heads.save(output, "routed", {"ids": torch.arange(31)[None]}, active=1)
+    heads.save(output, "static", {"ids": torch.arange(9)})
+    heads.save_token_map(output, torch.arange(9))
+    place = tuned.Place("a CPU", 4, "float32", False, 2, "static")
+    tuned.save(output, place, Budget(2, 3, 5), 1.5, 1.4)
+    return checkpoint.TargetRecord.of(target)
+
+
+def test_a_finished_run_writes_nothing(tmp_path):
+    """Stops: a command repeated by mistake that deletes the heads, the tuned trees and the model card."""
+    run(tmp_path / "o", acceptance=lambda drafter: {"chain": 1.0})
+    beside(tmp_path / "o")
+    before = everything(tmp_path)
+    outcome, said = run(tmp_path / "o", acceptance=lambda drafter: 1 / 0)
+    assert outcome.finished and outcome.update == 8 and outcome.acceptance == {"chain": 1.0}
+    assert "finished before, after update 8" in said and everything(tmp_path) == before
+
+
+def test_a_longer_run_carries_over_what_it_did_not_write_and_says_what_is_stale(tmp_path):
+    """Stops: a checkpoint that takes files of others with it, and a tree tuned to weights that are gone."""
+    output = tmp_path / "o"
+    run(output)
+    record = beside(output)
+    before = everything(output)
+    assert checkpoint.outdated(output, record) is not None
+    _, said = run(output, replace(CONFIG, limits=Limits(updates=9)))
+    after = everything(output)
+    lost = before.keys() - after.keys()
+    kept = [name for name in before if "heads" in name or name == "README.md"]
+    assert lost == {"coral/trees.json"} and len(kept) == 5
+    assert all(after[name] == before[name] for name in kept)
+    assert "trees.json is dropped (run `coral tune` again); the heads routed stay (make them again" in said
+    assert [line["update"] for line in metrics(output)] == list(range(1, 10))
+    run(output, replace(CONFIG, steps=2, limits=Limits(updates=2)), resume=False)
+    assert everything(output).keys() == after.keys()
+    assert [line["update"] for line in metrics(output)] == [1, 2]
+    other = tiny_target(seed=7)
+    assert "routed, static are dropped" in checkpoint.outdated(output, checkpoint.TargetRecord.of(other))
+    run(output, target=other, resume=False)
+    assert not heads.made(output) and (output / "README.md").exists()
+
+
+def spoil(drafter):
+    with torch.no_grad():
+        drafter.fc.weight[0, 0] = float("nan")
+    return {"chain": 1.0}
+
+
+def test_weights_that_are_not_finite_are_no_result(tmp_path):
+    """Stops: a run that ends in NaN and says that it finished, and a good checkpoint that it replaces."""
+    run(tmp_path / "o", replace(CONFIG, limits=Limits(updates=3)))
+    before = everything(tmp_path)
+    config = replace(CONFIG, limits=Limits(updates=6))
+    with pytest.raises(CoralError, match=r"after update 6 the weights fc\.weight are not finite.*keeps the"):
+        run(tmp_path / "o", config, acceptance=spoil)
+    after = everything(tmp_path)
+    log = "o/coral/training/metrics.jsonl"
+    assert {**before, log: 0} == {**after, log: 0}
+    run(tmp_path / "o", config)
+    with pytest.raises(CoralError, match="none of 4 updates had a finite loss"):
+        run(tmp_path / "p", replace(CONFIG, limits=Limits(updates=4)), Poisoned(), poisoned_data(range(24)))
+    drafter = tiny_drafter()
+    spoil(drafter)
+    with pytest.raises(CoralError, match=r"fc\.weight is not finite"):
+        checkpoint.save(drafter, tmp_path / "d", target=checkpoint.TargetRecord.of(tiny_target()))
+    assert not (tmp_path / "d").exists()

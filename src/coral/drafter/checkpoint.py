@@ -8,7 +8,7 @@ drafter, the target it belongs to, the drafter's options, and the recipe and mea
 
 import hashlib
 import json
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import copyfile
@@ -23,13 +23,15 @@ from torch import Tensor
 from coral import hub
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.errors import CoralError
-from coral.files import atomic_directory
+from coral.files import atomic_directory, replaceable
 
 FORMAT_VERSION = 1
 KINDS = ("eagle",)
 FEATURE = "after_final_norm"
 CUSTOM_GENERATE = Path(__file__).parent.parent / "custom_generate"
 """What transformers runs for `generate(..., custom_generate=DRAFTER)`; every drafter carries a copy."""
+_WEIGHTS = ("config.json", "model.safetensors", "coral/config.json", "custom_generate/*")
+_MADE_FOR_WEIGHTS = ("coral/trees.json", "coral/head_training.pt", "coral/training/*")
 
 
 class TargetLike(Protocol):
@@ -96,21 +98,54 @@ def save(
     metrics: dict[str, Any] | None = None,
 ) -> None:
     """Write a drafter as `directory`, in one step: an older drafter there is replaced only when all is
-    written.
+    written. What else lies there stays, see `replaced`.
 
     Raises:
-        CoralError: the directory holds something that is not a drafter, or the disk refuses the write.
+        CoralError: the directory holds something that is not a drafter, a weight is not finite, or the disk
+            refuses the write.
     """
     directory = Path(directory)
     refuse_foreign(directory)
-    with atomic_directory(directory) as aside:
+    with atomic_directory(directory, ours=replaced(directory, target)) as aside:
         write(drafter, aside, target=target, kind=kind, recipe=recipe, metrics=metrics)
 
 
 def refuse_foreign(directory: Path) -> None:
-    """Raise CoralError if `directory` holds anything but a drafter of ours: saving there would delete it."""
+    """Raise CoralError if `directory` holds anything but a drafter of ours, or cannot be replaced by one."""
+    replaceable(directory)
     if directory.is_dir() and any(directory.iterdir()) and not (directory / "coral" / "config.json").exists():
         raise CoralError(f"{directory} holds files that are not a drafter; choose an empty or new directory.")
+
+
+def replaced(directory: Path, target: TargetRecord) -> list[str]:
+    """Patterns of what the directory of a drafter loses when another one is written there: all that was made
+    for its weights; heads too where the target is another one.
+    """
+    other = _target_of(directory) not in (None, target.fingerprint)
+    return [*_WEIGHTS, *_MADE_FOR_WEIGHTS, *(["coral/heads/*"] if other else [])]
+
+
+def outdated(directory: Path, target: TargetRecord) -> str | None:
+    """What new weights make stale in the directory of a drafter, in a sentence; None: nothing."""
+    stale = []
+    if (directory / "coral" / "trees.json").exists():
+        stale.append("coral/trees.json is dropped (run `coral tune` again)")
+    heads = sorted(path.stem for path in (directory / "coral" / "heads").glob("*.safetensors"))
+    if _target_of(directory) not in (None, target.fingerprint):
+        stale += [f"the heads {', '.join(heads)} are dropped (they are for another target)"] if heads else []
+    elif heads := [kind for kind in heads if kind != "static"]:
+        stale.append(f"the heads {', '.join(heads)} stay (make them again with `coral train-head`)")
+    if not stale:
+        return None
+    return f"{directory} holds what was made for the weights that it had: {'; '.join(stale)}"
+
+
+def _target_of(directory: Path) -> str | None:
+    """The fingerprint of the target of the drafter in a directory, if one can be read there."""
+    try:
+        return str(read_config(directory)["target"]["fingerprint"])
+    except CoralError:
+        return None
 
 
 def write(
@@ -122,8 +157,14 @@ def write(
     recipe: dict[str, Any] | None = None,
     metrics: dict[str, Any] | None = None,
 ) -> None:
-    """Write the files of a drafter into an existing directory; see `save` for the safe way."""
+    """Write the files of a drafter into an existing directory; see `save` for the safe way.
+
+    Raises:
+        CoralError: a weight is not finite.
+    """
     assert kind in KINDS
+    if odd := not_finite(drafter.state_dict()):
+        raise CoralError(f"the drafter is not written, for {odd} is not finite; train it anew.")
     tensors = {
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in drafter.state_dict().items()
     }
@@ -252,6 +293,11 @@ def _check_target(directory: Path, recorded: TargetRecord, given: TargetRecord) 
             f"the drafter {directory} was trained for the target {recorded.name}{revision}, but {given.name} "
             "has other weights; use that target, or train a drafter for this one."
         )
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or an infinity, if there is one."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 def check_names(file: Path, expected: Set[str], found: Set[str]) -> None:

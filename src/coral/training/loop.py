@@ -23,6 +23,7 @@ from coral.data.shards import refuse_other_target
 from coral.drafter import checkpoint, eagle
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.errors import CoralError
+from coral.locks import locks_output
 from coral.machine import has_fast_bfloat16
 from coral.memory import trim
 from coral.training import parallel, trackers
@@ -72,6 +73,7 @@ class TrainOutcome:
     """The last measurement of the acceptance length, if any."""
 
 
+@locks_output
 def train(
     target: TrainTarget,
     data: Data,
@@ -82,7 +84,8 @@ def train(
     resume: bool = True,
     console: Console | None = None,
 ) -> TrainOutcome:
-    """Train a drafter for `target` on `data` and keep it, with its state, in the directory `output`.
+    """Train a drafter for `target` on `data` and keep it, with its state, in the directory `output`. A run
+    that had finished there is left as it is.
 
     Args:
         acceptance: measures the drafter's real acceptance length; called in the main process, every
@@ -93,8 +96,9 @@ def train(
 
     Raises:
         CoralError: a bad configuration, an output that is something else, another configuration or other
-            data than the run in `output` had, no data, features of another target, a tracker that is not
-            installed, processes that see different runs, or `PATIENCE` updates in a row that are not finite.
+            data than the run in `output` had, another process that writes there, no data, features of another
+            target, a tracker that is not installed, processes that see different runs, `PATIENCE` updates in
+            a row that are not finite, or weights that are not.
     """
     check(config)
     config = replace(config, precision=_precision(config, target))
@@ -125,15 +129,30 @@ def train(
         parallel.load_moments(optimiser, moments)
     rows_per_update = config.batch_size * config.accumulate * accelerator.num_processes
     peak = options.learning_rate or 1 / target.hidden_size
+    if resumed and _progress(config, state, len(dataset), rows_per_update) >= 1:
+        with Reporter(output, not accelerator.is_main_process, console) as reporter:
+            reporter.say(f"finished before, after update {state.update}: {output}; raise limits to go on")
+        return TrainOutcome(state.update, True, state.skipped, state.seconds, state.acceptance)
+    outdated = checkpoint.outdated(output, record)
+
+    def gather() -> Drafter:
+        """The drafter whole, in every process."""
+        gathered = parallel.whole_drafter(drafter)
+        if odd := checkpoint.not_finite(gathered.state_dict()):
+            raise CoralError(
+                f"after update {state.update} the weights {odd} are not finite; {output} keeps the last good "
+                "checkpoint: lower the learning rate, or check the recipe's numbers."
+            )
+        return gathered
 
     def save() -> None:
-        gathered, moments = parallel.whole_drafter(drafter), parallel.whole_moments(optimiser)
+        gathered, moments = gather(), parallel.whole_moments(optimiser)
         if accelerator.is_main_process:
             run_state.save(output, gathered, record, config, moments, state, len(dataset))
         accelerator.wait_for_everyone()
 
     def measure(reporter: Reporter) -> None:
-        gathered = parallel.whole_drafter(drafter)
+        gathered = gather()
         if acceptance is not None and accelerator.is_main_process:
             paused = reporter.pause()
             gathered.eval()
@@ -164,6 +183,8 @@ def train(
         if resumed:
             reporter.forget_after(state.update)
             reporter.say(f"going on after update {state.update}")
+        if outdated:
+            reporter.say(outdated)
         if accelerator.num_processes > 1:
             reporter.say(f"{accelerator.num_processes} processes, {rows_per_update} rows in an update")
         while True:
@@ -219,6 +240,11 @@ def train(
                 save()
                 reporter.go_on(paused)
                 saved = state.seconds
+        if fraction >= 1 and 0 < state.update == state.skipped:
+            raise CoralError(
+                f"none of {state.update} updates had a finite loss and gradient, so nothing was learnt; check "
+                "the data and the recipe's numbers."
+            )
         if fraction >= 1 and measured != state.update:
             measure(reporter)
         save()

@@ -59,20 +59,24 @@ def save(
     state: RunState,
     examples: int,
 ) -> None:
-    """Write drafter and state as `output`, in one step; raises CoralError when the disk refuses."""
+    """Write drafter and state as `output`, in one step, beside what others put there.
+
+    Raises:
+        CoralError: a weight is not finite, or the disk refuses.
+    """
     buffer = io.BytesIO()  # torch.save hides the reason of a failed write
     torch.save(
         {"state": asdict(state), "config": asdict(config), "optimiser": optimiser, "examples": examples},
         buffer,
     )
     metrics = folder(output) / "metrics.jsonl"
-    lines = metrics.read_bytes() if metrics.exists() else b""
-    with atomic_directory(output) as aside:
+    goes_on = state.update > 0 and metrics.exists()
+    with atomic_directory(output, ours=checkpoint.replaced(output, target)) as aside:
         reported = {"updates": state.update, "seconds": round(state.seconds), "acceptance": state.acceptance}
         checkpoint.write(drafter, aside, target=target, recipe=asdict(config), metrics=reported)
         folder(aside).mkdir()
         (folder(aside) / "state.pt").write_bytes(buffer.getvalue())
-        (folder(aside) / "metrics.jsonl").write_bytes(lines)
+        (folder(aside) / "metrics.jsonl").write_bytes(metrics.read_bytes() if goes_on else b"")
 
 
 def load(

@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from coral.data import prepared
 from coral.drafter import checkpoint
 from coral.errors import CoralError
 from coral.files import atomic_directory, atomic_text
+from coral.locks import locked
 
 
 def record(i: int) -> str:
@@ -202,6 +205,46 @@ def test_a_full_disk_leaves_what_was_there(
     assert "No space left on device" in result.err and result.err.splitlines()[-1].startswith("coral: ")
     assert contents(tmp_path) == before and not any(path.name[0] == "." for path in tmp_path.iterdir())
     assert coral(*words, *(("--updates", 2) if line is TRAIN else ())).code == 0  # with room again, it works
+
+
+@pytest.mark.parametrize("line", [TRAIN, PREPARE, BENCH, REGENERATE, FEATURES])
+def test_an_output_has_one_writer(coral, place: dict[str, Path], tmp_path: Path, line: str) -> None:
+    """Stops two processes that write 90 lines for 45 records, each record twice, or metrics in two hands."""
+    words = line.format(**place, out=tmp_path / "out").split()
+    name = {REGENERATE: "out.jsonl", FEATURES: "out.1-of-1"}.get(line, "out")
+    with ThreadPoolExecutor(1) as pool:  # another thread is another writer
+        held = locked(tmp_path / name)
+        pool.submit(held.__enter__).result()
+        said = message(coral(*words))
+        assert f"{name} is being written by process {os.getpid()} (" in said and "wait until it has" in said
+        assert contents(tmp_path).keys() == {f".{name}.lock"}
+        pool.submit(held.__exit__, None, None, None).result()
+    assert coral(*words).code == 0 and not (tmp_path / f".{name}.lock").exists()
+
+
+def test_heads_and_trees_have_one_writer(coral, place: dict[str, Path], tmp_path: Path) -> None:
+    """Stops a tree of a head that is made anew meanwhile, and a head for a drafter in training."""
+    shutil.copytree(place["drafter"], tmp_path / "d")
+    before = contents(tmp_path)
+    rest = ("--target", place["target"])
+    with ThreadPoolExecutor(1) as pool:
+        held = locked(tmp_path / "d")
+        pool.submit(held.__enter__).result()
+        for words in (("tune", tmp_path / "d"), ("train-head", tmp_path / "d", "--data", place["data"])):
+            assert "d is being written by process" in message(coral(*words, *rest))
+        pool.submit(held.__exit__, None, None, None).result()
+    assert contents(tmp_path) == before
+
+
+def test_preparing_anew_keeps_what_others_put_there(coral, place: dict[str, Path], tmp_path: Path) -> None:
+    """Stops an output from taking notes of other people with it, and rows of the older data from staying."""
+    words = PREPARE.format(**place, out=tmp_path / "out").split()
+    assert coral(*words).code == 0
+    first = contents(tmp_path)
+    (tmp_path / "out" / "NOTES.md").write_text("mine")
+    (tmp_path / "out" / "data-00007-of-00008.arrow").write_text("older rows")
+    assert coral(*words).code == 0
+    assert contents(tmp_path).keys() == {*first, "out/NOTES.md"}
 
 
 def test_a_failed_rename_brings_the_old_directory_back(

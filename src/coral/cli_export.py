@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -116,6 +117,8 @@ def import_(
     loaded = options.load_target(target, "auto", None, revision, trust_remote_code)
     drafter = read(directory, loaded)
     record = checkpoint.TargetRecord.of(loaded)
+    if outdated := checkpoint.outdated(output, record):
+        print(outdated, file=sys.stderr)
     checkpoint.save(drafter, output, target=record, recipe={"imported_from": source})
     dtype = str(drafter.fc.weight.dtype).removeprefix("torch.")
     bias = ", with the trained bias of its fc" if drafter.config.fc_bias else ""

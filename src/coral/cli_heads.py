@@ -79,6 +79,7 @@ def train_head(
     from coral import tuned
     from coral.data import shards
     from coral.drafter import checkpoint
+    from coral.locks import locked
 
     if kind not in _OPTIONS:
         raise CoralError(f"kind {kind!r} is not known; use {', '.join(_OPTIONS)}.")
@@ -92,17 +93,18 @@ def train_head(
     directory = checkpoint.own_directory(drafter)
     rows = shards.load(data)
     loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows)
-    network = checkpoint.load(directory, loaded, device=loaded.device).float()
-    match kind:
-        case "routed":
-            updates = updates or 300
-            _routed(directory, network, loaded, rows, groups, active, grouping, core, updates, seed)
-        case "static":
-            _static(directory, loaded, rows, size or loaded.vocab_size // 4)
-        case "low_rank":
-            rank = rank or max(2, loaded.hidden_size // 8)
-            _low_rank(directory, network, loaded, rows, rank, rescored, batches, updates or 0, seed)
-    tuned.forget(directory, kind)
+    with locked(directory):
+        network = checkpoint.load(directory, loaded, device=loaded.device).float()
+        match kind:
+            case "routed":
+                updates = updates or 300
+                _routed(directory, network, loaded, rows, groups, active, grouping, core, updates, seed)
+            case "static":
+                _static(directory, loaded, rows, size or loaded.vocab_size // 4)
+            case "low_rank":
+                rank = rank or max(2, loaded.hidden_size // 8)
+                _low_rank(directory, network, loaded, rows, rank, rescored, batches, updates or 0, seed)
+        tuned.forget(directory, kind)
 
 
 def _routed(

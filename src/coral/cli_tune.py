@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,6 +63,7 @@ def tune(
     from coral.decoding.sampling import Sampling
     from coral.drafter import checkpoint, heads
     from coral.forward import suits
+    from coral.locks import locked
     from coral.tuning.run import tune as run
 
     sampling = Sampling(temperature, seed=seed)  # refuses what is out of range before any weight is read
@@ -80,21 +82,22 @@ def tune(
         deepen_(loaded.model, deepen)
     compile = suits(loaded) if compile is None else compile
     place = tuned.Place.of(loaded, kind, compile)
-    tuned.find(directory, place)  # a file that cannot be read is refused before minutes of work
-    found = run(
-        loaded,
-        lambda target: make_proposer(target, source, head=kind),
-        _prompts(loaded, rows)[:prompts],
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        compile=compile,
-    )
-    _show(found)
-    if write:
-        path = tuned.save(directory, place, found.best.budget, found.predicted, found.achieved)
-        print(f"tree {found.best.budget}: {path}")
-    else:
-        print(f"not written down; to use it: --tree {found.best.budget}")
+    with locked(directory) if write else nullcontext():
+        tuned.find(directory, place)  # a file that cannot be read is refused before minutes of work
+        found = run(
+            loaded,
+            lambda target: make_proposer(target, source, head=kind),
+            _prompts(loaded, rows)[:prompts],
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            compile=compile,
+        )
+        _show(found)
+        if write:
+            path = tuned.save(directory, place, found.best.budget, found.predicted, found.achieved)
+            print(f"tree {found.best.budget}: {path}")
+        else:
+            print(f"not written down; to use it: --tree {found.best.budget}")
 
 
 def _prompts(target: Target, rows: PreparedData | None) -> list[list[int]]:

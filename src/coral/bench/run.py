@@ -41,9 +41,11 @@ from coral.decoding.tree import DEFAULT, LOOKUP_NODES, Budget
 from coral.drafter.drafter import num_bytes
 from coral.errors import CoralError
 from coral.files import atomic_text
+from coral.locks import locks_output
 from coral.target import Target
 
 
+@locks_output
 def bench(
     target: Target | str | Path,
     drafters: Mapping[str, str | Path | MakeProposer],
@@ -92,7 +94,7 @@ def bench(
         command: what to type to repeat it; None takes this process's command line.
 
     Raises:
-        CoralError: a bad name or file, or an output that holds another bench.
+        CoralError: a bad name or file, or an output that holds another bench or that another process writes.
     """
     output = Path(output)
     prompts = suites_.load(suites, limit)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from coral.data.features import Rows
 
 FORMAT_VERSION = 1
+_OURS = ("coral.json", "held_out.json", "dataset_info.json", "state.json", "*.arrow")
 OPEN_ROWS = 64  # packed rows that are filled side by side
 
 
@@ -99,7 +100,7 @@ def prepare(
             except BadRecordError as error:
                 dropped.add(conversation.where, str(error))
 
-    with atomic_directory(output) as directory:
+    with atomic_directory(output, _OURS) as directory:
         chosen = set_aside(read(sources, dropped), held_out, seed, aside)
         if (first := next(chosen, None)) is None:
             if not aside:

@@ -31,6 +31,7 @@ from coral.data.progress import bar, counted
 from coral.data.sources import Source, size
 from coral.errors import CoralError
 from coral.files import atomic_text
+from coral.locks import locks_output
 
 
 @dataclass
@@ -136,6 +137,7 @@ class Regenerated:
         return "\n".join(lines)
 
 
+@locks_output
 def regenerate(
     sources: Sequence[Source],
     output: str | Path,
@@ -155,7 +157,8 @@ def regenerate(
     stand in memory together; without it memory holds a digest of each record and nothing more.
 
     Raises:
-        CoralError: an unreadable source, nothing to ask, or an output written with other input or settings.
+        CoralError: an unreadable source, nothing to ask, an output written with other input or settings, or
+            one that another process writes.
     """
     output = Path(output)
     if not temperatures or min(temperatures) < 0:

@@ -34,6 +34,7 @@ from coral.data.progress import bar
 from coral.drafter.checkpoint import TargetLike, TargetRecord
 from coral.errors import CoralError
 from coral.files import atomic_bytes, atomic_text
+from coral.locks import locked
 
 FORMAT_VERSION = 1
 MANIFEST = "features.json"
@@ -122,7 +123,8 @@ def store(
 
     Raises:
         CoralError: a value out of range, no data, an output made from other data, by another target or with
-            other settings, or a disk that is too small, which is said before anything is computed.
+            other settings, another process that writes the same part, or a disk that is too small, which is
+            said before anything is computed.
     """
     output, (i, n) = Path(output), part
     if dtype not in DTYPES:
@@ -132,6 +134,21 @@ def store(
     if len(data.dataset) == 0:
         raise CoralError("the prepared data holds no rows; prepare it from other conversations.")
     _refuse_foreign(output)
+    with locked(output.with_name(f"{output.name}.{i}-of-{n}")):  # other parts may be written beside this one
+        return _store(target, data, output, dtype, shard_rows, batch_size, part, console)
+
+
+def _store(
+    target: ShardTarget,
+    data: PreparedData,
+    output: Path,
+    dtype: str,
+    shard_rows: int,
+    batch_size: int,
+    part: tuple[int, int],
+    console: Console | None,
+) -> StoredRows:
+    i, n = part
     per_token = target.hidden_size * DTYPES[dtype].itemsize + 4 * (dtype == "fp8")
     fingerprint, sizes = _measure(data.dataset, per_token, console)
     stored = StoredRows(output, TargetRecord.of(target), len(sizes), shard_rows, dtype, (output,))

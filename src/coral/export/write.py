@@ -23,6 +23,7 @@ from coral.target import Target
 
 _RECORD = Path("coral") / "export.json"  # engines do not look into folders
 _TOKEN_MAP = "token_map.pt"
+_OURS = ("config.json", "*.safetensors", "pytorch_model.bin", _TOKEN_MAP, "coral/*")  # of any format
 
 
 class Format(Protocol):
@@ -126,7 +127,7 @@ def export(
     _check(to, "tensors", format.names(config), tensors.keys())
     _check(to, "keys", format.KEYS, content.keys())
     ids = heads.static_ids(directory) if format.READS_TOKEN_MAP else None
-    with atomic_directory(output) as aside:
+    with atomic_directory(output, _OURS) as aside:
         _write_tensors(aside / format.FILE, tensors)
         checkpoint.write_json(aside / "config.json", content)
         if ids is not None:

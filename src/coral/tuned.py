@@ -7,19 +7,16 @@ cost there.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from coral import __version__
+from coral import __version__, json_file
 from coral.decoding.tree import Budget
-from coral.errors import CoralError
 from coral.files import atomic_text
+from coral.json_file import STRICT, Seconds
 from coral.machine import device_name
 from coral.target import Target
 
@@ -53,6 +50,24 @@ class Place:
         )
 
 
+@dataclass(frozen=True)
+class _Entry:
+    place: Place
+    budget: Budget
+    predicted_speedup: Seconds
+    achieved_speedup: Seconds
+    date: str
+    version: str
+
+
+@dataclass(frozen=True)
+class _Trees:
+    """What the file holds."""
+
+    __pydantic_config__ = STRICT
+    trees: list[_Entry]
+
+
 def find(directory: Path, place: Place) -> Budget | None:
     """The tree that was tuned for this drafter at this place, if any.
 
@@ -60,8 +75,7 @@ def find(directory: Path, place: Place) -> Budget | None:
         CoralError: the file is there but cannot be read.
     """
     path = directory / _FILE
-    with _refuse_corrupt(path):
-        return next((Budget(**e["budget"]) for e in _entries(path) if Place(**e["place"]) == place), None)
+    return next((entry.budget for entry in _entries(path) if entry.place == place), None)
 
 
 def save(directory: Path, place: Place, budget: Budget, predicted: float, achieved: float) -> Path:
@@ -74,43 +88,26 @@ def save(directory: Path, place: Place, budget: Budget, predicted: float, achiev
         CoralError: the file that is there cannot be read, or the disk refuses.
     """
     path = directory / _FILE
-    entry = {
-        "place": asdict(place),
-        "budget": asdict(budget),
-        "predicted_speedup": round(predicted, 3),
-        "achieved_speedup": round(achieved, 3),
-        "date": date.today().isoformat(),
-        "version": __version__,
-    }
-    with _refuse_corrupt(path):
-        others = [e for e in _entries(path) if Place(**e["place"]) != place]
-    _write(path, [*others, entry])
+    rounded = round(predicted, 3), round(achieved, 3)
+    entry = _Entry(place, budget, *rounded, date.today().isoformat(), __version__)
+    _write(path, [*(each for each in _entries(path) if each.place != place), entry])
     return path
 
 
 def forget(directory: Path, head: str) -> None:
     """Drop the trees of a head that was made anew: they were tuned to what the old one accepts."""
     path = directory / _FILE
-    with _refuse_corrupt(path):
-        entries = _entries(path)
-        others = [e for e in entries if Place(**e["place"]).head != head]
+    entries = _entries(path)
+    others = [each for each in entries if each.place.head != head]
     if len(others) < len(entries):
         _write(path, others)
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
-    return list(json.loads(path.read_text(encoding="utf-8"))["trees"]) if path.exists() else []
+def _entries(path: Path) -> list[_Entry]:
+    if not path.exists():
+        return []
+    return json_file.read(path, _Trees, "delete it, and run `coral tune` again for this drafter.").trees
 
 
-def _write(path: Path, entries: list[dict[str, Any]]) -> None:
-    atomic_text(path, json.dumps({"trees": entries}, indent=1) + "\n")
-
-
-@contextmanager
-def _refuse_corrupt(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CoralError(
-            f"{path} cannot be read ({error!r}); delete it, and run `coral tune` again for this drafter."
-        ) from error
+def _write(path: Path, entries: list[_Entry]) -> None:
+    atomic_text(path, json.dumps(asdict(_Trees(entries)), indent=1) + "\n")

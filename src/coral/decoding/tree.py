@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from coral.device import CPU, has_queue, upload
@@ -25,12 +26,14 @@ class Budget:
     min_gain: tokens that must be promised, by the drafter's own scores: no further level is drafted where the
     nodes it would grow from are reached with less probability together, and no node is sent to the target
     that is less likely.
+
+    The bounds are those of budgets that a file holds.
     """
 
-    top_k: int
-    max_depth: int
-    num_nodes: int
-    min_gain: float = 0.0
+    top_k: Annotated[int, Field(ge=1, le=256)]
+    max_depth: Annotated[int, Field(ge=0, le=256)]
+    num_nodes: Annotated[int, Field(ge=1, le=4096)]
+    min_gain: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     def __str__(self) -> str:
         """As `--tree` reads it."""

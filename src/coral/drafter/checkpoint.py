@@ -20,16 +20,18 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from coral import hub
+from coral import hub, json_file
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.errors import CoralError
 from coral.files import atomic_directory, replaceable
+from coral.json_file import STRICT, Size
 
 FORMAT_VERSION = 1
 KINDS = ("eagle",)
 FEATURE = "after_final_norm"
 CUSTOM_GENERATE = Path(__file__).parent.parent / "custom_generate"
 """What transformers runs for `generate(..., custom_generate=DRAFTER)`; every drafter carries a copy."""
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WEIGHTS = ("config.json", "model.safetensors", "coral/config.json", "custom_generate/*")
 _MADE_FOR_WEIGHTS = ("coral/trees.json", "coral/head_training.pt", "coral/training/*")
 
@@ -58,8 +60,8 @@ class TargetRecord:
 
     name: str
     revision: str | None
-    vocab_size: int
-    hidden_size: int
+    vocab_size: Size
+    hidden_size: Size
     fingerprint: str
     fingerprint_float16: str | None = None
 
@@ -79,6 +81,20 @@ class TargetRecord:
         if self.fingerprint == other.fingerprint:
             return True
         return self.fingerprint_float16 is not None and self.fingerprint_float16 == other.fingerprint_float16
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What coral/config.json holds."""
+
+    __pydantic_config__ = STRICT
+    format_version: int
+    kind: str
+    feature: str
+    target: TargetRecord
+    drafter: DrafterConfig
+    recipe: dict[str, Any] | None
+    metrics: dict[str, Any] | None
 
 
 def _fingerprint(head_weight: Tensor, dtype: torch.dtype) -> str:
@@ -121,7 +137,7 @@ def replaced(directory: Path, target: TargetRecord) -> list[str]:
     """Patterns of what the directory of a drafter loses when another one is written there: all that was made
     for its weights; heads too where the target is another one.
     """
-    other = _target_of(directory) not in (None, target.fingerprint)
+    other = _is_for_another(directory, target)
     return [*_WEIGHTS, *_MADE_FOR_WEIGHTS, *(["coral/heads/*"] if other else [])]
 
 
@@ -131,7 +147,7 @@ def outdated(directory: Path, target: TargetRecord) -> str | None:
     if (directory / "coral" / "trees.json").exists():
         stale.append("coral/trees.json is dropped (run `coral tune` again)")
     heads = sorted(path.stem for path in (directory / "coral" / "heads").glob("*.safetensors"))
-    if _target_of(directory) not in (None, target.fingerprint):
+    if _is_for_another(directory, target):
         stale += [f"the heads {', '.join(heads)} are dropped (they are for another target)"] if heads else []
     elif heads := [kind for kind in heads if kind != "static"]:
         stale.append(f"the heads {', '.join(heads)} stay (make them again with `coral train-head`)")
@@ -140,12 +156,12 @@ def outdated(directory: Path, target: TargetRecord) -> str | None:
     return f"{directory} holds what was made for the weights that it had: {'; '.join(stale)}"
 
 
-def _target_of(directory: Path) -> str | None:
-    """The fingerprint of the target of the drafter in a directory, if one can be read there."""
+def _is_for_another(directory: Path, target: TargetRecord) -> bool:
+    """Whether a directory holds a drafter of another target; False where none can be read there."""
     try:
-        return str(read_config(directory)["target"]["fingerprint"])
+        return not TargetRecord(**read_config(directory)["target"]).has_weights_of(target)
     except CoralError:
-        return None
+        return False
 
 
 def write(
@@ -197,51 +213,61 @@ def load(
     """Read a drafter from where `locate` finds it, ready to run (no gradients, evaluation mode).
 
     Raises:
-        CoralError: nothing there, not a drafter of ours, tensors missing, left over or of another shape, or a
-            drafter that belongs to another target than the one given.
+        CoralError: nothing there, not a drafter of ours, tensors missing, left over, of another shape or not
+            finite, or a drafter that belongs to another target than the one given.
     """
     directory = locate(source)
     ours = read_config(directory)
-    config = DrafterConfig(**ours["drafter"])
+    config, file = DrafterConfig(**ours["drafter"]), directory / "model.safetensors"
     if target is not None:
         _check_target(directory, TargetRecord(**ours["target"]), TargetRecord.of(target))
     try:
-        tensors = load_file(directory / "model.safetensors")
+        tensors = load_file(file)
     except (OSError, SafetensorError) as error:
+        raise CoralError(f"{file} cannot be read ({error}); copy the drafter again.") from error
+    check_tensors(file, _shapes(directory, config), tensors)
+    stored = tensors["fc.weight"].dtype
+    if odd := [name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES]:
+        raise CoralError(f"{file}: {odd[0]} is stored as {tensors[odd[0]].dtype}; copy the drafter again.")
+    if name := not_finite(tensors):
         raise CoralError(
-            f"{directory / 'model.safetensors'} cannot be read ({error}); copy the drafter again."
-        ) from error
-    drafter = Drafter(config)
-    check_tensors(
-        directory / "model.safetensors", {name: t.shape for name, t in drafter.state_dict().items()}, tensors
-    )
-    stored = next(iter(tensors.values())).dtype
-    drafter = drafter.to(dtype=dtype or stored)
+            f"{file}: {name} holds numbers that are not finite; copy the drafter again, or train it anew."
+        )
+    drafter = Drafter(config).to(dtype=dtype or stored)
     drafter.load_state_dict(tensors)
     return drafter.to(device=device).eval().requires_grad_(False)
+
+
+def _shapes(directory: Path, config: DrafterConfig) -> dict[str, torch.Size]:
+    """The shapes of a drafter's tensors, known before any memory is spent on them."""
+    try:
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in Drafter(config).state_dict().items()}
+    except Exception as error:  # what transformers makes of rotary parameters that do not go together
+        path = directory / "coral" / "config.json"
+        raise CoralError(f"{path} describes no drafter ({error!r}); copy the drafter again.") from error
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The checkpoint's own record, `coral/config.json`; raises CoralError when it is absent, broken or too
     new.
     """
-    path = directory / "coral" / "config.json"
-    try:
-        ours: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version, kind, feature = ours["format_version"], ours["kind"], ours["feature"]
-        ours["drafter"], ours["target"]
-    except FileNotFoundError as error:
+    path, again = directory / "coral" / "config.json", "copy the drafter again."
+    if not path.exists():
         raise CoralError(
             f"{directory} is not a CORAL drafter: {path} is missing; check the path, or take in a drafter of "
             "another format with `coral import`."
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CoralError(f"{path} cannot be read ({error!r}); copy the drafter again.") from error
+        )
+    ours: dict[str, Any] = json_file.read(path, dict, again)
+    version, kind, feature = (ours.get(key) for key in ("format_version", "kind", "feature"))
+    if type(version) is not int or not isinstance(kind, str) or not isinstance(feature, str):
+        raise CoralError(f"{path} does not say its format_version, kind and feature; {again}")
     if version != FORMAT_VERSION or kind not in KINDS or feature != FEATURE:
         raise CoralError(
             f"{directory} has format {version}, kind {kind!r}, feature {feature!r}, but this version reads "
             f"format {FORMAT_VERSION}, kind {' or '.join(KINDS)}, feature {FEATURE!r}; update CORAL."
         )
+    json_file.read(path, _Record, again)
     return ours
 
 

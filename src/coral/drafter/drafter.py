@@ -8,11 +8,13 @@ Shapes: B sequences, N rows, M rows that are attended to, h hidden size, H heads
 size.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
@@ -20,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 from coral.attention import attend
 from coral.errors import CoralError
+from coral.json_file import Positive, Size
 from coral.support import embedding_scale, rotations
 
 # Rotary types whose frequencies are the same at every length, so a cached key never goes out of date.
@@ -38,22 +41,39 @@ class DrafterConfig:
     no such factor, so in an export it is part of `fc`.
     """
 
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    num_layers: int = 1
-    rms_norm_eps: float = 1e-6
+    hidden_size: Size
+    intermediate_size: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    vocab_size: Size
+    num_layers: Annotated[int, Field(ge=1, le=1000)] = 1
+    rms_norm_eps: Annotated[float, Field(ge=0, le=1)] = 1e-6
     hidden_act: str = "silu"
     rope_parameters: dict[str, Any] = field(
         default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
     )
-    max_position_embeddings: int = 2048
+    max_position_embeddings: Size = 2048
     normalised_feedback: bool = False
     fc_bias: bool = False
-    embedding_scale: float = 1.0
+    embedding_scale: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises CoralError for options that make no drafter, whatever its weights."""
+        heads, theta = self.num_attention_heads, self.rope_parameters.get("rope_theta")
+        if heads % self.num_key_value_heads or self.head_dim % 2:
+            raise CoralError(
+                f"{heads} heads of {self.head_dim} with {self.num_key_value_heads} key/value heads make no "
+                "drafter; heads come in equal groups, and their size is even."
+            )
+        if self.hidden_act not in ACT2FN:
+            raise CoralError(f"hidden_act {self.hidden_act!r} is not known; use silu, for example.")
+        rotary = self.rope_parameters.get("rope_type")
+        if rotary not in _FIXED_ROTARY or not isinstance(theta, int | float) or not 0 < theta < math.inf:
+            raise CoralError(
+                f"rope_type {rotary!r} with rope_theta {theta!r} is no rotary embedding of a drafter; use "
+                f"{', '.join(sorted(_FIXED_ROTARY))}, and a number above 0."
+            )
 
     @classmethod
     def for_target(cls, target_config: Any, **options: Any) -> "DrafterConfig":

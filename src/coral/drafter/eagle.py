@@ -5,7 +5,6 @@ Sizes are those of the tensors; of config.json only what tensors cannot tell is 
 the rotary frequencies, the norm's epsilon and the activation.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from coral import json_file
 from coral.drafter.checkpoint import TargetLike, check_names, check_tensors
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.errors import CoralError
@@ -115,10 +115,8 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CoralError(f"{path} cannot be read ({error!r}); copy the drafter again.") from error
+    config: dict[str, Any] = json_file.read(path, dict, "copy the drafter again.")
+    return config
 
 
 def _drop_biases(file: Path, tensors: dict[str, Tensor]) -> None:

@@ -101,14 +101,23 @@ def resolve(directory: Path, which: str) -> str:
     `UNMADE`.
 
     Raises:
-        CoralError: an unknown head.
+        CoralError: an unknown head, or a file that names none.
     """
     if which not in HEADS:
         raise CoralError(f"head {which!r} is not known; use {', '.join(HEADS)}.")
     own = directory / _FOLDER / _OWN
     if which != "auto":
         return which
-    return own.read_text().strip() if own.exists() else UNMADE
+    if not own.exists():
+        return UNMADE
+    try:
+        named = own.read_bytes().decode("ascii", "replace").strip()
+    except OSError as error:
+        raise CoralError(f"{own} cannot be read ({error.strerror}); name a head with --head.") from error
+    if named not in KINDS:
+        raise CoralError(f"{own} names no head; write one of {', '.join(made(directory)) or 'none'} into it, "
+                         "delete it, or name a head with --head.")
+    return named
 
 
 def made(directory: Path) -> list[str]:
@@ -132,7 +141,7 @@ def static_ids(directory: Path) -> Tensor | None:
     """
     path = _file(directory, "static")
     with _refuse_corrupt(path):
-        return _read(path)[0]["ids"].long() if path.exists() else None
+        return _ids(_read(path)[0], 1) if path.exists() else None
 
 
 def save_token_map(directory: Path, ids: Tensor) -> Path:
@@ -188,16 +197,37 @@ def _file(directory: Path, kind: str) -> Path:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A head's tensors and numbers."""
+    """A head's tensors and numbers; raises ValueError for a tensor that is not finite."""
     with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        numbers = file.metadata() or {}
+    if name := checkpoint.not_finite(tensors):
+        raise ValueError(f"{name} is not finite")
+    return tensors, numbers
+
+
+def _ids(tensors: dict[str, Tensor], dimensions: int) -> Tensor:
+    """The ids of a head, int64; raises ValueError where they are none."""
+    ids = tensors.pop("ids")
+    if ids.dim() != dimensions or ids.is_floating_point() or not ids.numel():
+        raise ValueError(f"ids are {ids.dtype} {tuple(ids.shape)}")
+    return ids.long()
+
+
+def _number(numbers: Mapping[str, str], name: str, least: int, most: int) -> int:
+    number = int(numbers[name])
+    if not least <= number <= most:
+        raise ValueError(f"{name} is {number}, not {least} to {most}")
+    return number
 
 
 @contextmanager
 def _refuse_corrupt(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError, KeyError, ValueError, IndexError, RuntimeError) as error:
+    except CoralError:
+        raise
+    except (OSError, SafetensorError, KeyError, ValueError, IndexError, RuntimeError, TypeError) as error:
         raise CoralError(f"{path} cannot be read ({str(error).strip()}); make it again.") from error
 
 
@@ -223,15 +253,15 @@ def _build(
         up, down = tensors["up"], tensors["down"]
         if (up.shape[0], down.shape[1]) != shape or up.shape[1] != down.shape[0]:
             raise ValueError(f"its factors are not for a head of {shape[0]} x {shape[1]}")
-        return LowRankHead(target, up, down, int(numbers["rescored"]))
-    ids = tensors.pop("ids").long()
+        return LowRankHead(target, up, down, _number(numbers, "rescored", 0, shape[0]))
+    ids = _ids(tensors, 1 if kind == "static" else 2)
     if kind == "static":
         if len(ids.unique()) != len(ids) or not 0 <= int(ids.min()) <= int(ids.max()) < shape[0]:
             raise ValueError(f"it does not hold ids of {shape[0]}, each once")
         return StaticHead(target, ids)
-    core, held = int(numbers.get("core", 0)), ids[ids >= 0]
+    core, held = _number({"core": "0", **numbers}, "core", 0, shape[0]), ids[ids >= 0]
     if len(held.unique()) != len(held) or int(held.max()) >= shape[0] or len(held) + core != shape[0]:
         raise ValueError(f"it does not hold each of the target's {shape[0]} ids once")
     router = Router(target.hidden_size, len(ids) + (core > 0))
     router.load_state_dict({name.removeprefix("router."): tensor for name, tensor in tensors.items()})
-    return RoutedHead(target, router, ids, active or int(numbers["active"]))
+    return RoutedHead(target, router, ids, active or _number(numbers, "active", 1, len(ids)))

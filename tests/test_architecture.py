@@ -43,7 +43,7 @@ MAY_USE_OUTLETS = {
     "coral.cli": OUTLETS,
     "coral.cli_bench": ("coral.bench",),
     "coral.cli_export": ("coral.export",),
-    "coral.cli_hub": ("coral.bench.report",),
+    "coral.cli_hub": ("coral.bench.report", "coral.bench.results"),
     "coral.custom_generate.generate": ("coral.in_transformers",),  # what transformers runs
     "coral.embedded.drafter.custom_generate.generate": ("coral.in_transformers",),
     "coral.cli_tune": ("coral.bench.deepen", "coral.bench.suites", "coral.tuning"),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from test_train import CONFIG, interrupt_at_first, run, weights
-from tiny_training import tiny_data, tiny_target
+from tiny_training import tiny_data, tiny_info, tiny_target
 
 from coral.data import fp8, prepared, shards
 from coral.data.features import feature_batch
@@ -23,7 +23,7 @@ from coral.training.recipe import Limits
 
 
 def data(rows=24, seed=0):
-    return PreparedData(tiny_data(rows, seed=seed).dataset, [[1, 2]], {"tokenizer": "tiny"})
+    return PreparedData(tiny_data(rows, seed=seed).dataset, [[1, 2]], tiny_info(rows))
 
 
 def store(output, rows=24, seed=0, target=None, **options):

@@ -72,3 +72,18 @@ def tiny_data(rows: int = 24, vocab_size: int = 31, seed: int = 0) -> SimpleName
         mask = [i >= 4 for i in range(length)]
         dataset.append({"input_ids": ids, "loss_mask": mask, "document_starts": [0]})
     return SimpleNamespace(dataset=dataset)
+
+
+def tiny_info(rows: int = 24) -> dict[str, Any]:
+    """What coral.json says of such data."""
+    counts = ("examples", "rows", "tokens", "trained_tokens", "held_out", "kept_from_training")
+    return {
+        "format_version": 1,
+        "tokenizer": "tiny",
+        "vocab_size": 31,
+        "vocabulary": "0" * 16,
+        "max_length": 16,
+        **dict.fromkeys(counts, rows),
+        "dropped": {},
+        "dropped_notes": [],
+    }

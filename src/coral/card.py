@@ -128,7 +128,9 @@ def _training(ours: dict[str, Any], data: str | None) -> str:
 
 def _measured(metrics: dict[str, Any] | None, bench: str | None) -> str:
     parts = []
-    if found := (metrics or {}).get("acceptance"):
+    measured = (metrics or {}).get("acceptance")
+    numbers = measured.items() if isinstance(measured, dict) else ()
+    if found := {k: v for k, v in numbers if isinstance(v, int | float)}:
         parts += [
             "Acceptance length: tokens written for each forward of the model, greedy, on prompts held out "
             "from training.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -52,7 +51,10 @@ def push(
                 f"{drafter / hub.CARD} is the card, so {' and '.join(given)} would change nothing; write it "
                 "into that file, or delete the file."
             )
-        text = (drafter / hub.CARD).read_text(encoding="utf-8")
+        try:
+            text = (drafter / hub.CARD).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CoralError(f"{drafter / hub.CARD} is not UTF-8 ({error.reason}); write it anew.") from error
     else:
         tables = None if bench is None else _tables(bench)
         text = card(drafter, repo_id, license=license, target=base_model, data=data_note, bench=tables)
@@ -73,9 +75,6 @@ def push(
 
 def _tables(bench: Path) -> str:
     from coral.bench.report import markdown
+    from coral.bench.results import read
 
-    path = bench / "results.json"
-    try:
-        return markdown(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError) as error:
-        raise CoralError(f"{path} holds no bench results ({error!r}); run coral bench first.") from error
+    return markdown(read(bench / "results.json"))

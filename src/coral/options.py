@@ -76,7 +76,7 @@ Coupled = Annotated[
 Fallback = Annotated[bool, typer.Option(help="Take plain steps while drafting is slower than they are.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of the target on the hub.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the target.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same result.", min=0, max=2**63 - 1)]
 
 
 def read_budget(tree: str | None) -> Budget | None:

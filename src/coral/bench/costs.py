@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from coral.bench.deepen import plain_bytes
 from coral.bench.methods import Write, ours
@@ -16,6 +17,7 @@ from coral.decoding.proposers.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Committed, State
 from coral.decoding.tree import Budget, DraftTree
+from coral.json_file import Positive, Seconds
 from coral.target import Target
 
 
@@ -31,14 +33,10 @@ class Costs:
 
     dtype: str
     plain: str
-    plain_seconds: dict[str, float]
-    step_seconds: float
-    verify_seconds: dict[int, float]
-    c: dict[str, float]
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Costs:
-        return cls(**{**data, "verify_seconds": {int(n): s for n, s in data["verify_seconds"].items()}})
+    plain_seconds: dict[str, Seconds]
+    step_seconds: Positive
+    verify_seconds: Annotated[dict[int, Seconds], Field(min_length=1)]
+    c: dict[str, Seconds]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

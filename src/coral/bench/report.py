@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
+from coral.bench.results import read
 from coral.decoding.tree import Budget
 from coral.errors import CoralError
 from coral.files import atomic_text
@@ -41,11 +41,8 @@ def report(results: str | Path, console: Console | None = None) -> list[Path]:
         CoralError: `results` cannot be read.
     """
     path, console = Path(results), console or Console(width=180)
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        text = markdown(data)
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise CoralError(f"{path} holds no bench results ({error!r}); run coral bench first.") from error
+    data = read(path)
+    text = markdown(data)
     written = [path.with_suffix(".md")]
     atomic_text(written[0], text)
     console.print(Markdown(text))

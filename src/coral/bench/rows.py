@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from coral.bench.costs import Costs
 from coral.decoding.generate import acceptance_length
 from coral.decoding.state import Cycle
+from coral.json_file import Count, Id, Positive, Seconds, Size
 
 REPEAT = 10  # length of the n-gram that makes a token a repetition
 
@@ -25,28 +26,24 @@ class Record:
     """
 
     dtype: str
-    temperature: float
+    temperature: Seconds
     coupled: bool
-    kind: str
+    kind: Literal["plain", "drafter", "peer"]
     method: str
     suite: str
     prompt: str
-    turn: int
-    tokens: list[int]
-    seconds: float
-    prefill_seconds: float
-    num_cycles: int
+    turn: Count
+    tokens: list[Id]
+    seconds: Positive
+    prefill_seconds: Seconds
+    num_cycles: Size
     cycles: list[Cycle]
-    verdict: str | None
+    verdict: Literal["equal", "near_tie", "wrong"] | None
 
     @property
     def key(self) -> tuple[object, ...]:
         """What is measured here; a bench that goes on skips the keys it holds."""
         return (self.dtype, self.temperature, self.coupled, self.method, self.suite, self.prompt, self.turn)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Record:
-        return cls(**{**data, "cycles": [Cycle(**cycle) for cycle in data["cycles"]]})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

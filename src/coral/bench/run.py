@@ -32,6 +32,7 @@ from coral.bench.equality import Logits, compare, references
 from coral.bench.log import Log
 from coral.bench.methods import RESERVED, MakeProposer, Method, all_methods, maker
 from coral.bench.recall import recall_by_depth
+from coral.bench.results import Tree
 from coral.bench.rows import Record, rows
 from coral.decoding.generate import Proposer
 from coral.decoding.proposers.feature import Feature
@@ -157,8 +158,10 @@ def bench(
             trees = log.trees.get(dtype_)  # a bench that goes on keeps its trees
             if trees is None:
                 trees = _choose_trees(loaded, drafters, budget, head, compile)
-            results["trees"][dtype_] = trees
-            budgets = {name: Budget(**tree["budget"]) for name, tree in trees.items()}
+            results["trees"][dtype_] = {
+                k: {**tree, "budget": asdict(tree["budget"])} for k, tree in trees.items()
+            }
+            budgets = {name: tree["budget"] for name, tree in trees.items()}
             lookup = Budget(2, LOOKUP_NODES, max(LOOKUP_NODES, (budget or DEFAULT).num_nodes), min_gain=0.1)
             tree_rows = {lookup.num_nodes + 1, *(each.num_nodes + 1 for each in budgets.values())}
             targets = {"eager": loaded}
@@ -227,15 +230,15 @@ def _choose_trees(
     asked: Budget | None,
     head: str,
     compile: bool,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Tree]:
     """The budget of each drafter and where it comes from, as the log and the results hold it."""
     from coral.api import choose_budget
 
-    trees = {}
+    trees: dict[str, Tree] = {}
     for name, source in drafters.items():
         named = source if isinstance(source, (str, Path)) else None  # a function has no directory
         budget, origin = choose_budget(target, named, asked, head, compile)
-        trees[name] = {"budget": asdict(budget), "origin": origin}
+        trees[name] = {"budget": budget, "origin": origin}
     return trees
 
 

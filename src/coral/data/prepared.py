@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from typing_extensions import TypedDict
 
+from coral import json_file
 from coral.data.conversations import (
     BadRecordError,
     ChatFormat,
@@ -31,6 +33,7 @@ from coral.data.progress import bar, counted
 from coral.data.sources import Source, size
 from coral.errors import CoralError
 from coral.files import atomic_directory
+from coral.json_file import OPEN, Count, Id, Size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,8 +41,28 @@ if TYPE_CHECKING:
     from coral.data.features import Rows
 
 FORMAT_VERSION = 1
+_COLUMNS = ("input_ids", "loss_mask", "document_starts")
 _OURS = ("coral.json", "held_out.json", "dataset_info.json", "state.json", "*.arrow")
 OPEN_ROWS = 64  # packed rows that are filled side by side
+
+
+class Info(TypedDict):
+    """What coral.json holds, as far as anything asks for it."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    format_version: Size
+    tokenizer: str
+    vocab_size: Size
+    vocabulary: str
+    max_length: Size
+    examples: Size
+    rows: Size
+    tokens: Count
+    trained_tokens: Count
+    held_out: Count
+    kept_from_training: Count
+    dropped: dict[str, Count]
+    dropped_notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -215,14 +238,32 @@ def load(source: str | Path) -> PreparedData:
         raise CoralError(
             f"{directory} is no prepared data directory (no coral.json); run `coral data prepare`."
         )
+    again = "run `coral data prepare` again."
+    version = json_file.read(directory / "coral.json", dict, again).get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CoralError(f"{directory} was prepared by a newer coral; update coral or prepare it again.")
+    info: Any = json_file.read(directory / "coral.json", Info, again)
+    prompts = json_file.read(directory / "held_out.json", list[list[Id]], again)
+    check_prompts(directory / "held_out.json", prompts, info, again)
     try:
-        info = json.loads((directory / "coral.json").read_text(encoding="utf-8"))
-        if info["format_version"] > FORMAT_VERSION:
-            raise CoralError(f"{directory} was prepared by a newer coral; update coral or prepare it again.")
-        prompts = json.loads((directory / "held_out.json").read_text(encoding="utf-8"))
-        return PreparedData(load_from_disk(str(directory)), prompts, info)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise CoralError(f"{directory} is damaged ({error}); run `coral data prepare` again.") from error
+        dataset = load_from_disk(str(directory))
+    except Exception as error:  # datasets and Arrow raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise CoralError(f"{directory} is damaged ({reason}); {again}") from error
+    if len(dataset) != info["rows"] or not {*_COLUMNS} <= {*getattr(dataset, "column_names", ())}:
+        raise CoralError(
+            f"{directory} is damaged (its rows are not the {info['rows']} of coral.json); {again}"
+        )
+    return PreparedData(dataset, prompts, info)
+
+
+def check_prompts(where: Path, prompts: list[list[int]], info: dict[str, Any], advice: str) -> None:
+    """Raise CoralError for held-out prompts that are empty or hold ids beyond the vocabulary of `info`."""
+    most = max((max(prompt, default=0) for prompt in prompts), default=0)
+    if not all(prompts) or most >= info["vocab_size"]:
+        raise CoralError(
+            f"{where} cannot be read (a prompt is empty, or holds an id beyond {info['vocab_size']}); {advice}"
+        )
 
 
 def check(info: dict[str, Any], vocab_size: int, tokenizer: "PreTrainedTokenizerBase | None" = None) -> None:

@@ -17,16 +17,18 @@ import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 from rich.console import Console
 from rich.filesize import decimal
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
+from coral import json_file
 from coral.data import fp8, prepared
 from coral.data.features import FeatureSource, Rows, feature_batch, used_length
 from coral.data.prepared import PreparedData
@@ -34,6 +36,7 @@ from coral.data.progress import bar
 from coral.drafter.checkpoint import TargetLike, TargetRecord
 from coral.errors import CoralError
 from coral.files import atomic_bytes, atomic_text
+from coral.json_file import STRICT, Id, Size
 from coral.locks import locked
 
 FORMAT_VERSION = 1
@@ -85,18 +88,39 @@ class StoredRows:
 
     def shard(self, number: int) -> Path:
         """The file of the shard of this number, from 0, whether it is there or not."""
-        name = f"features-{number + 1:05}-of-{self.num_shards:05}.safetensors"
+        name = self._name(number)
         found = (folder / name for folder in self.folders if (folder / name).exists())
         return next(found, self.folders[0] / name)
 
+    def _name(self, number: int) -> str:
+        return f"features-{number + 1:05}-of-{self.num_shards:05}.safetensors"
+
     def missing(self) -> list[int]:
         """Numbers of the shards that are not there, or not with all the bytes that their headers count."""
-        return [number for number in range(self.num_shards) if not _whole(self.shard(number))]
+        there = {file.name for folder in self.folders for file in folder.glob("features-*.safetensors")}
+        return [n for n in range(self.num_shards) if self._name(n) not in there or not _whole(self.shard(n))]
 
     def rows_of(self, number: int) -> range:
         """Which rows the shard of this number holds."""
         first = number * self.shard_rows
         return range(first, min(first + self.shard_rows, self.count))
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What the manifest holds."""
+
+    __pydantic_config__ = STRICT
+    format_version: int
+    data: str
+    rows: Annotated[int, Field(ge=1, le=10**8)]
+    shard_rows: Size
+    dtype: Literal["bfloat16", "float32", "fp8"]
+    computed_in: str
+    target: TargetRecord
+    info: prepared.Info
+    held_out_prompts: list[list[Id]]
+    parts: Size = 1
 
 
 def store(
@@ -274,16 +298,15 @@ def _whole(path: Path) -> bool:
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CoralError(f"{path} cannot be read ({error!r}); store the features again.") from error
-    if version != FORMAT_VERSION:
+    path, again = directory / MANIFEST, "store the features again."
+    manifest: dict[str, Any] = json_file.read(path, dict, again)
+    version = manifest.get("format_version")
+    if type(version) is int and version != FORMAT_VERSION:
         raise CoralError(
             f"{directory} has format {version}, this version reads {FORMAT_VERSION}; update coral."
         )
+    json_file.read(path, _Manifest, again)
+    prepared.check_prompts(path, manifest["held_out_prompts"], manifest["info"], again)
     return manifest
 
 

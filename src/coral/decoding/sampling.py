@@ -43,6 +43,8 @@ class Sampling:
             raise CoralError(f"top_k is {self.top_k}, but it must be 0 (off) or more.")
         if not 0 < self.top_p <= 1:
             raise CoralError(f"top_p is {self.top_p}, but it must be above 0 and at most 1.")
+        if not 0 <= self.seed < 2**63:
+            raise CoralError(f"seed is {self.seed}, but it must be from 0 to 2^63 - 1.")
 
     @property
     def filters(self) -> bool:

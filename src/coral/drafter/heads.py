@@ -115,8 +115,7 @@ def resolve(directory: Path, which: str) -> str:
     except OSError as error:
         raise CoralError(f"{own} cannot be read ({error.strerror}); name a head with --head.") from error
     if named not in KINDS:
-        raise CoralError(f"{own} names no head; write one of {', '.join(made(directory)) or 'none'} into it, "
-                         "delete it, or name a head with --head.")
+        raise CoralError(f"{own} names no head; delete it, or name a head with --head.")
     return named
 
 

@@ -19,9 +19,10 @@ Shapes: S draft steps, R trained rows, A sampled rows, h hidden size.
 
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, normalize
 
@@ -32,9 +33,9 @@ class AlignmentConfig:
 
     kind: Literal["none", "csra", "cosine", "topology"] = "none"
     """Which loss; see the head of `training/alignment.py`."""
-    weight: float = 0.1
+    weight: Annotated[float, Field(ge=0, le=1e6)] = 0.1
     """Weight beside the other losses."""
-    temperature: float = 0.1
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 0.1
     """csra, topology: divides the cosines; the lower, the more the closest rows count."""
     pairs: Literal["consecutive", "all", "anchor"] = "consecutive"
     """csra, cosine: which views are compared: neighbours, all pairs, or each with the first."""
@@ -45,7 +46,7 @@ class AlignmentConfig:
     batch that predict another token."""
     stop_gradient: bool = False
     """csra, cosine: let only the later step of a pair learn: the earlier one saw better inputs."""
-    max_rows: int = 512
+    max_rows: Annotated[int, Field(ge=2, le=2**16)] = 512
     """Rows drawn from each batch, so that the matrix of similarities stays small."""
 
 

@@ -126,7 +126,12 @@ def train(
     state = run_state.RunState(processes=accelerator.num_processes)
     if resumed:
         state, moments = run_state.load(output, config, len(dataset), accelerator.num_processes)
-        parallel.load_moments(optimiser, moments)
+        try:
+            parallel.load_moments(optimiser, moments)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CoralError(
+                f"the training state in {output} is damaged ({error}); choose another output directory."
+            ) from error
     rows_per_update = config.batch_size * config.accumulate * accelerator.num_processes
     peak = options.learning_rate or 1 / target.hidden_size
     if resumed and _progress(config, state, len(dataset), rows_per_update) >= 1:

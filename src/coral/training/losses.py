@@ -16,20 +16,24 @@ Shapes: S draft steps, R trained rows, V vocabulary, h hidden size.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
 from coral.training.unroll import offsets_in_document
 
 
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+
+
 @dataclass(frozen=True)
 class LossConfig:
     """Weights of the losses; one recipe differs from another in these."""
 
-    regression: float = 1.0
+    regression: Weight = 1.0
     """Weight of SmoothL1 (beta 1, mean over the hidden size) between draft feature and target feature."""
     divergence: Literal["kl", "tv", "nla", "lk"] = "kl"
     """How the drafter's distribution q is compared with the target's p over the whole vocabulary. kl: soft
@@ -37,20 +41,20 @@ class LossConfig:
     probability alpha = sum min(p, q) of sampled decoding: tv: 1 - alpha, nla: -log(alpha), lk: w * kl
     + (1 - w) * tv with w = exp(-3 alpha) held constant, so that kl leads while p and q hardly overlap.
     """
-    divergence_weight: float = 0.1
+    divergence_weight: Weight = 0.1
     """Weight of that."""
-    top_k_weight: float = 0.0
+    top_k_weight: Weight = 0.0
     """Weight of the top-K loss: cross-entropy on the target's K likeliest tokens, not renormalised (HASS:
     1.0).
     """
-    top_k: int = 10
+    top_k: Annotated[int, Field(ge=1, le=2**20)] = 10
     """K of the top-K loss."""
-    candidates: int = 0
+    candidates: Annotated[int, Field(ge=0, le=2**20)] = 0
     """Ids that draft steps are scored on, chosen for each batch and in part drawn (`training/candidates.py`):
     less to compute where the vocabulary is large; 0 takes all."""
-    step_decay: float = 1.0
+    step_decay: Annotated[float, Field(ge=0, le=10)] = 1.0
     """Draft step s counts with step_decay ** (s-1)."""
-    aligned_top: int = 0
+    aligned_top: Annotated[int, Field(ge=0, le=2**20)] = 0
     """Leave a row of step s out unless each of the s-1 tokens before it was among the drafter's likeliest
     `aligned_top` when it was drafted, since decoding would not come there (GRIFFIN, arXiv 2502.11018: 3);
     0 keeps all rows.

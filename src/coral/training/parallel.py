@@ -160,8 +160,17 @@ def whole_moments(optimiser: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_moments(optimiser: torch.optim.Optimizer, moments: dict[str, Any]) -> None:
-    """Give an optimiser what `whole_moments` returned; each process keeps its own part."""
+    """Give an optimiser what `whole_moments` returned; each process keeps its own part.
+
+    Raises:
+        ValueError: they are those of other parameters.
+    """
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    shapes = [p.shape for p in parameters]
+    for index, values in moments["state"].items():
+        own = shapes[index] if 0 <= index < len(shapes) else None
+        if any(getattr(values.get(name), "shape", None) != own for name in ("exp_avg", "exp_avg_sq")):
+            raise ValueError(f"the moments of parameter {index} are not of its shape")
     parts = {
         index: {name: _part_as(parameters[index], value) for name, value in values.items()}
         for index, values in moments["state"].items()

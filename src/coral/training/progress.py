@@ -13,6 +13,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from coral import json_file
+from coral.errors import CoralError
+from coral.files import atomic_bytes
 from coral.training.state import folder
 
 _COLUMNS = ("correct", "regression", "cross_entropy", "top_k", "alignment")
@@ -64,12 +67,18 @@ class Reporter:
             self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def forget_after(self, update: int) -> None:
-        """Drop the lines of a run that went on after its last checkpoint: they will be written again."""
-        if not self.mute and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = (line for line in lines if line.endswith("\n"))  # a full disk may have torn the last one
-            kept = [line for line in whole if json.loads(line)["update"] <= update]
-            self.path.write_text("".join(kept), encoding="utf-8")
+        """Drop the lines of a run that went on after its last checkpoint: they will be written again. Lines
+        that are damaged go too, which is said, for they stop nobody from going on.
+        """
+        if self.mute or not self.path.exists():
+            return
+        *lines, torn = self.path.read_bytes().split(b"\n")  # a full disk may have torn the last one
+        updates = [_update(line) for line in lines]
+        kept = [line for line, n in zip(lines, updates, strict=True) if n is not None and n <= update]
+        if bad := updates.count(None):
+            self.say(f"{bad} damaged lines of {self.path} are left out")
+        if kept != [*lines, *([torn] if torn else [])]:
+            atomic_bytes(self.path, b"".join(line + b"\n" for line in kept))
 
     def pause(self) -> float:
         """Call before work that is not training; hand the answer to `go_on` after it."""
@@ -124,6 +133,15 @@ class Reporter:
                 file.write(json.dumps(line) + "\n")
             if self.track is not None:
                 self.track(line)
+
+
+def _update(line: bytes) -> int | None:
+    """The update that a line of metrics is about, if it can be read."""
+    try:
+        update = json_file.parse(line, dict, "", "").get("update")
+    except CoralError:
+        return None
+    return update if type(update) is int else None
 
 
 def elapsed_text(seconds: float) -> str:

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from coral import config
 from coral.errors import CoralError
@@ -12,14 +14,17 @@ from coral.training.losses import LossConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 
+Number = Annotated[int, Field(ge=1, le=2**31)]
+Part = Annotated[float, Field(ge=0, le=1)]
+
 
 @dataclass(frozen=True)
 class DrafterOptions:
     """What the drafter is made of; sizes that are not given are the target's."""
 
-    num_layers: int = 1
+    num_layers: Annotated[int, Field(ge=1, le=1000)] = 1
     """Decoder layers. Engines load one-layer drafters only."""
-    intermediate_size: int | None = None
+    intermediate_size: Annotated[int, Field(ge=1, le=2**24)] | None = None
     """Width of the feed-forward block."""
     normalised_feedback: bool = False
     """Bring draft features to unit RMS before they are fed back. Engines do not know this option."""
@@ -34,18 +39,18 @@ class DrafterOptions:
 class OptimiserConfig:
     """AdamW and its schedule, which is a function of the run's progress from 0 to 1."""
 
-    learning_rate: float | None = None
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     """Peak learning rate; none: 1 / hidden size, that is 1.7e-3 at 576 and 2.4e-4 at 4096."""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.0
-    warmup: float = 0.02
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
+    warmup: Part = 0.02
     """Part of the run in which the learning rate rises."""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after that."""
-    final: float = 0.02
+    final: Part = 0.02
     """Part of the peak learning rate at which cosine and linear decay end."""
-    gradient_clip: float = 0.5
+    gradient_clip: Annotated[float, Field(gt=0, le=1e6)] = 0.5
     """Largest gradient norm."""
 
 
@@ -53,11 +58,11 @@ class OptimiserConfig:
 class Limits:
     """When the run ends: at the first limit that is reached. They may change when a run is resumed."""
 
-    updates: int | None = None
+    updates: Number | None = None
     """Number of updates."""
-    epochs: float | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Passes over the data."""
-    minutes: float | None = None
+    minutes: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Wall time. The schedule then follows the clock, so two such runs are not equal number for number."""
 
 
@@ -65,11 +70,11 @@ class Limits:
 class Reports:
     """How often to log, measure and save, and where to. They may change when a run is resumed."""
 
-    log_every: int = 10
+    log_every: Number = 10
     """Updates between two lines of metrics.jsonl."""
-    acceptance_every: int = 300
+    acceptance_every: Annotated[int, Field(ge=0, le=2**31)] = 300
     """Updates between two measurements of the real acceptance length; 0 never measures."""
-    checkpoint_minutes: float = 5.0
+    checkpoint_minutes: Annotated[float, Field(ge=0, le=1e9)] = 5.0
     """Minutes between two checkpoints."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio", "all"] = "none"
     """Where metrics go beside metrics.jsonl; all: to every one that is installed."""
@@ -81,18 +86,18 @@ class TrainConfig:
 
     recipe: str = "custom"
     """Name of the recipe, recorded in the checkpoint."""
-    steps: int = 3
+    steps: Annotated[int, Field(ge=1, le=64)] = 3
     """Draft steps of the unroll."""
     detach: bool = True
     """Stop gradients between draft steps."""
-    one_step: float = 0.0
+    one_step: Part = 0.0
     """Part of the run, from its start, in which there is one draft step only: what later steps build on is
     learnt three times as fast alone."""
-    noise: float = 0.0
+    noise: Annotated[float, Field(ge=0, le=1e3)] = 0.0
     """Half-width of uniform noise added to the target features that the drafter reads (EAGLE: 0.1)."""
-    batch_size: int = 16
+    batch_size: Annotated[int, Field(ge=1, le=2**20)] = 16
     """Rows of the prepared data in one forward pass of one process."""
-    accumulate: int = 1
+    accumulate: Annotated[int, Field(ge=1, le=2**20)] = 1
     """Forward passes in one update."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 runs the drafter's products under autocast; weights and optimiser stay float32. auto: bfloat16
@@ -100,10 +105,10 @@ class TrainConfig:
     checkpoint_steps: bool = False
     """Compute each draft step's activations again in the backward pass instead of keeping them: less memory
     for one more forward pass of the drafter."""
-    head_chunk: int | None = None
+    head_chunk: Number | None = None
     """Trained rows that meet the LM head at a time, each with V float32 scores; none: as many as fill 64 MB,
     and no fewer than 256, below which the products get slow."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the initial weights, the order of the data and every other random draw."""
     drafter: DrafterOptions = field(default_factory=DrafterOptions)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -132,24 +137,11 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Trai
 
 def check(c: TrainConfig) -> None:
     """Raise CoralError for a value that no run can use."""
-    for name, value, least in (
-        ("steps", c.steps, 1),
-        ("batch_size", c.batch_size, 1),
-        ("accumulate", c.accumulate, 1),
-        ("head_chunk", 1 if c.head_chunk is None else c.head_chunk, 1),
-        ("drafter.num_layers", c.drafter.num_layers, 1),
-        ("loss.top_k", c.loss.top_k, 1),
-        ("alignment.max_rows", c.alignment.max_rows, 2),
-        ("reports.log_every", c.reports.log_every, 1),
-    ):
-        if value < least:
-            raise CoralError(f"{name} must be at least {least}, not {value}.")
-    if not 0 <= c.one_step <= 1:
-        raise CoralError(f"one_step is a part of the run, from 0 to 1, not {c.one_step}.")
-    if c.loss.candidates < 0:
-        raise CoralError(f"loss.candidates must be at least 0, not {c.loss.candidates}.")
-    if not c.alignment.temperature > 0:
-        raise CoralError(f"alignment.temperature must be above 0, not {c.alignment.temperature}.")
-    given = [v for v in (c.limits.updates, c.limits.epochs, c.limits.minutes) if v is not None]
-    if not given or min(given) <= 0:
+    config.check(c)
+    if all(limit is None for limit in (c.limits.updates, c.limits.epochs, c.limits.minutes)):
         raise CoralError("give one of limits.updates, limits.epochs or limits.minutes, above 0.")
+    weights = [c.loss.regression, c.loss.divergence_weight, c.loss.top_k_weight]
+    if not any(weights) and not (c.alignment.weight and c.alignment.kind != "none"):
+        raise CoralError(
+            "every weight of the loss is 0, so nothing would be learnt; set loss.regression, say."
+        )

@@ -17,6 +17,7 @@ from torch import Tensor
 from coral.data.features import FeatureBatch, Rows
 from coral.drafter.drafter import Drafter
 from coral.drafter.routed import Router
+from coral.errors import CoralError
 from coral.training.drafted import draft
 from coral.training.head_loop import HeadConfig, HeadTarget, descend, new_optimiser, target_laws
 from coral.training.router_state import RouterState
@@ -63,8 +64,15 @@ def train_router(
     console = console or Console(stderr=True)
     if state is not None:
         first, caught = state.update, state.caught.clone()
-        router.load_state_dict(state.router)
-        optimiser.load_state_dict(state.optimiser)
+        try:
+            router.load_state_dict(state.router)
+            optimiser.load_state_dict(state.optimiser)
+            caught + torch.zeros(config.steps, 2)
+        except Exception as error:  # torch raises many kinds
+            raise CoralError(
+                f"the state of the router is damaged ({type(error).__name__}); remove coral/head_training.pt "
+                "in the drafter's directory to start again."
+            ) from error
     if first:
         console.print(f"going on after update {first}", highlight=False)
     recent = torch.zeros(config.steps, 2)  # since the last report

@@ -52,8 +52,12 @@ def load(drafter: Path, settings: dict[str, Any]) -> RouterState | None:
     try:
         stored = torch.load(path, weights_only=True)
         before, state = dict(stored["settings"]), RouterState(**stored["state"])
+        whole = state.ids.dim() == 2 and not state.ids.is_floating_point() and type(state.update) is int
+        if not whole or state.update < 0 or state.caught.dim() != 2:
+            raise ValueError("its parts are of other kinds")
     except Exception as error:
-        raise CoralError(f"{path} cannot be read ({error}); remove it to start again.") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise CoralError(f"{path} cannot be read ({reason}); remove it to start again.") from error
     refuse_changed(path, before, settings, "remove that file to start again")
     return state
 

@@ -16,11 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import TypedDict
 
+from coral import json_file
 from coral.drafter import checkpoint
 from coral.drafter.drafter import Drafter
 from coral.errors import CoralError
 from coral.files import atomic_directory
+from coral.json_file import OPEN, Count, Seconds, Size
 from coral.training.recipe import TrainConfig
 
 MAY_CHANGE = {"limits", "reports", "checkpoint_steps", "head_chunk", "accumulate"}
@@ -38,6 +41,33 @@ class RunState:
     skipped: int = 0
     acceptance: dict[str, Any] = field(default_factory=dict)
     processes: int = 1
+
+
+class _State(TypedDict):
+    update: Count
+    seconds: Seconds
+    skipped: Count
+    acceptance: dict[str, Any]
+    processes: Size
+
+
+class _Config(TypedDict):
+    accumulate: Size
+
+
+class _Optimiser(TypedDict):
+    state: dict[int, dict[str, Any]]
+    param_groups: list[dict[str, Any]]
+
+
+class _Stored(TypedDict):
+    """What state.pt holds; `_Config` may hold any key."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    state: _State
+    config: _Config
+    optimiser: _Optimiser
+    examples: Count
 
 
 def random_generator(seed: int, *place: int) -> torch.Generator:
@@ -89,15 +119,16 @@ def load(
             another number of batches in an update.
     """
     path = folder(output) / "state.pt"
+    elsewhere = "choose another output directory."
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        state = RunState(**stored["state"])
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise CoralError(
-            f"{output} holds a drafter but no training state; choose another output directory."
-        ) from error
+        raise CoralError(f"{output} holds a drafter but no training state; {elsewhere}") from error
     except Exception as error:
-        raise CoralError(f"{path} cannot be read ({error}); choose another output directory.") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise CoralError(f"{path} cannot be read ({reason}); {elsewhere}") from error
+    stored: Any = json_file.check(found, _Stored, str(path), elsewhere)
+    state = RunState(**stored["state"])
     refuse_changed(output, stored["config"], asdict(config), "choose another output directory")
     if stored["examples"] != examples:
         raise CoralError(

@@ -97,16 +97,18 @@ def test_the_second_process_says_who_writes_and_a_dead_one_blocks_nobody(tmp_pat
     output = tmp_path / "new" / "out.jsonl"
     with subprocess.Popen([sys.executable, "-c", HOLDER, output], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
-        with pytest.raises(CoralError, match=rf"out\.jsonl is being written by process {other.pid} \(-c "):
-            with locked(output):
-                pass
+        refused = rf"out\.jsonl is being written by process {other.pid} \(-c "
+        with pytest.raises(CoralError, match=refused), locked(output):
+            pass
         with locked(tmp_path / "other"):
             pass
         other.kill()
         other.wait()
         with locked(output):
             pass
-    assert not list(tmp_path.rglob(".*")) and not output.parent.exists() or not list(output.parent.iterdir())
+    assert (not list(tmp_path.rglob(".*")) and not output.parent.exists()) or not list(
+        output.parent.iterdir()
+    )
 
 
 def test_one_thread_may_ask_again_and_all_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,20 +160,26 @@ def test_what_cannot_be_replaced_is_refused(tmp_path: Path, monkeypatch: pytest.
     inner = _new(_new(tmp_path / "out") / "inner")
     monkeypatch.chdir(inner)
     for output in (Path(), Path(".."), tmp_path / "out", tmp_path / "out" / "inner"):
-        with pytest.raises(CoralError, match="holds the working directory.*choose a directory inside"):
-            with atomic_directory(output):
-                raise AssertionError
+        with (
+            pytest.raises(CoralError, match=r"holds the working directory.*choose a directory inside"),
+            atomic_directory(output),
+        ):
+            raise AssertionError
     for output in (Path("/proc"), Path("/")):
-        with pytest.raises(CoralError, match="(is a mount point|holds the working directory)"):
-            with atomic_directory(output):
-                raise AssertionError
+        with (
+            pytest.raises(CoralError, match=r"(is a mount point|holds the working directory)"),
+            atomic_directory(output),
+        ):
+            raise AssertionError
     bound = f"36 35 98:0 / {tmp_path}/with\\040space rw - ext4 /dev/sda rw\n"
     read = Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda p, *a: bound if p.name == "mountinfo" else read(p, *a))
-    with pytest.raises(CoralError, match="with space is a mount point.*choose a directory inside"):
+    with pytest.raises(CoralError, match=r"with space is a mount point.*choose a directory inside"):
         files.replaceable(_new(tmp_path / "with space"))
     (tmp_path / "round").symlink_to(tmp_path / "round")
-    with pytest.raises(CoralError, match=re.escape(str(tmp_path / "round"))):
-        with atomic_directory(tmp_path / "round"):
-            pass
+    with (
+        pytest.raises(CoralError, match=re.escape(str(tmp_path / "round"))),
+        atomic_directory(tmp_path / "round"),
+    ):
+        pass
     assert (tmp_path / "round").is_symlink()

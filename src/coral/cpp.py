@@ -1,7 +1,7 @@
-"""C++ sources of ours, built with torch's own tool for the processor at hand and kept for the next process.
+"""C++ sources of ours, built with torch's own tool for the processor at hand and kept for later processes.
 
-A library is code that runs as its user, so it lies in a directory of that user alone, and is loaded only if it
-is, byte for byte, what was built.
+A library is code that runs as its user. So it lies in a directory of that user alone, and is loaded only if
+it is, byte for byte, what was built.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def use_own_cache() -> Path:
 
     own, asked = _home_cache() or _private(), os.environ.get(_CACHE_DIR, "")
     # Torch sets it to its default when imported, and this function in a process that started this one.
-    if os.path.isabs(asked) and asked not in (default_cache_dir(), str(own)):
+    if Path(asked).is_absolute() and asked not in (default_cache_dir(), str(own)):
         return _own(Path(asked) / "coral") or own
     os.environ[_CACHE_DIR] = str(own)
     return own
@@ -52,12 +52,12 @@ def _home_cache() -> Path | None:
     """
     named = os.environ.get("XDG_CACHE_HOME", "")
     home = os.path.expanduser("~") if os.environ.get("HOME", "~") else ""  # noqa: PTH111
-    caches = Path(named) if os.path.isabs(named) else Path(home) / ".cache"
+    caches = Path(named) if Path(named).is_absolute() else Path(home) / ".cache"
     return _own(caches / "coral" / "compiled") if caches.is_absolute() else None
 
 
 def _own(folder: Path) -> Path | None:
-    """The directory, made if need be, for this user alone; None: others own it or might have written there."""
+    """The directory, made if need be, for this user alone; None: others own it, or may have written there."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.lstat()

@@ -1,13 +1,14 @@
 """JSON files of ours, read one way: what is damaged is a sentence that says where, and what to do.
 
-A schema is anything that pydantic takes for a type: a dataclass, a TypedDict, `list[list[int]]`. It is strict:
-no value is turned into another type, no number is NaN or infinite, and a dataclass has no unknown key.
+A schema is anything that pydantic takes for a type: a dataclass, a TypedDict, `list[list[int]]`. It is
+strict: no value is turned into another type, no number is NaN or infinite, no dataclass has an unknown key.
 """
 
 import json
+from collections.abc import Hashable
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -43,7 +44,7 @@ def read(path: Path, schema: type[T], advice: str) -> T:
 def parse(content: bytes, schema: type[T], where: str, advice: str) -> T:
     """The same for bytes that stand at `where`, such as a line of a file."""
     try:
-        return _adapter(schema).validate_json(_readable(content))
+        return cast(T, _adapter(cast(Hashable, schema)).validate_json(_readable(content)))
     except ValidationError as error:
         raise CoralError(f"{where} cannot be read ({_why(error)}); {advice}") from error
 
@@ -51,13 +52,13 @@ def parse(content: bytes, schema: type[T], where: str, advice: str) -> T:
 def check(content: Any, schema: type[T], where: str, advice: str) -> T:
     """The same for what another reader found at `where`, as `torch.load` does."""
     try:
-        return _adapter(schema).validate_python(content)
+        return cast(T, _adapter(cast(Hashable, schema)).validate_python(content))
     except ValidationError as error:
         raise CoralError(f"{where} cannot be read ({_why(error)}); {advice}") from error
 
 
 @cache
-def _adapter(schema: Any) -> TypeAdapter[Any]:
+def _adapter(schema: Hashable) -> TypeAdapter[Any]:
     has_own = hasattr(schema, "__pydantic_config__") or hasattr(schema, "__dataclass_fields__")
     return TypeAdapter(schema, config=None if has_own else STRICT)
 
@@ -77,4 +78,5 @@ def _why(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = ".".join(map(str, first["loc"]))
     what = first["msg"].removeprefix("Value error, ").removeprefix("Invalid JSON: ")
-    return " ".join(f"{place}: {what[:1].lower()}{what[1:]}".removeprefix(": ").split())[:300].rstrip(".")
+    what = what if what[:2].isupper() else what[:1].lower() + what[1:]
+    return " ".join(f"{place}: {what}".removeprefix(": ").split())[:300].rstrip(".")

@@ -261,9 +261,7 @@ def check_prompts(where: Path, prompts: list[list[int]], info: dict[str, Any], a
     """Raise CoralError for held-out prompts that are empty or hold ids beyond the vocabulary of `info`."""
     most = max((max(prompt, default=0) for prompt in prompts), default=0)
     if not all(prompts) or most >= info["vocab_size"]:
-        raise CoralError(
-            f"{where} cannot be read (a prompt is empty, or holds an id beyond {info['vocab_size']}); {advice}"
-        )
+        raise CoralError(f"{where} cannot be read (a prompt is empty, or its ids are no tokens); {advice}")
 
 
 def check(info: dict[str, Any], vocab_size: int, tokenizer: "PreTrainedTokenizerBase | None" = None) -> None:

@@ -247,8 +247,8 @@ def train(
                 saved = state.seconds
         if fraction >= 1 and 0 < state.update == state.skipped:
             raise CoralError(
-                f"none of {state.update} updates had a finite loss and gradient, so nothing was learnt; check "
-                "the data and the recipe's numbers."
+                f"none of {state.update} updates had a finite loss and gradient, so nothing was learnt; "
+                "check the data and the recipe's numbers."
             )
         if fraction >= 1 and measured != state.update:
             measure(reporter)

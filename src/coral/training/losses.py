@@ -25,7 +25,6 @@ from torch.nn.functional import smooth_l1_loss
 
 from coral.training.unroll import offsets_in_document
 
-
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 

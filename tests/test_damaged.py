@@ -1,0 +1,303 @@
+"""Files of ours that are damaged, in whatever way: a sentence that names the file, never a traceback."""
+
+import copy
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_training import tiny_data, tiny_drafter, tiny_info, tiny_target
+
+from coral import config, json_file, tuned
+from coral.bench import log, results
+from coral.bench.costs import Costs
+from coral.bench.rows import Record, rows
+from coral.card import card
+from coral.data import prepared, shards
+from coral.data.prepared import PreparedData
+from coral.decoding.state import Cycle
+from coral.decoding.tree import Budget
+from coral.drafter import checkpoint, heads
+from coral.errors import CoralError
+from coral.training.recipe import TrainConfig, load_recipe
+from coral.training.state import RunState, folder
+from coral.training.state import load as load_state
+from coral.training.state import save as save_state
+
+ODD = [None, True, -1, 0, 1.5, 10**30, 1e308, "", "x", "\udcff", [], [1], {}, {"a": 1}, float("nan")]
+PLACE = tuned.Place("a CPU", 4, "float32", False, 8, "full")
+
+
+def nodes(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place in a JSON value, as its container and key."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield value, key
+        yield from nodes(inner)
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    """One line with a value dropped or replaced by an odd one, or a few bytes cut or changed."""
+    how = draw.randrange(5)
+    if how < 3:
+        lines = content.splitlines(keepends=True)
+        lines = lines if content.startswith(b'{"settings"') else [content]
+        at = draw.randrange(len(lines))
+        value = json.loads(lines[at])
+        container, key = draw.choice(list(nodes(value)))
+        if how == 0:
+            del container[key]
+        elif how == 1:
+            container[key] = draw.choice(ODD)
+        else:
+            container[f"{key}x" if isinstance(container, dict) else key] = copy.deepcopy(container[key])
+        lines[at] = json.dumps(value).encode() + b"\n"
+        return b"".join(lines)
+    at = draw.randrange(len(content))
+    return content[:at] if how == 3 else content[:at] + draw.randbytes(3) + content[at + 3 :]
+
+
+def a_record(method: str) -> Record:
+    cycle = Cycle([3, 4], 2, 1, 1, 1, False, 0.1, 0.2, 0.4)
+    kind = "plain" if method == "plain" else "drafter"
+    return Record("float32", 0.0, False, kind, method, "s", "1", 0, [3, 4], 0.4, 0.1, 1, [cycle], "equal")
+
+
+def a_bench(directory: Path) -> None:
+    header = {
+        "settings": {"max_new_tokens": 2, "deepen": None, "note": "", "drafters": {"a": "d"}},
+        "commit": "c",
+    }
+    costs = Costs("float32", "1 row, eager", {"1 row, eager": 0.1}, 0.1, {1: 0.1, 4: 0.2}, {"a": 0.1})
+    written = log.Log(directory / "records.jsonl", header)
+    written.add(costs)
+    written.add_trees("float32", {"a": {"budget": Budget(2, 3, 5), "origin": "default"}})
+    for method in ("plain", "a"):
+        written.add(a_record(method))
+    environment = {"hardware": "x", "cores": 1, "threads": 1, "torch": "2", "transformers": "5",
+                   "cpu_features": {"avx2": True}}  # fmt: skip
+    found = {
+        "environment": environment, "command": "coral bench", **header, "skipped": [], "trees": {},
+        "target": {"name": "t", "layers": 2, "appended_ffn_width": None},
+        "costs": {"float32": costs.to_json()}, "rows": rows(written.records, written.costs),
+        "routed_heads": {"float32": {"a": {"groups": 4, "active": 2, "core": 0, "recall": [0.5]}}},
+    }  # fmt: skip
+    (directory / "results.json").write_text(json.dumps(found))
+
+
+def read_results(directory: Path) -> None:
+    from coral.bench.report import markdown
+
+    markdown(results.read(directory / "results.json"))
+
+
+def resume_bench(directory: Path) -> None:
+    header = {
+        "settings": {"max_new_tokens": 2, "deepen": None, "note": "", "drafters": {"a": "d"}},
+        "commit": "c",
+    }
+    again = log.Log(directory / "records.jsonl", header)
+    rows(again.records, again.costs)
+
+
+def read_drafter(directory: Path) -> None:
+    checkpoint.load(directory, tiny_target())
+    card(directory, "me/drafter")
+
+
+def read_prepared(directory: Path) -> None:
+    info = prepared.load(directory).info
+    prepared.report(info)
+    prepared.check(info, 31)
+
+
+FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "drafter": ("coral/config.json", read_drafter),
+    "trees": ("coral/trees.json", lambda directory: tuned.find(directory, PLACE)),
+    "features": ("features.json", shards.load),
+    "prepared": ("coral.json", read_prepared),
+    "held out": ("held_out.json", read_prepared),
+    "records": ("records.jsonl", log.read),
+    "a stopped bench": ("records.jsonl", resume_bench),
+    "results": ("results.json", read_results),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One directory with a file of each kind."""
+    directory = tmp_path_factory.mktemp("ours")
+    target = tiny_target()
+    checkpoint.save(tiny_drafter(), directory, target=checkpoint.TargetRecord.of(target),
+                    recipe={"recipe": "coral"}, metrics={"updates": 1, "seconds": 2, "acceptance": {"tree": 2.0}})  # fmt: skip
+    tuned.save(directory, PLACE, Budget(2, 3, 5), 1.5, 1.4)
+    a_bench(directory)
+    lines = ({**row, "loss_mask": row["loss_mask"]} for row in tiny_data(4).dataset)
+    prepared._write_rows((prepared.Row(**row) for row in lines), directory)
+    (directory / "coral.json").write_text(json.dumps(tiny_info(4)))
+    (directory / "held_out.json").write_text("[[1, 2], [3]]")
+    shards.store(target, PreparedData(tiny_data(4).dataset, [[1, 2]], tiny_info(4)), directory / "features")
+    for file in (directory / "features").iterdir():
+        file.rename(directory / file.name)
+    return directory
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_damaged_file_is_a_sentence(place: Path, kind: str) -> None:
+    """Stops a traceback, a hang and a number out of range from a file that a disk or an editor damaged."""
+    name, read = FILES[kind]
+    path, draw = place / name, random.Random(kind)
+    whole = path.read_bytes()
+    read(place)
+    refused = 0
+    try:
+        for _ in range(120):
+            path.write_bytes(damaged(whole, draw))
+            try:
+                read(place)
+            except CoralError as error:
+                refused += 1
+                assert "Traceback" not in str(error) and str(place) in str(error)
+    finally:
+        path.write_bytes(whole)
+    assert refused > 30
+    path.unlink()
+    if kind not in ("trees", "a stopped bench", "features"):  # the directory holds prepared data, too
+        with pytest.raises(CoralError):
+            read(place)
+    path.write_bytes(whole)
+
+
+def test_the_reader_is_strict_and_says_where(tmp_path: Path) -> None:
+    """Stops true from being taken for 1, an unknown key for none, and a file's name for damage."""
+    for content, message in (
+        (b'{"trees": [], "tree": 1}', "tree: unexpected keyword"),
+        (b"[" * 100_000, "recursion limit"),
+        (b'{"a": NaN}', "trees: "),
+        (b"\xff", "expected value"),
+        (b"", "EOF"),
+    ):
+        with pytest.raises(CoralError, match=rf"f\.json cannot be read \(.*{message}.*\); do this\."):
+            json_file.parse(content, tuned._Trees, "f.json", "do this.")
+    with pytest.raises(CoralError, match="No such file"):
+        json_file.read(tmp_path / "none", dict, "do this.")
+    assert json_file.parse(b'["a\\udcff", "\\ud83d\\ude00"]', list[str], "", "") == ["a?", "\U0001f600"]
+    for value in (b"[true]", b'["1"]', b"[1.0]", b"[-1]"):
+        with pytest.raises(CoralError):
+            json_file.parse(value, list[json_file.Id], "", "")
+
+
+def test_weights_that_are_not_numbers_are_refused_by_name(tmp_path: Path) -> None:
+    """Stops a drafter of NaN that drafts nothing right, and one that no memory can hold."""
+    target = tiny_target()
+    checkpoint.save(tiny_drafter(), tmp_path, target=checkpoint.TargetRecord.of(target))
+    file = tmp_path / "model.safetensors"
+    whole, name = load_file(file), "layers.0.mlp.up_proj.weight"
+    for odd in (float("nan"), float("inf")):
+        tensors = {key: value.clone() for key, value in whole.items()}
+        tensors[name][0, 0] = odd
+        save_file(tensors, file)
+        with pytest.raises(CoralError, match=rf"{name} holds numbers that are not finite"):
+            checkpoint.load(tmp_path, target)
+    save_file({key: value.to(torch.int8) for key, value in whole.items()}, file)
+    with pytest.raises(CoralError, match=r"is stored as torch\.int8"):
+        checkpoint.load(tmp_path, target)
+    save_file(whole, file)
+    ours = json.loads((tmp_path / "coral" / "config.json").read_text())
+    for key, value, message in (
+        ("intermediate_size", 2**30, "has shape"),
+        ("num_key_value_heads", 3, "make no drafter"),
+        ("hidden_act", "default", "is not known"),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "describes no drafter"),
+    ):
+        changed = {**ours, "drafter": {**ours["drafter"], key: value}}
+        (tmp_path / "coral" / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(CoralError, match=message):
+            checkpoint.load(tmp_path, target)
+
+
+def test_damaged_heads_are_refused(tmp_path: Path) -> None:
+    """Stops a head of another shape, and a file that names none."""
+    heads.save(tmp_path, "static", {"ids": torch.arange(4)})
+    own = tmp_path / "coral" / "heads" / "own"
+    for content in (b"\xff\xfe", b"", b"full", b"../static"):
+        own.write_bytes(content)
+        with pytest.raises(CoralError, match="names no head"):
+            heads.resolve(tmp_path, "auto")
+    for ids in (torch.arange(4)[:, None], torch.ones(4), torch.zeros(0, dtype=torch.int64)):
+        heads.save(tmp_path, "static", {"ids": ids})
+        with pytest.raises(CoralError, match=r"static\.safetensors cannot be read"):
+            heads.static_ids(tmp_path)
+
+
+def _inside(value: Any, place: tuple[str, ...]) -> Any:
+    return _inside(value[place[0]], place[1:]) if place else value
+
+
+def test_damaged_training_state_is_refused(tmp_path: Path) -> None:
+    """Stops a traceback from half a state, and moments of other weights."""
+    target, options = tiny_target(), TrainConfig()
+    record = checkpoint.TargetRecord.of(target)
+    moments: dict[str, Any] = {"state": {}, "param_groups": []}
+    save_state(tmp_path / "o", tiny_drafter(), record, options, moments, RunState(update=1), 5)
+    load_state(tmp_path / "o", options, 5)
+    path = folder(tmp_path / "o") / "state.pt"
+    whole = torch.load(path, weights_only=True)
+    places = [(), ("state",), ("optimiser",)]
+    for inside, key in [(inside, key) for inside in places for key in _inside(whole, inside)]:
+        for odd in ("x", None, -1):
+            changed = copy.deepcopy(whole)
+            _inside(changed, inside)[key] = odd
+            torch.save(changed, path)
+            with pytest.raises(CoralError):
+                load_state(tmp_path / "o", options, 5)
+    path.write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(CoralError, match=r"state\.pt cannot be read"):
+        load_state(tmp_path / "o", options, 5)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=-1", "seed must be at least 0, not -1"),
+        ("optimiser.beta1=5", "beta1 must be below 1, not 5"),
+        ("optimiser.beta2=-0.1", "beta2 must be at least 0"),
+        ("optimiser.learning_rate=0", "learning_rate must be above 0"),
+        ("optimiser.learning_rate=.nan", "learning_rate must be a finite number"),
+        ("optimiser.gradient_clip=.inf", "gradient_clip must be a finite number"),
+        ("optimiser.warmup=2", "warmup must be at most 1"),
+        ("loss.regression=-1", "regression must be at least 0"),
+        ("loss.top_k_weight=1e300", "top_k_weight must be at most 1e"),
+        ("noise=.nan", "noise must be a finite number"),
+        ("steps=1000000000", "steps must be at most 64"),
+        ("batch_size=true", "batch_size must be int, not 'True'"),
+        ("alignment.temperature=0", "temperature must be at least 0.001"),
+        ("limits.updates=0", "updates must be at least 1"),
+        ("limits.minutes=.inf", "minutes must be a finite number"),
+        ("limits.epochs=null", "give one of limits"),
+        ("reports.checkpoint_minutes=-1", "checkpoint_minutes must be at least 0"),
+        ("drafter.intermediate_size=many", "intermediate_size must be int or none, not 'many'"),
+        ("recipe=" + "[" * 5000, "cannot read the value"),
+    ],
+)
+def test_numbers_of_a_recipe_have_bounds(override: str, message: str) -> None:
+    """Stops a run of hours that ends in NaN, or that never ends."""
+    with pytest.raises(CoralError, match=message):
+        load_recipe("coral", [override])
+
+
+def test_a_recipe_that_learns_nothing_and_one_without_end(tmp_path: Path) -> None:
+    """Stops weights that are all 0, values that Python code hands in, and a file nested without end."""
+    zero = ["loss.regression=0", "loss.divergence_weight=0", "loss.top_k_weight=0", "alignment.weight=0"]
+    with pytest.raises(CoralError, match="every weight of the loss is 0"):
+        load_recipe("coral", zero)
+    with pytest.raises(CoralError, match="batch_size must be at least 1, not 0"):
+        config.check(TrainConfig(batch_size=0))
+    for content in (b"[" * 100_000, b"steps: \xff", b"recipe: 2026-99-99"):
+        (tmp_path / "r.yaml").write_bytes(content)
+        with pytest.raises(CoralError, match=r"r\.yaml is not YAML"):
+            load_recipe(tmp_path / "r.yaml")

@@ -132,8 +132,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One directory with a file of each kind."""
     directory = tmp_path_factory.mktemp("ours")
     target = tiny_target()
-    checkpoint.save(tiny_drafter(), directory, target=checkpoint.TargetRecord.of(target),
-                    recipe={"recipe": "coral"}, metrics={"updates": 1, "seconds": 2, "acceptance": {"tree": 2.0}})  # fmt: skip
+    record, metrics = checkpoint.TargetRecord.of(target), {"updates": 1, "acceptance": {"tree": 2.0}}
+    metrics["seconds"] = 2
+    checkpoint.save(tiny_drafter(), directory, target=record, recipe={"recipe": "coral"}, metrics=metrics)
     tuned.save(directory, PLACE, Budget(2, 3, 5), 1.5, 1.4)
     a_bench(directory)
     lines = ({**row, "loss_mask": row["loss_mask"]} for row in tiny_data(4).dataset)
@@ -248,7 +249,7 @@ def test_damaged_training_state_is_refused(tmp_path: Path) -> None:
     path = folder(tmp_path / "o") / "state.pt"
     whole = torch.load(path, weights_only=True)
     places = [(), ("state",), ("optimiser",)]
-    for inside, key in [(inside, key) for inside in places for key in _inside(whole, inside)]:
+    for inside, key in [(each, key) for each in places for key in _inside(whole, each)]:
         for odd in ("x", None, -1):
             changed = copy.deepcopy(whole)
             _inside(changed, inside)[key] = odd

@@ -21,7 +21,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from coral.errors import CoralError
-from coral.files import atomic_bytes, atomic_text
+from coral.files import atomic_bytes, atomic_text, user_caches
 from coral.locks import locked
 
 _CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
@@ -38,22 +38,13 @@ def use_own_cache() -> Path:
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    own, asked = _home_cache() or _private(), os.environ.get(_CACHE_DIR, "")
+    caches, asked = user_caches(), os.environ.get(_CACHE_DIR, "")
+    own = (caches and _own(caches / "coral" / "compiled")) or _private()
     # Torch sets it to its default when imported, and this function in a process that started this one.
     if Path(asked).is_absolute() and asked not in (default_cache_dir(), str(own)):
         return _own(Path(asked) / "coral") or own
     os.environ[_CACHE_DIR] = str(own)
     return own
-
-
-def _home_cache() -> Path | None:
-    """Where the user's caches are. A relative path would be one that others choose: whoever made the working
-    directory.
-    """
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    home = os.path.expanduser("~") if os.environ.get("HOME", "~") else ""  # noqa: PTH111
-    caches = Path(named) if Path(named).is_absolute() else Path(home) / ".cache"
-    return _own(caches / "coral" / "compiled") if caches.is_absolute() else None
 
 
 def _own(folder: Path) -> Path | None:

@@ -100,6 +100,16 @@ def atomic_bytes(path: Path, content: bytes) -> None:
                 aside.unlink(missing_ok=True)
 
 
+def user_caches() -> Path | None:
+    """The user's directory of caches, if there is one. A relative path would be one that others choose:
+    whoever made the working directory.
+    """
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    home = os.path.expanduser("~") if os.environ.get("HOME", "~") else ""  # noqa: PTH111
+    caches = Path(named) if Path(named).is_absolute() else Path(home) / ".cache"
+    return caches if caches.is_absolute() else None
+
+
 def refuse_missing(source: str | Path, what: str) -> None:
     """Raise CoralError when `source` can only be a path, not a hub id, and nothing is there."""
     text = str(source)

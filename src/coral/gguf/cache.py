@@ -9,16 +9,19 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from coral import json_file
 from coral.errors import CoralError
-from coral.files import atomic_directory, atomic_text
+from coral.files import atomic_directory, atomic_text, user_caches
 from coral.gguf import names
+from coral.locks import locked
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,8 +44,7 @@ class Entry:
 
 
 def root() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "coral" / "gguf"
+    return (user_caches() or Path(tempfile.gettempdir())) / "coral" / "gguf"
 
 
 def bound() -> int:
@@ -80,7 +82,6 @@ def directory(
 
 def _make(entry: Path, paths: Sequence[Path], record: dict[str, str], console: Console | None) -> None:
     import torch
-    from filelock import FileLock
 
     from coral.gguf.config import read_config
     from coral.gguf.convert import write
@@ -89,7 +90,7 @@ def _make(entry: Path, paths: Sequence[Path], record: dict[str, str], console: C
 
     limit, file = bound(), read(paths)
     check_supported(read_config(file))  # before minutes of work
-    with FileLock(entry.with_name(f".{entry.name}.lock")):  # other processes wait, and find it
+    with locked(entry, wait=True):  # other processes wait, and find it
         if not (entry / _RECORD).is_file():
             with atomic_directory(entry) as aside:
                 write(file, aside, getattr(torch, record["dtype"]), console)
@@ -129,11 +130,11 @@ def entries() -> list[Entry]:
     """What the cache holds, the last used first."""
     found = []
     for record in root().glob(f"*/{_RECORD}"):
-        with suppress(OSError, ValueError, KeyError):  # another process deletes it
-            said = json.loads(record.read_text(encoding="utf-8"))
+        with suppress(OSError, CoralError):  # another process deletes it
+            said = json_file.read(record, dict[str, str], "")
             size = sum(path.stat().st_size for path in record.parent.rglob("*") if path.is_file())
             used = record.stat().st_mtime
-            found.append(Entry(record.parent, said["source"], said["dtype"], size, used))
+            found.append(Entry(record.parent, said.get("source", "?"), said.get("dtype", "?"), size, used))
     return sorted(found, key=lambda entry: -entry.used)
 
 
@@ -143,7 +144,6 @@ def remove(entry: Entry) -> None:
     with suppress(FileNotFoundError):  # another process was faster
         entry.path.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
-    entry.path.with_name(f".{entry.path.name}.lock").unlink(missing_ok=True)
 
 
 def _evict(limit: int, keep: Path) -> None:
@@ -158,16 +158,16 @@ def _evict(limit: int, keep: Path) -> None:
 def _digest(paths: Sequence[Path]) -> str:
     """SHA-256 of the files; remembered as long as their sizes and times stay what they were."""
     memory = root() / "digests.json"
-    known: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        known = json.loads(memory.read_text(encoding="utf-8"))
+    known: dict[str, tuple[int, int, str]] = {}
+    with suppress(CoralError):  # it was never written, or is damaged: then they are read again
+        known = json_file.read(memory, dict[str, tuple[int, int, str]], "")
     digests, changed = [], False
     for path in paths:
         real = path.resolve()
         stat = real.stat()
-        mark, before = [stat.st_size, stat.st_mtime_ns], known.get(str(real))
+        mark, before = (stat.st_size, stat.st_mtime_ns), known.get(str(real))
         if before is None or before[:2] != mark:
-            known[str(real)] = [*mark, _sha256(real)]
+            known[str(real)] = (*mark, _sha256(real))
             changed = True
         digests.append(known[str(real)][2])
     if changed:

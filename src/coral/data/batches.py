@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
-from coral.data.conversations import BadRecordError, ChatFormat
+from coral.data.chat_format import ChatFormat
+from coral.data.conversations import BadRecordError
 from coral.data.regenerate import Answer, Job
 from coral.errors import CoralError
 

@@ -1,36 +1,31 @@
-"""Read conversations, and turn each into token ids with a mask of what the target is to write.
+"""Read conversations: whatever form a record has, it becomes checked messages, or a reason why it cannot.
 
-The chat template of the tokenizer is the only authority on the format; there is no table of templates.
-Where an answer starts and ends is found by rendering prefixes of the conversation:
-
-    prompt = render(messages before the answer, with the generation prompt)     what the target reads
-    full   = render(messages up to and with the answer)                         begins with `prompt`
-    answer = what `full` adds, cut after the end token                          what the target writes
-
-The end token is the first special token that the template puts after an answer. What a template adds behind
-it (the newline after `<|im_end|>`, the end-of-text token of Phi-3) is not written by the target: it is part
-of the next prompt or of nothing, and never trained. Without such a token the whole addition is trained.
+Of a record whose turns are not all usable the part is kept that is: from the first user turn on, up to the last
+answer before the first turn that cannot be used. What was cut or joined is counted, as are the records that are
+left out; every reason names the key that was looked at.
 """
 
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from coral.data import sources as sources_
-from coral.data.sources import COLUMNS, Source
-from coral.errors import CoralError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from coral.data.sources import ANSWERS, COLUMNS, SYSTEM, Source
 
 Message: TypeAlias = dict[
     str, Any
 ]  # role, content, and "finished": false where the end token was not written
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_PROBE = "coral-probe-answer"
+_ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+}
+
+_APART = ("tool_calls", "function_call", "reasoning_content", "thinking")
+"""What an answer may hold beside its text: the target wrote that, too, so the text alone is not what it wrote."""
 
 
 class BadRecordError(Exception):
@@ -49,10 +44,18 @@ class Dropped:
     """What was left out and why: every reason with its count and first `keep` records, by file and line."""
 
     keep: int = 5
+    read: int = 0
+    """Records that were read, those that are used included."""
     counts: Counter[str] = field(default_factory=Counter)
+    """Records that were left out, by reason."""
+    changed: Counter[str] = field(default_factory=Counter)
+    """Records of which only a part is used, or in another form, by what was done."""
     notes: list[str] = field(default_factory=list)
+    first: dict[str, str] = field(default_factory=dict)
+    """The first record of each reason."""
 
     def add(self, where: str, reason: str, detail: str = "") -> None:
+        self.first.setdefault(reason, where)
         self.counts[reason] += 1
         if self.counts[reason] <= self.keep:
             self.notes.append(f"{where}: {reason}{detail and f' ({detail})'}")
@@ -60,6 +63,13 @@ class Dropped:
     @property
     def total(self) -> int:
         return self.counts.total()
+
+    def __str__(self) -> str:
+        """All reasons in one line, the most frequent first."""
+        reasons = ", ".join(
+            f"{count:,} x {reason} (the first is {self.first[reason]})" for reason, count in self.counts.most_common()
+        )
+        return f"{self.total:,} records dropped: {reasons}"
 
 
 @dataclass(frozen=True)
@@ -75,194 +85,187 @@ class Conversation:
         return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
 
 
-@dataclass(frozen=True)
-class Example:
-    """`loss_mask[t]`: the target is to write `input_ids[t]` (end tokens included; not shifted)."""
-
-    input_ids: list[int]
-    loss_mask: list[bool]
-
-
 def read(
-    sources: Sequence[Source], dropped: Dropped, *, prompts_only: bool = False
+    sources: Source | Sequence[Source],
+    dropped: Dropped,
+    *,
+    prompts_only: bool = False,
 ) -> Iterator[Conversation]:
     """Yield the conversations of all sources (see `coral.data.sources`) in order, one at a time.
 
     Bad records go to `dropped`. With `prompts_only` nothing needs to be answered yet: a conversation may end
-    with a user turn.
+    with a user turn, and answers are not looked at.
 
     Raises:
         CoralError: a source is missing, cannot be read to its end, or has no column of conversations.
     """
     for where, record in sources_.records(sources):
+        dropped.read += 1
+        changes: list[str] = []
         try:
-            yield Conversation(where, parse(record, prompts_only=prompts_only))
+            messages = parse(record, prompts_only=prompts_only, changes=changes)
         except BadRecordError as error:
             dropped.add(where, str(error), error.detail)
+            continue
+        dropped.changed.update(dict.fromkeys(changes, 1))
+        yield Conversation(where, messages)
 
 
-def parse(record: Any, *, prompts_only: bool = False) -> list[Message]:
-    """Messages of one record (or its JSON), cut after the last answer unless `prompts_only`.
+def parse(record: Any, *, prompts_only: bool = False, changes: list[str] | None = None) -> list[Message]:
+    """Messages of one record (or its JSON): those that can be used, up to the last answer or, with
+    `prompts_only`, user turn.
 
-    A record holds `messages` (role, content), `conversations` (from, value; as in ShareGPT), or a `prompt`: a
-    text that the user says, or messages. Other columns are not read, and null is as good as absent.
+    A record holds turns under `messages`, `conversations` or `conversation`, each with `role` and `content` or,
+    as in ShareGPT, `from` and `value`; or a `prompt` (a text that the user says, or turns), perhaps with its
+    answer under `completion` or `response`. A `system` column is the system message of turns without one. Other
+    columns are not read, and null is as good as absent. What was cut or joined is appended to `changes`.
 
     Raises:
         BadRecordError: it is no conversation that can be trained on.
     """
+    changes = [] if changes is None else changes
+    column, turns = _turns(_decoded(record))
+    messages: list[Message] = []
+    fault: BadRecordError | None = None
+    for turn in turns:
+        try:
+            _append(messages, turn, changes, prompts_only)
+        except BadRecordError as error:
+            fault = error
+            break
+    needed = "user" if prompts_only else "assistant"
+    if not any(message["role"] == needed for message in messages):
+        raise fault or BadRecordError(f"no {needed} turn under '{column}'")
+    unanswered = False
+    while messages[-1]["role"] != "assistant" and not prompts_only:
+        unanswered = bool(messages.pop())
+    if fault is not None:
+        changes.append(f"cut before the first turn that cannot be used: {fault}")
+    elif unanswered:
+        changes.append("cut before a last user turn without an answer")
+    return messages
+
+
+def _decoded(record: Any) -> dict[str, Any]:
     if isinstance(record, bytes | str):
         try:
             record = json.loads(record)
+        except UnicodeDecodeError as error:
+            raise BadRecordError("not UTF-8") from error
         except (ValueError, RecursionError) as error:
             raise BadRecordError("unreadable JSON") from error
     if not isinstance(record, dict):
         raise BadRecordError("not a JSON object")
-    column = next((name for name in COLUMNS if record.get(name) is not None), None)
-    turns = record[column] if column else None
-    if column == "prompt" and isinstance(turns, str):
-        turns = [{"role": "user", "content": turns}]
+    return record
+
+
+def _turns(record: dict[str, Any]) -> tuple[str, list[Any]]:
+    """The column that holds the conversation, and its turns with the system message of a column beside it."""
+    present = [name for name in COLUMNS if record.get(name) is not None]
+    if not present:
+        held = f"it has {', '.join(map(repr, list(record)[:8])) or 'nothing'}"
+        raise BadRecordError(f"nothing under {', '.join(map(repr, COLUMNS[:-1]))} or {COLUMNS[-1]!r}", held)
+    column = next((name for name in present if record[name]), present[0])
+    turns = record[column]
+    if column == "prompt":
+        turns = _said(turns, "user")
+        answer = next((record[name] for name in ANSWERS if record.get(name) is not None), None)
+        if answer is not None and isinstance(turns, list):
+            answered = _said(answer, "assistant")
+            turns = [*turns, *(answered if isinstance(answered, list) else [answered])]
     if not isinstance(turns, list):
-        raise BadRecordError("no list under 'messages' or 'conversations', and no 'prompt'", _keys(record))
-    keys = ("from", "value") if column == "conversations" else ("role", "content")
-    messages = [_message(turn, *keys) for turn in turns]
-    while messages and messages[-1]["role"] != "assistant" and not prompts_only:
-        messages.pop()
-    start = int(messages[:1] != [] and messages[0]["role"] == "system")
-    if len(messages) == start:
-        raise BadRecordError("no user turn" if prompts_only else "no assistant turn")
-    for i, message in enumerate(messages[start:]):
-        if message["role"] != ("user", "assistant")[i % 2]:
-            raise BadRecordError("roles do not alternate from user to assistant")
-    return messages
+        raise BadRecordError(f"'{column}' is not a list of turns", type(turns).__name__)
+    if not turns:
+        raise BadRecordError(f"'{column}' is empty")
+    system = next((name for name in SYSTEM if record.get(name)), None)
+    if system is None:
+        return column, turns
+    if not isinstance(record[system], str):
+        raise BadRecordError(f"'{system}' is not a text", type(record[system]).__name__)
+    if any(isinstance(turn, dict) and _role(turn) == "system" for turn in turns[:1]):
+        return column, turns  # which say it themselves
+    return column, [{"role": "system", "content": record[system]}, *turns]
 
 
-def _keys(record: dict[str, Any]) -> str:
-    return f"it has {', '.join(map(repr, list(record)[:8])) or 'nothing'}"
+def _said(said: Any, role: str) -> Any:
+    """A text as the one turn that it is."""
+    return [{"role": role, "content": said}] if isinstance(said, str) else said
 
 
-def _message(turn: Any, role_key: str, content_key: str) -> Message:
+def _append(messages: list[Message], turn: Any, changes: list[str], prompts_only: bool) -> None:
+    """Add a turn to the messages before it, if it is one of theirs.
+
+    Raises:
+        BadRecordError: it cannot be used, and so nothing behind it.
+    """
     if not isinstance(turn, dict):
-        raise BadRecordError("a message is not a JSON object")
-    role, content, finished = turn.get(role_key), turn.get(content_key), turn.get("finished")
-    if not isinstance(role, str) or role.lower() not in _ROLES:
-        raise BadRecordError("a role is not system, user (human) or assistant (gpt)")
-    if not isinstance(content, str):
-        raise BadRecordError("a content is not a string")
-    if not content.strip():
-        raise BadRecordError("a content is empty")
+        raise BadRecordError("a turn is not a JSON object", type(turn).__name__)
+    role = _role(turn)
+    before = messages[-1]["role"] if messages else None
+    if role == "assistant" and before in (None, "system"):
+        changes.append("an answer before the first user turn was left out")
+        return
+    key = _key(turn, "content", "value")
+    if role == "assistant" and prompts_only:  # it will be written again
+        if before == "user":
+            messages.append({"role": role, "content": str(turn.get(key) or "")})
+        return
+    content = _text(turn.get(key), key)
+    if not content and role == "system":
+        changes.append("an empty system message was left out")
+        return
+    if not content:
+        raise BadRecordError(f"'{key}' of a turn is empty")
+    if role == "system" and before not in (None, "system"):
+        raise BadRecordError("a system message in the middle of a conversation")
+    if role == "assistant":
+        if before == "assistant":
+            raise BadRecordError("a second answer to one user turn")
+        if apart := next((name for name in _APART if turn.get(name)), None):
+            raise BadRecordError(f"an answer has '{apart}' beside its text")
+    elif role == before:
+        messages[-1]["content"] += f"\n\n{content}"
+        changes.append(f"{role} messages in a row were joined, with an empty line between")
+        return
+    finished = turn.get("finished")
     if not isinstance(finished, bool | None):
         raise BadRecordError("'finished' is not true or false")
+    message: Message = {"role": role, "content": content}
+    messages.append(message | {"finished": False} if finished is False else message)
+
+
+def _role(turn: dict[str, Any]) -> str:
+    key = _key(turn, "role", "from")
+    role = turn.get(key)
+    known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    if known is None:
+        raise BadRecordError(f"'{key}' of a turn is not system, user (human) or assistant (gpt)", repr(role)[:40])
+    return known
+
+
+def _key(turn: dict[str, Any], *names: str) -> str:
+    """The one of the names that the turn has; null is as good as absent, unless all are."""
+    filled = [name for name in names if turn.get(name) is not None]
+    return (filled or [name for name in names if name in turn] or names)[0]
+
+
+def _text(content: Any, key: str) -> str:
+    """A content as one text, of which it may be the parts: texts, or {"type": "text", "text": ...}; "" where
+    there is nothing to read in it.
+    """
+    if isinstance(content, list):
+        parts = [
+            part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+            for part in content
+        ]
+        if not all(isinstance(part, str) for part in parts):
+            raise BadRecordError(f"'{key}' of a turn has a part that is no text")
+        content = "".join(parts)
+    if not isinstance(content, str | None):
+        raise BadRecordError(f"'{key}' of a turn is not a text", type(content).__name__)
+    content = content or ""
     try:
         content.encode()
     except UnicodeEncodeError as error:
-        raise BadRecordError("a content is not valid Unicode") from error
-    message: Message = {"role": _ROLES[role.lower()], "content": content}
-    return message | {"finished": False} if finished is False else message
-
-
-class ChatFormat:
-    """A tokenizer's chat template, with what was found out about it: the end token, what follows an answer.
-
-    Raises:
-        CoralError: the tokenizer has no chat template, or one that does not print answers.
-    """
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        name = tokenizer.name_or_path or "the tokenizer"
-        if not tokenizer.chat_template:
-            raise CoralError(
-                f"{name} has no chat template, so conversations cannot be rendered; use the chat (instruct) "
-                "version of the target, or set tokenizer.chat_template and save it beside the target."
-            )
-        self.tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder
-        self.special_ids = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-        self.special_texts = [text for text in tokenizer.convert_ids_to_tokens([*self.special_ids]) if text]
-        try:
-            probe = self.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}])
-        except BadRecordError as error:
-            raise CoralError(f"{name}: {error}; check its chat template.") from error
-        if _PROBE not in probe:
-            raise CoralError(f"the chat template of {name} does not print answers; use one that does.")
-        self.suffix: str = probe.rpartition(_PROBE)[2]  # text behind an answer
-        suffix_ids = self.tokenize(self.suffix)
-        self.end_id = next((i for i in suffix_ids if i in self.special_ids), None)
-        # What a finished answer holds behind its content: text, and number of tokens with the end token.
-        self.closing, self.ending = self.suffix, len(suffix_ids)
-        if self.end_id is not None:
-            end_text = str(tokenizer.convert_ids_to_tokens(self.end_id))
-            self.closing = self.suffix.partition(end_text)[0]
-            self.ending = suffix_ids.index(self.end_id) + 1
-
-    def render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
-        """Text of the messages; BadRecordError where the template refuses them (a system message, say)."""
-        import jinja2
-
-        plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                plain, tokenize=False, add_generation_prompt=generation_prompt
-            )
-        except jinja2.TemplateError as error:
-            raise BadRecordError(f"the chat template refuses it: {error}") from error
-        assert isinstance(text, str)
-        return text
-
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of rendered text: special tokens are in the text already, so none is added."""
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids that the target reads before it answers the last of `messages`, a user turn."""
-        self._refuse_special_text(messages)
-        return self.tokenize(self.render(messages, generation_prompt=True))
-
-    def encode(self, conversation: Conversation, *, last_turn_only: bool = False) -> Example:
-        """Token ids of the conversation, up to and with its last end token, and the mask of its answers.
-
-        The end token of an answer marked "finished": false is not trained: the target did not write it. With
-        `last_turn_only` the last answer alone is trained, after the history as the template shows it there.
-
-        Raises:
-            BadRecordError: the record cannot be rendered, or tokens of an answer merge with those before it.
-            CoralError: the template shows an answer otherwise once it is history.
-        """
-        messages = conversation.messages
-        self._refuse_special_text(messages)
-        ids: list[int] = []
-        mask: list[bool] = []
-        history = ""
-        for answer in conversation.answers[-1:] if last_turn_only else conversation.answers:
-            prompt_text = self.render(messages[:answer], generation_prompt=True)
-            full_text = self.render(messages[: answer + 1])
-            if not prompt_text.startswith(history):
-                raise CoralError(
-                    f"{conversation.where}: the chat template rewrites history (an answer is shown otherwise "
-                    "at a later turn), so one row cannot hold every answer with what the target reads before "
-                    "it; train on last answers only (--last-turn-only), or use a template that keeps history."
-                )
-            if not full_text.startswith(prompt_text):
-                raise CoralError(
-                    f"{conversation.where}: the chat template shows an answer without the generation prompt "
-                    "before it, so what the target writes cannot be told from what it reads; use a template "
-                    "whose add_generation_prompt adds exactly what precedes an answer."
-                )
-            prompt, full = self.tokenize(prompt_text), self.tokenize(full_text)
-            if prompt[: len(ids)] != ids or full[: len(prompt)] != prompt:
-                raise BadRecordError("tokens of an answer merge with the tokens beside it")
-            written = full[len(prompt) :]
-            if self.end_id in written:
-                written = written[: written.index(self.end_id) + 1]
-            elif self.end_id is not None:
-                raise BadRecordError("the chat template leaves out the end token of an answer")
-            mask += [False] * (len(prompt) - len(ids)) + [True] * len(written)
-            ids = prompt + written
-            if messages[answer].get("finished") is False:
-                mask[len(mask) - self.ending :] = [False] * self.ending
-            history = full_text.removesuffix(self.suffix)
-        return Example(ids, mask)
-
-    def _refuse_special_text(self, messages: Sequence[Message]) -> None:
-        """Text that spells a special token would become that token, and end an answer in its middle."""
-        if any(text in message["content"] for message in messages for text in self.special_texts):
-            raise BadRecordError("a content spells a special token")
+        raise BadRecordError(f"'{key}' of a turn is not valid Unicode (half of a surrogate pair)") from error
+    return content if content.strip() else ""

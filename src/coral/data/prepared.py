@@ -20,17 +20,11 @@ from rich.console import Console
 from typing_extensions import TypedDict
 
 from coral import json_file
-from coral.data.conversations import (
-    BadRecordError,
-    ChatFormat,
-    Conversation,
-    Dropped,
-    Example,
-    Message,
-    read,
-)
+from coral.data.chat_format import ChatFormat, Example
+from coral.data.conversations import BadRecordError, Conversation, Dropped, Message, read
 from coral.data.progress import bar, counted
-from coral.data.sources import Source, size
+from coral.data.rows_digest import RowsDigest
+from coral.data.sources import Source, listed, size
 from coral.errors import CoralError
 from coral.files import atomic_directory
 from coral.json_file import OPEN, Count, Id, Size
@@ -84,7 +78,7 @@ class Row:
 
 
 def prepare(
-    sources: Sequence[Source],
+    sources: Source | Sequence[Source],
     tokenizer: "PreTrainedTokenizerBase",
     output: str | Path,
     *,
@@ -118,16 +112,19 @@ def prepare(
 
     def examples(conversations: Iterable[Conversation]) -> Iterator[Example]:
         for conversation in conversations:
+            changes: list[str] = []
             try:
-                yield _truncate(chat.encode(conversation, last_turn_only=last_turn_only), max_length)
+                example = chat.encode(conversation, last_turn_only=last_turn_only, changes=changes)
+                yield _truncate(example, max_length)
+                dropped.changed.update(dict.fromkeys(changes, 1))
             except BadRecordError as error:
-                dropped.add(conversation.where, str(error))
+                dropped.add(conversation.where, str(error), error.detail)
 
     with atomic_directory(output, _OURS) as directory:
         chosen = set_aside(read(sources, dropped), held_out, seed, aside)
         if (first := next(chosen, None)) is None:
             if not aside:
-                raise CoralError(f"no usable conversation in {_names(sources)}{_because(dropped)}")
+                raise CoralError(f"no usable conversation in {_names(sources)}{because(dropped)}")
             raise CoralError(
                 f"{held_out} prompts are to be held out, but the conversations open with only {len(aside)} "
                 "different ones; lower held_out (--held-out) or add data."
@@ -135,16 +132,16 @@ def prepare(
         chosen = chain([first], chosen)
         if limit is not None:
             with bar(console, "drawing", total) as advance:
-                drawn = draw(counted(chosen, advance), limit, seed)
+                drawn = draw(counted(chosen, advance, dropped), limit, seed)
             chosen, total = iter(drawn), len(drawn)
         with bar(console, "preparing", total) as advance:
-            encoded = examples(counted(chosen, advance))
+            encoded = examples(counted(chosen, advance, dropped if limit is None else None))
             rows = (
                 packed(encoded, max_length) if pack else (Row(e.input_ids, e.loss_mask, [0]) for e in encoded)
             )
-            counts = _write_rows(rows, directory)
+            counts, digest = _write_rows(rows, directory)
         if not counts["examples"]:
-            raise CoralError(f"no conversation in {_names(sources)} can be trained on{_because(dropped)}")
+            raise CoralError(f"no conversation in {_names(sources)} can be trained on{because(dropped)}")
         prompts = _prompts(aside, chat, dropped)
         info = {
             "format_version": FORMAT_VERSION,
@@ -156,11 +153,13 @@ def prepare(
             "last_turn_only": last_turn_only,
             "seed": seed,
             **counts,
+            "digest": digest,
             "held_out": len(prompts),
             "kept_from_training": sum(map(len, aside.values())),
             "dropped": dict(dropped.counts.most_common()),
             "dropped_notes": dropped.notes,
-            "source": [str(source) for source in sources],
+            "changed": dict(dropped.changed.most_common()),
+            "source": listed(sources),
         }
         (directory / "held_out.json").write_text(json.dumps(prompts), encoding="utf-8")
         (directory / "coral.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
@@ -218,6 +217,9 @@ def report(info: dict[str, Any]) -> str:
         f"{sum(info['dropped'].values()):,} records dropped",
         *(f"  {count:,} x {reason}" for reason, count in info["dropped"].items()),
     ]
+    if changed := info.get("changed"):
+        lines.append("of the records that are used, some only in part or in another form")
+        lines += [f"  {count:,} x {what}" for what, count in changed.items()]
     if info["dropped_notes"]:
         lines += ["the first of each kind:", *(f"  {note}" for note in info["dropped_notes"])]
     return "\n".join(lines)
@@ -315,8 +317,8 @@ def _truncate(example: Example, max_length: int) -> Example:
     return Example(example.input_ids[:max_length], mask)
 
 
-def _write_rows(rows: Iterator[Row], directory: Path) -> dict[str, int]:
-    """Stream rows into an Arrow dataset in `directory`, with nothing kept in memory; returns counts."""
+def _write_rows(rows: Iterator[Row], directory: Path) -> tuple[dict[str, int], str]:
+    """Stream rows into an Arrow dataset in `directory`, with nothing kept in memory; returns counts and digest."""
     from datasets import Dataset, Features, Sequence, Value, disable_progress_bars, enable_progress_bars
     from datasets.arrow_writer import ArrowWriter
 
@@ -325,12 +327,13 @@ def _write_rows(rows: Iterator[Row], directory: Path) -> dict[str, int]:
         loss_mask=Sequence(Value("bool")),
         document_starts=Sequence(Value("int32")),
     )
-    counts = dict.fromkeys(("examples", "rows", "tokens", "trained_tokens"), 0)
+    counts, digest = dict.fromkeys(("examples", "rows", "tokens", "trained_tokens"), 0), RowsDigest()
     stream = directory / "stream" / "rows.arrow"  # copied by save_to_disk, which adds its description
     stream.parent.mkdir()
     writer = ArrowWriter(path=str(stream), features=features, writer_batch_size=100)
     for row in rows:
         writer.write(vars(row))
+        digest.add(vars(row))
         counts["examples"] += len(row.document_starts)
         counts["rows"] += 1
         counts["tokens"] += len(row.input_ids)
@@ -343,7 +346,7 @@ def _write_rows(rows: Iterator[Row], directory: Path) -> dict[str, int]:
         finally:
             enable_progress_bars()
     shutil.rmtree(stream.parent)
-    return counts
+    return counts, str(digest)
 
 
 def _refuse_foreign(output: Path) -> None:
@@ -351,11 +354,12 @@ def _refuse_foreign(output: Path) -> None:
         raise CoralError(f"{output} holds other files and will not be replaced; choose another output.")
 
 
-def _names(sources: Sequence[Source]) -> str:
-    return ", ".join(map(str, sources)) or "an empty list of sources"
+def _names(sources: Source | Sequence[Source]) -> str:
+    return ", ".join(listed(sources)) or "an empty list of sources"
 
 
-def _because(dropped: Dropped) -> str:
+def because(dropped: Dropped) -> str:
+    """The end of a sentence about sources that hold nothing to use: why not."""
     if not dropped.total:
-        return "; name .jsonl, .jsonl.gz or .parquet files of conversations."
-    return f": {dropped.total} records dropped, the first is {dropped.notes[0]}."
+        return "; name .jsonl, .json or .parquet files of conversations."
+    return f": {dropped}."

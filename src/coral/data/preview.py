@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from coral.data.conversations import BadRecordError, ChatFormat, Dropped, Example, read
+from coral.data.chat_format import ChatFormat, Example
+from coral.data.conversations import BadRecordError, Dropped, read
+from coral.data.prepared import because
 from coral.data.sources import Source
 from coral.errors import CoralError
 
@@ -33,7 +35,7 @@ def preview(examples: Iterable[Example], tokenizer: "PreTrainedTokenizerBase", c
 
 
 def preview_sources(
-    sources: Sequence[Source],
+    sources: Source | Sequence[Source],
     tokenizer: "PreTrainedTokenizerBase",
     console: Console,
     *,
@@ -45,18 +47,18 @@ def preview_sources(
     Raises:
         CoralError: a source cannot be read, or none of them holds a usable conversation.
     """
-    chat = ChatFormat(tokenizer)
+    chat, dropped = ChatFormat(tokenizer), Dropped()
 
     def usable() -> Iterator[Example]:
-        for conversation in read(sources, Dropped()):
+        for conversation in read(sources, dropped):
             try:
                 yield chat.encode(conversation, last_turn_only=last_turn_only)
-            except BadRecordError:
-                continue
+            except BadRecordError as error:
+                dropped.add(conversation.where, str(error), error.detail)
 
     examples = list(islice(usable(), count))
     if not examples:
-        raise CoralError("the sources hold no usable conversation; prepare without --preview says why.")
+        raise CoralError(f"the sources hold no usable conversation{because(dropped)}")
     preview(examples, tokenizer, console)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -40,8 +40,23 @@ def bar(console: Console | None, title: str, total: int | None) -> Iterator[Call
         yield advance
 
 
-def counted(items: Iterable[Item], advance: Callable[..., None]) -> Iterator[Item]:
-    """The items, each moving the bar on when it is taken."""
+class Reading(Protocol):
+    """What counts the records that a source has given."""
+
+    read: int
+
+
+def counted(
+    items: Iterable[Item], advance: Callable[..., None], reading: Reading | None = None
+) -> Iterator[Item]:
+    """The items, each moving the bar on when it is taken: by one, or to where `reading` is, so that records of
+    which no item came are counted, too.
+    """
+    shown = 0
     for item in items:
-        advance()
+        now = reading.read if reading else shown + 1
+        advance(now - shown)
+        shown = now
         yield item
+    if reading:
+        advance(reading.read - shown)

@@ -11,7 +11,6 @@ processes may each write their part of the shards into one directory, or each in
 the directory above those is then read as one.
 """
 
-import hashlib
 import json
 import math
 import shutil
@@ -19,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-import numpy as np
 import torch
 from pydantic import Field
 from rich.console import Console
@@ -33,6 +31,7 @@ from coral.data import fp8, prepared
 from coral.data.features import FeatureSource, Rows, feature_batch, used_length
 from coral.data.prepared import PreparedData
 from coral.data.progress import bar
+from coral.data.rows_digest import RowsDigest
 from coral.drafter.checkpoint import TargetLike, TargetRecord
 from coral.errors import CoralError
 from coral.files import atomic_bytes, atomic_text
@@ -240,7 +239,8 @@ def load(source: str | Path) -> PreparedData:
             f"{', '.join(stored.shard(k).name for k in missing[:10])}{more}"
             f"{f' (of --shard {parts})' if n > 1 else ''}; {_AGAIN}"
         )
-    return PreparedData(stored, manifest["held_out_prompts"], manifest["info"])
+    info = {**manifest["info"], "digest": manifest["data"]}
+    return PreparedData(stored, manifest["held_out_prompts"], info)
 
 
 def _part(number: int, parts: int) -> int:
@@ -256,17 +256,15 @@ def refuse_other_target(dataset: Rows, target: TargetLike) -> None:
 
 def _measure(dataset: Rows, bytes_per_feature: int, console: Console | None) -> tuple[str, list[int]]:
     """A fingerprint of the rows' content, and how many bytes each will need on disk."""
-    digest, sizes = hashlib.sha256(), []
+    digest, sizes = RowsDigest(), []
     with bar(console, "measuring", len(dataset)) as advance:
         for index in range(len(dataset)):
             row = dataset[index]
-            for name, dtype in (("input_ids", "i4"), ("loss_mask", "?"), ("document_starts", "i4")):
-                values = np.asarray(row[name], dtype)
-                digest.update(len(values).to_bytes(8, "little") + values.tobytes())
+            digest.add(row)
             length, starts = used_length(row["loss_mask"]), len(row["document_starts"])
             sizes.append(length * (bytes_per_feature + 4 + 1) + 4 * starts + _HEADER)
             advance()
-    return digest.hexdigest()[:16], sizes
+    return str(digest), sizes
 
 
 def _tensors(target: ShardTarget, dataset: Rows, rows: range, dtype: str) -> dict[str, Tensor]:

@@ -1,12 +1,13 @@
 """Where conversations come from: records one at a time, so that a source may be larger than memory.
 
-FILE.jsonl, FILE.jsonl.gz               one JSON object a line (as any file that is not Parquet)
+FILE.jsonl, FILE.json, packed or not    one JSON object a line, or an array of them (see `json_records`); as any
+                                        file that is not Parquet
 FILE.parquet                            one record a row
 DIRECTORY                               all such files below it, in the order of their paths
 hub:NAME[/CONFIG][@REVISION][:SPLIT]    a dataset of the Hugging Face hub, streamed; NAME is ORG/NAME
 """
 
-import gzip
+import lzma
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,22 +17,30 @@ from typing import Any, TypeAlias
 
 import httpx2
 
+from coral.data.json_records import json_records
 from coral.errors import CoralError
 
 Source: TypeAlias = str | Path
 Record: TypeAlias = bytes | dict[str, Any]
-"""A line of JSON, or the columns of a row."""
+"""The bytes of a JSON value, or the columns of a row."""
 
-COLUMNS = ("messages", "conversations", "prompt")
-_KINDS = (".jsonl", ".jsonl.gz", ".parquet")
+COLUMNS = ("messages", "conversations", "conversation", "prompt")
+"""What may hold the conversation: the first that does is read."""
+ANSWERS = ("completion", "response")
+"""What may hold the answer to a `prompt`."""
+SYSTEM = ("system", "system_prompt")
+"""What may hold a system message beside the conversation."""
+_PACKED = ("", ".gz", ".bz2", ".xz")
+_KINDS = (*(f"{kind}{packed}" for kind in (".jsonl", ".json") for packed in _PACKED), ".parquet")
+_OURS = (".account.json", ".failed.jsonl")  # what stands beside regenerated conversations
 _HUB = re.compile(r"hub:([^/@:]+(?:/[^/@:]+)?)(?:/([^/@:]+))?(?:@([^:]+))?(?::([\w.-]+))?")
 _ROWS = 64  # of a Parquet file that are read together
 
 
-def records(sources: Sequence[Source]) -> Iterator[tuple[str, Record]]:
+def records(sources: Source | Sequence[Source]) -> Iterator[tuple[str, Record]]:
     """Yield (where, record) of all sources in order; of a row's columns, those that we read.
 
-    `where` is "FILE:NUMBER", from 1; empty lines are counted and left out.
+    `where` is "FILE:NUMBER", from 1; empty lines are counted and left out. One source may stand for itself.
 
     Raises:
         CoralError: a source is missing, cannot be read to its end, or has none of the `COLUMNS`.
@@ -39,12 +48,12 @@ def records(sources: Sequence[Source]) -> Iterator[tuple[str, Record]]:
     for part in _parts(sources):
         with _readable(part):
             for number, record in enumerate(_read(part), start=1):
-                if isinstance(record, dict) or record.strip():
+                if _is_record(record):
                     yield f"{part}:{number}", record
 
 
-def size(sources: Sequence[Source]) -> int | None:
-    """How many records there are, empty lines too; None with a dataset of the hub that does not say it.
+def size(sources: Source | Sequence[Source]) -> int | None:
+    """How many records there are; None with a dataset of the hub that does not say it.
 
     Raises:
         CoralError: a source is missing or cannot be read to its end.
@@ -64,15 +73,24 @@ def _readable(part: Source) -> Iterator[None]:
     """Whatever the disk, the hub or the format raises in this block becomes one sentence."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, ValueError, RuntimeError, httpx2.HTTPError) as error:
+    except CoralError:
+        raise
+    except (
+        OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, RuntimeError, httpx2.HTTPError
+    ) as error:  # fmt: skip
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         raise CoralError(f"{part} cannot be read to its end ({reason}); check or fetch it again.") from error
 
 
-def _parts(sources: Sequence[Source]) -> Iterator[Source]:
+def _parts(sources: Source | Sequence[Source]) -> Iterator[Source]:
     """Datasets of the hub as they are, and files: those of a directory one by one."""
-    for source in map(str, sources):
+    for source in listed(sources):
         yield from [source] if source.startswith("hub:") else _files(Path(source))
+
+
+def listed(sources: Source | Sequence[Source]) -> list[str]:
+    """The sources as text; one alone is a list of one, and not of its letters."""
+    return [str(sources)] if isinstance(sources, str | Path) else [*map(str, sources)]
 
 
 def _files(source: Path) -> list[Path]:
@@ -80,23 +98,30 @@ def _files(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise CoralError(
-            f"{source} does not exist; name .jsonl, .jsonl.gz or .parquet files of conversations, a "
-            "directory of them, or hub:ORG/NAME."
+            f"{source} does not exist; name .jsonl, .json or .parquet files of conversations, a directory of "
+            "them, or hub:ORG/NAME."
         )
-    if found := sorted(path for path in source.rglob("*") if path.name.endswith(_KINDS)):
+    if found := sorted(path for path in source.rglob("*") if _is_source(path.relative_to(source))):
         return found
-    raise CoralError(f"{source} holds no {', '.join(_KINDS)} file; name another directory, or the files.")
+    raise CoralError(
+        f"{source} holds no .jsonl, .json or .parquet file; name another directory, or the files."
+    )
+
+
+def _is_source(path: Path) -> bool:
+    """Whether a path in a directory is one of its sources: not so what is hidden, such as a cache's notes."""
+    hidden = any(part.startswith(".") for part in path.parts)
+    return path.name.endswith(_KINDS) and not path.name.endswith(_OURS) and not hidden
+
+
+def _is_record(record: Record) -> bool:
+    return isinstance(record, dict) or bool(record.strip())
 
 
 def _read(part: Source) -> Iterator[Record]:
     if isinstance(part, str):
         return _hub_rows(part)
-    return _parquet_rows(part) if _is_parquet(part) else _lines(part)
-
-
-def _lines(path: Path) -> Iterator[Record]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-        yield from lines
+    return _parquet_rows(part) if _is_parquet(part) else json_records(part)
 
 
 def _parquet_rows(path: Path) -> Iterator[Record]:
@@ -110,11 +135,14 @@ def _parquet_rows(path: Path) -> Iterator[Record]:
 def _file_size(path: Path) -> int:
     from pyarrow import parquet
 
-    return parquet.read_metadata(path).num_rows if _is_parquet(path) else sum(1 for _ in _lines(path))
+    if _is_parquet(path):
+        return int(parquet.read_metadata(path).num_rows)
+    return sum(map(_is_record, json_records(path)))
 
 
 def _is_parquet(path: Path) -> bool:
-    return path.suffix == ".parquet"
+    with path.open("rb") as file:
+        return path.suffix == ".parquet" or file.read(4) == b"PAR1"
 
 
 def _hub_rows(source: str) -> Iterator[Record]:
@@ -147,8 +175,8 @@ def _hub_dataset(source: str) -> Any:
 
 
 def _known(source: Source, columns: Sequence[str]) -> list[str]:
-    if known := [name for name in COLUMNS if name in columns]:
-        return known
+    if any(name in columns for name in COLUMNS):
+        return [name for name in (*COLUMNS, *ANSWERS, *SYSTEM) if name in columns]
     raise CoralError(
         f"{source} has no column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}; it has {', '.join(columns)}; "
         "rename the one that holds the conversations."

@@ -27,7 +27,8 @@ from tiny_tokenizer import (
 )
 
 from coral.data.batches import Turns, answer_packed, answer_padded, read_answer
-from coral.data.conversations import BadRecordError, ChatFormat, Conversation, Dropped, Example, parse, read
+from coral.data.chat_format import ChatFormat, Example
+from coral.data.conversations import BadRecordError, Conversation, Dropped, parse, read
 from coral.data.prepared import check, load, packed, prepare, report
 from coral.data.preview import preview
 from coral.data.regenerate import regenerate

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coral import tuned
+from coral.data import chat_format
 from coral.decoding.generate import Proposer, generate
 from coral.decoding.proposers.fallback import Fallback
 from coral.decoding.proposers.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle, State
-from coral.decoding.text import Detokenizer, cut_at, stop_at
+from coral.decoding.text import Detokenizer, Stop, cut_at, stop_at, stop_strings
 from coral.decoding.tree import CPU_DEFAULT, DEFAULT, LOOKUP_NODES, Budget
 from coral.errors import CoralError
 from coral.forward import suits
@@ -216,7 +218,7 @@ class Pair:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: Stop = (),
         chat: bool = True,
         ignore_eos: bool = False,
         sequence_id: int = 0,
@@ -226,7 +228,7 @@ class Pair:
         Args:
             prompt: a question (or with chat=False a text to go on with), chat messages, or token ids.
             max_new_tokens: the text also ends where the target's context does.
-            stop: the text ends before any of these strings.
+            stop: the text ends before this string, or any of these.
             seed, sequence_id: the same two give the same text, whatever the machine, batch or drafter.
 
         Raises:
@@ -235,8 +237,7 @@ class Pair:
         tokens = self.encode(prompt, chat)
         if max_new_tokens < 1:
             raise CoralError(f"max_new_tokens is {max_new_tokens}, but it must be at least 1.")
-        if not all(stop):
-            raise CoralError("a stop string is empty; leave it out, or write the text to stop before.")
+        strings = stop_strings(stop)
         length = self._check_length(tokens, max_new_tokens)
         return State(
             tokens,
@@ -244,8 +245,8 @@ class Pair:
             self.target.new_cache(length + self.budget.num_nodes + 1),
             Sampling(temperature, top_k, top_p, seed),
             sequence_id,
-            frozenset() if ignore_eos else self.target.eos_ids,
-            stop_at(self.tokenizer, stop) if stop else None,
+            frozenset() if ignore_eos else self._eos_ids(prompt, chat),
+            stop_at(self.tokenizer, strings) if strings else None,
         )
 
     def go_on(self, state: State, prompt: Prompt, *, max_new_tokens: int = 256) -> None:
@@ -275,9 +276,26 @@ class Pair:
             raise CoralError(
                 "this target's tokenizer has no chat template; use raw prompts (chat=False, --raw)."
             )
+        chat_format.refuse_template(self.tokenizer)
         messages: Any = list(prompt)
-        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        try:
+            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # a template is a program, which may raise anything
+            raise CoralError(
+                f"the target's chat template refuses these messages: {chat_format.template_fault(error)}; "
+                "change them, or use a raw prompt (chat=False, --raw)."
+            ) from error
         return [int(i) for i in ids]
+
+    def _eos_ids(self, prompt: Prompt, chat: bool) -> frozenset[int]:
+        """What ends the text: of an answer to chat messages also the token that ends it in the template."""
+        rendered = chat if isinstance(prompt, str) else not isinstance(prompt[0], int)
+        return self.target.eos_ids | self._turn_ends if rendered else self.target.eos_ids
+
+    @cached_property
+    def _turn_ends(self) -> frozenset[int]:
+        end = chat_format.end_of_turn(self.tokenizer)
+        return frozenset() if end is None else frozenset([end])
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
 
+from coral import notes
 from coral.api import Pair
 from coral.decoding.generate import acceptance_length
 from coral.decoding.state import Cycle
-from coral.decoding.text import Detokenizer, cut_at
+from coral.decoding.text import Detokenizer, Stop, cut_at, stop_strings
 from coral.errors import CoralError
 
 _DRAFTED = Style(color="green", underline=True)
@@ -21,6 +22,7 @@ _DRAFTED = Style(color="green", underline=True)
 
 def answer(pair: Pair, prompt: str, options: dict[str, Any], *, stats: bool, mark: bool) -> None:
     """Stream one answer to standard output; statistics go to standard error."""
+    _note([*notes.of_model(pair, options), *notes.of_prompt(pair, prompt, options["chat"])])
     begin = perf_counter()
     state = pair.start(prompt, **options)
     _, cycles = stream(pair, pair.cycles(state), options["stop"], mark)
@@ -31,6 +33,7 @@ def answer(pair: Pair, prompt: str, options: dict[str, Any], *, stats: bool, mar
 def converse(pair: Pair, options: dict[str, Any], *, stats: bool, mark: bool) -> None:
     """A conversation until Ctrl-D: each turn reads only what is new, the rest is still in the KV cache."""
     pair.encode([{"role": "user", "content": "?"}])  # without a chat template, say so now
+    _note(notes.of_model(pair, options))
     console = Console(highlight=False)
     console.print("Write a message; /new starts over, Ctrl-D ends.", style="dim")
     messages: list[dict[str, str]] = []
@@ -65,11 +68,11 @@ def converse(pair: Pair, options: dict[str, Any], *, stats: bool, mark: bool) ->
 
 
 def stream(
-    pair: Pair, cycles: Iterator[Cycle], stop: Sequence[str], mark: bool, console: Console | None = None
+    pair: Pair, cycles: Iterator[Cycle], stop: Stop, mark: bool, console: Console | None = None
 ) -> tuple[str, list[Cycle]]:
     """Print text as it comes; returns it with its cycles. With `mark`, accepted draft tokens are marked."""
     console = console or Console(highlight=False, soft_wrap=True)
-    detokenizer = Detokenizer(pair.tokenizer)
+    detokenizer, stop = Detokenizer(pair.tokenizer), stop_strings(stop)
     text, shown, done = "", 0, []
     try:
         for cycle in cycles:
@@ -102,6 +105,12 @@ def _show(console: Console, piece: str, *, marked: bool) -> None:
     if marked and console.color_system is None:
         piece = f"[{piece}]"
     console.print(Segments([Segment(piece, _DRAFTED if marked else None)]), end="")
+
+
+def _note(lines: Iterable[str]) -> None:
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    for line in lines:
+        console.print(line, style="dim")
 
 
 def print_stats(pair: Pair, cycles: Iterable[Cycle], seconds: float) -> None:

@@ -136,7 +136,10 @@ def regenerate(
     from rich.console import Console
 
     from coral.data.regenerate import regenerate as run
+    from coral.decoding.sampling import Sampling
 
+    for each in temperature or ():
+        Sampling(each)  # refuses what is out of range before anything is asked
     console = Console(stderr=True)
     settings: dict[str, Any] = {"seed": seed, "max_new_tokens": max_new_tokens}
     servers = None
@@ -197,6 +200,8 @@ def _written_by(
         max_new_tokens=max_new_tokens,
         keep_unfinished=keep_unfinished,
     )
+    if (end := turns.chat.end_id) is not None:
+        target.eos_ids |= {end}  # an answer ends where the template's do, whatever the model's config says
     if not suits(target):
 
         def write(prompts: list[list[int]], temperatures: list[float], ids: list[int]) -> list[list[int]]:

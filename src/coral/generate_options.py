@@ -5,6 +5,7 @@ Shapes: B texts of a batch, T their width.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,6 +66,16 @@ _OTHER_WAYS: dict[str, tuple[Any, str]] = {
     "use_mtp": (False, "it drafts, and so does this function"),
     "cache_implementation": (None, "decoding keeps its own cache"),
 }
+# What each of these options is where it asks for nothing.
+_OFF: dict[str, Any] = (
+    {
+        name: ast.literal_eval(value)
+        for off in (*_PATH_DEPENDENT.values(), *_UNKNOWN.values())
+        for name, _, value in (part.partition("=") for part in off.split(", "))
+    }
+    | {name: plain for name, (plain, _) in _OTHER_WAYS.items()}
+    | {"stop_strings": None}
+)
 _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
@@ -148,6 +159,17 @@ def read_sampling(config: GenerationConfig, processors: Sequence[Any]) -> Sampli
         return Sampling()
     seed = int(torch.randint(2**62, ()))
     return Sampling(**{"temperature": 1.0, **found, "seed": seed})
+
+
+def not_applied(config: GenerationConfig | None, sampling: Sampling) -> list[str]:
+    """What a model's generation_config has and a text of `sampling` does not do, as `name=value`."""
+    given = {} if config is None else config.to_dict()
+    asked = [name for name, off in _OFF.items() if given.get(name) not in (None, off)]
+    if given.get("do_sample"):
+        own = {name: getattr(sampling, name) for name in _SAMPLER.values()}
+        asked = [name for name in own if given.get(name) not in (None, own[name])] + asked
+        asked = ["do_sample"] * (sampling.temperature == 0) + asked
+    return [f"{name}={given[name]!r}" for name in asked]
 
 
 def _refused_processor(name: str) -> CoralError:

@@ -12,11 +12,12 @@ it (the newline after `<|im_end|>`, the end-of-text token of Phi-3) is not writt
 of the next prompt or of nothing, and never trained. Without such a token the whole addition is trained.
 
 Where `full` does not hold all of the answer, the record does: a template may leave the thought out of every
-answer, and its generation prompt may begin the answer (DeepSeek-R1's `<think>`, "prefill" here). The target then
-wrote the record's text, less that beginning.
+answer, and its generation prompt may begin the answer (DeepSeek-R1's `<think>`, "prefill" here). The target
+then wrote the record's text, less that beginning.
 
-Text that spells a special token is that token, as it is for transformers, vLLM and llama.cpp, and so for `coral
-generate`: in a prompt it is read as such. An answer that spells one is refused, for it would end in its middle.
+Text that spells a special token is that token, as it is for transformers, vLLM and llama.cpp, and so for
+`coral generate`: in a prompt it is read as such. An answer that spells one is refused, for it would end in
+its middle.
 """
 
 import re
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROUNDS = 8
-"""Rounds (a question and its answer) before an answer with which its prompt is rendered, at least: rendering all
-of them for every answer takes a time that grows with their square."""
+"""Rounds (a question and its answer) before an answer with which its prompt is rendered, at least: to render
+all of them for every answer takes a time that grows with their square."""
 
 _PROBE = "coral-probe-answer"
 _MERGED = "tokens of an answer merge with the tokens beside it"
@@ -59,9 +60,8 @@ class ChatFormat:
         name = tokenizer.name_or_path or "the tokenizer"
         refuse_template(tokenizer)
         self.tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder
-        self.special_ids = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-        self.special_texts = [text for text in tokenizer.convert_ids_to_tokens([*self.special_ids]) if text]
+        self.special_texts = special_texts(tokenizer)
+        self.special_ids = {*tokenizer.convert_tokens_to_ids(self.special_texts)}
         asked: list[Message] = [{"role": "user", "content": "Hi"}]
         try:
             probe = self.render([*asked, {"role": "assistant", "content": _PROBE}])
@@ -116,8 +116,8 @@ class ChatFormat:
         What a person should know of it is appended to `changes`.
 
         Raises:
-            BadRecordError: the record cannot be rendered, an answer spells a special token, or its tokens merge
-                with those before it.
+            BadRecordError: the record cannot be rendered, an answer spells a special token, or its tokens
+                merge with those before it.
             CoralError: the template shows an answer otherwise once it is history.
         """
         changes = [] if changes is None else changes
@@ -125,7 +125,9 @@ class ChatFormat:
         answers = conversation.answers[-1:] if last_turn_only else conversation.answers
         if any(self.spells_special(messages[i]["content"]) for i in answers):
             raise BadRecordError("an answer spells a special token")
-        if any(self.spells_special(message["content"]) for message in messages if message["role"] != "assistant"):
+        if any(
+            self.spells_special(message["content"]) for message in messages if message["role"] != "assistant"
+        ):
             changes.append(_SPECIAL_READ)
         ids: list[int] = []
         mask: list[bool] = []
@@ -152,8 +154,8 @@ class ChatFormat:
     ) -> list[tuple[str, str]]:
         """For each answer what the target reads since the end of the one before, and what it writes.
 
-        The text of long conversations is put together from renderings of `ROUNDS` to twice as many rounds, and
-        taken if the rendering of all begins with it; else every prompt is rendered from its beginning.
+        The text of long conversations is put together from renderings of `ROUNDS` to twice as many rounds,
+        and taken if the rendering of all begins with it; else every prompt is rendered from its beginning.
         """
         messages = conversation.messages
         if len(answers) > 2 * ROUNDS:
@@ -178,7 +180,9 @@ class ChatFormat:
                 begin = answers[number - rounds] - 1
                 shown = [*opening, *messages[begin : answer - 1]]
                 history = self.render(shown)
-                history = history[: history.rfind(self.end_text) + len(self.end_text)] if self.end_text else history
+                history = (
+                    history[: history.rfind(self.end_text) + len(self.end_text)] if self.end_text else history
+                )
             shown = [*(opening if begin else []), *messages[begin : answer + 1]]
             prompt = self.render(shown[:-1], generation_prompt=True)
             if not prompt.startswith(history):
@@ -204,8 +208,8 @@ class ChatFormat:
             return full[len(prompt) :]
         if not begins and not self.prefill:
             raise CoralError(
-                f"{where}: the chat template shows an answer without the generation prompt before it, so what "
-                "the target writes cannot be told from what it reads; use a template whose "
+                f"{where}: the chat template shows an answer without the generation prompt before it, so "
+                "what the target writes cannot be told from what it reads; use a template whose "
                 "add_generation_prompt adds exactly what precedes an answer."
             )
         changes.append(_OWN_TEXT)
@@ -220,13 +224,13 @@ class ChatFormat:
             return content.lstrip()[len(prefill) :].lstrip()
         if (tag := re.search(r"<(\w+)>$", prefill)) and f"</{tag[1]}>" not in content:
             raise BadRecordError(
-                f"the generation prompt begins an answer with {tag[0]}, and the answer does not go on from there"
+                f"the generation prompt begins an answer with {tag[0]}, and this one does not go on there"
             )
         return content
 
 
 def refuse_template(tokenizer: Any) -> None:
-    """Raise CoralError where conversations cannot be rendered: no chat template, or several and no default."""
+    """Raise CoralError where no conversation can be rendered: no chat template, or several and no default."""
     name, template = tokenizer.name_or_path or "the tokenizer", tokenizer.chat_template
     if not template:
         raise CoralError(
@@ -235,8 +239,8 @@ def refuse_template(tokenizer: Any) -> None:
         )
     if isinstance(template, dict) and "default" not in template:
         raise CoralError(
-            f"{name} has several chat templates ({', '.join(sorted(template))}) and none is the default; save the "
-            "one to use as chat_template.jinja beside the target."
+            f"{name} has several chat templates ({', '.join(sorted(template))}) and none is the default; "
+            "save the one to use as chat_template.jinja beside the target."
         )
 
 
@@ -246,6 +250,13 @@ def template_fault(error: Exception) -> str:
 
     said = " ".join(str(error).split()).rstrip(".")
     return said if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}, {said}"
+
+
+def special_texts(tokenizer: Any) -> list[str]:
+    """The special tokens as text."""
+    added = tokenizer.added_tokens_decoder
+    ids = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+    return [text for text in tokenizer.convert_ids_to_tokens(sorted(ids)) if text]
 
 
 def end_of_turn(tokenizer: Any) -> int | None:

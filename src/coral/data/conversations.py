@@ -1,8 +1,8 @@
 """Read conversations: whatever form a record has, it becomes checked messages, or a reason why it cannot.
 
-Of a record whose turns are not all usable the part is kept that is: from the first user turn on, up to the last
-answer before the first turn that cannot be used. What was cut or joined is counted, as are the records that are
-left out; every reason names the key that was looked at.
+Of a record whose turns are not all usable the part is kept that is: from the first user turn on, up to the
+last answer before the first turn that cannot be used. What was cut or joined is counted, as are the records
+that are left out; every reason names the key that was looked at.
 """
 
 import json
@@ -25,7 +25,7 @@ _ROLES = {
 }
 
 _APART = ("tool_calls", "function_call", "reasoning_content", "thinking")
-"""What an answer may hold beside its text: the target wrote that, too, so the text alone is not what it wrote."""
+"""What an answer may hold beside its text: the target wrote that, too, so its text is not all of it."""
 
 
 class BadRecordError(Exception):
@@ -52,10 +52,10 @@ class Dropped:
     """Records of which only a part is used, or in another form, by what was done."""
     notes: list[str] = field(default_factory=list)
     first: dict[str, str] = field(default_factory=dict)
-    """The first record of each reason."""
+    """The first record of each reason, and what it alone has to say."""
 
     def add(self, where: str, reason: str, detail: str = "") -> None:
-        self.first.setdefault(reason, where)
+        self.first.setdefault(reason, f"{where}{detail and f', {detail}'}")
         self.counts[reason] += 1
         if self.counts[reason] <= self.keep:
             self.notes.append(f"{where}: {reason}{detail and f' ({detail})'}")
@@ -66,10 +66,11 @@ class Dropped:
 
     def __str__(self) -> str:
         """All reasons in one line, the most frequent first."""
-        reasons = ", ".join(
-            f"{count:,} x {reason} (the first is {self.first[reason]})" for reason, count in self.counts.most_common()
+        reasons = (
+            f"{count:,} x {reason} (the first is {self.first[reason]})"
+            for reason, count in self.counts.most_common()
         )
-        return f"{self.total:,} records dropped: {reasons}"
+        return f"{self.total:,} record{'s' * (self.total > 1)} dropped: {', '.join(reasons)}"
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,10 @@ def parse(record: Any, *, prompts_only: bool = False, changes: list[str] | None 
     """Messages of one record (or its JSON): those that can be used, up to the last answer or, with
     `prompts_only`, user turn.
 
-    A record holds turns under `messages`, `conversations` or `conversation`, each with `role` and `content` or,
-    as in ShareGPT, `from` and `value`; or a `prompt` (a text that the user says, or turns), perhaps with its
-    answer under `completion` or `response`. A `system` column is the system message of turns without one. Other
-    columns are not read, and null is as good as absent. What was cut or joined is appended to `changes`.
+    A record holds turns under `messages`, `conversations` or `conversation`, each with `role` and `content`
+    or, as in ShareGPT, `from` and `value`; or a `prompt` (a text that the user says, or turns), perhaps with
+    its answer under `completion` or `response`. A `system` column is the system message of turns without one.
+    Other columns are not read; null is as good as absent. What was cut or joined is appended to `changes`.
 
     Raises:
         BadRecordError: it is no conversation that can be trained on.
@@ -239,7 +240,9 @@ def _role(turn: dict[str, Any]) -> str:
     role = turn.get(key)
     known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if known is None:
-        raise BadRecordError(f"'{key}' of a turn is not system, user (human) or assistant (gpt)", repr(role)[:40])
+        raise BadRecordError(
+            f"'{key}' of a turn is not system, user (human) or assistant (gpt)", repr(role)[:40]
+        )
     return known
 
 

@@ -4,6 +4,9 @@
 `/chat/completions`. What may heal (429, 5xx, a timeout, a lost connection, a reply that cannot be read) is
 tried again after an exponential wait with jitter, at whichever endpoint is then the least busy; what cannot
 (another 4xx) fails at once. An endpoint that has given nothing but failures for a while is left out.
+
+The API key goes into the header of requests and nowhere else: where a server echoes it, what is told and kept
+shows *** instead, and an answer that holds it is no answer.
 """
 
 import asyncio
@@ -11,8 +14,6 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx2
@@ -20,14 +21,23 @@ from rich.console import Console
 
 from coral.data.conversations import Message
 from coral.data.regenerate import Answer, Job
+from coral.data.replies import (
+    HEADERS,
+    LARGEST_LIST,
+    OF_THE_ENDPOINT,
+    FailedError,
+    line,
+    read_answer,
+    read_models,
+    receive,
+    receive_now,
+    redacted,
+)
 from coral.errors import CoralError
 
 LONGEST_WAIT = 60.0  # seconds between two tries, unless the server asks for more
-LONGEST_RETRY_AFTER = 600.0
 CONNECT = 10.0  # seconds
-_HEALS = {408, 409, 425, 429}  # and all of 5xx
 _UNREACHABLE = "the endpoint cannot be reached"
-_OF_THE_ENDPOINT = {401, 404}  # no key, no such model: what one request is told is true of all
 
 
 @dataclass
@@ -68,24 +78,20 @@ class Servers:
     def leave_out(self, endpoint: Endpoint, why: str) -> None:
         """Ask this endpoint nothing more, and say so."""
         if not endpoint.dead:
-            endpoint.dead = why
-            _say(self.console, f"{endpoint.url} is left out: {why}")
+            endpoint.dead = self.told(why)
+            _say(self.console, f"{endpoint.url} is left out: {endpoint.dead}")
 
+    def told(self, text: str) -> str:
+        """What a server says, in one short line and without the key."""
+        return line(redacted(text, self.api_key))
 
-class _FailedError(Exception):
-    """A request without an answer: the problem, and whether the same request may succeed later (`heals`)."""
-
-    def __init__(self, problem: str, detail: str = "", *, status: int = 0, wait: float = 0.0) -> None:
-        super().__init__(problem)
-        self.problem, self.detail, self.status, self.wait = problem, detail, status, wait
-
-    @property
-    def heals(self) -> bool:
-        return self.status < 300 or self.status >= 500 or self.status in _HEALS | _OF_THE_ENDPOINT
+    def most_bytes(self, max_new_tokens: int) -> int:
+        """Of a reply: far more than any tokenizer's longest tokens, escaped, and what stands around them."""
+        return (1 << 20) + 256 * max_new_tokens
 
 
 def connect(
-    urls: Sequence[str],
+    urls: str | Sequence[str],
     model: str | None = None,
     *,
     api_key: str | None = None,
@@ -102,6 +108,12 @@ def connect(
     """
     if min(options.get("concurrency", 1), options.get("retries", 0) + 1) < 1:
         raise CoralError("concurrency must be at least 1, and retries at least 0.")
+    api_key = (api_key or "").strip() or None
+    if api_key and not (api_key.isascii() and api_key.isprintable()):
+        raise CoralError(
+            "the API key holds characters that a header cannot; check its variable (--api-key-env)."
+        )
+    urls = [urls] if isinstance(urls, str) else urls
     found: list[Endpoint] = []
     served: list[str] = []
     problems: list[str] = []
@@ -109,10 +121,11 @@ def connect(
         for url in map(_base, dict.fromkeys(urls)):
             try:
                 names = _models(client, url)
-            except _FailedError as error:
-                problems.append(f"{url} {error.problem}")
+            except FailedError as error:
+                problems.append(line(redacted(f"{url} {error.problem}", api_key)))
                 _say(console, f"{problems[-1]}; it is left out")
                 continue
+            names = [line(redacted(name, api_key)) for name in names]
             if names and model is not None and model not in names:
                 raise CoralError(f"{url} serves {', '.join(names)}, not {model}; name one of them (--model).")
             found.append(Endpoint(url))
@@ -166,8 +179,11 @@ def answer_over_http(
             job.asked = True
             try:
                 text, finished, tokens = await _request(servers, client, body(job))
-            except _FailedError as error:
-                job.problem, job.detail, job.lasting = error.problem, error.detail, not error.heals
+                if redacted(text, servers.api_key) != text:
+                    raise FailedError("the answer holds the API key", lasting=True)
+            except FailedError as error:
+                job.problem, job.detail = error.problem, servers.told(error.detail)
+                job.lasting = not error.heals
                 job.messages = opening if error.heals else job.messages[:-1]
                 return
             job.tokens += tokens
@@ -190,24 +206,23 @@ def answer_over_http(
 async def _request(
     servers: Servers, client: httpx2.AsyncClient, body: dict[str, Any]
 ) -> tuple[str, bool, int]:
-    """The answer, whether it is finished, and its tokens; _FailedError when the last try has failed."""
-    failure = _FailedError("no endpoint answers any more")
+    """The answer, whether it is finished, and its tokens; FailedError when the last try has failed."""
+    failure = FailedError("no endpoint answers any more")
     for wait in [*(servers.first_wait * 2**i for i in range(servers.retries)), None]:
         if not servers.alive:
-            raise _FailedError("no endpoint answers any more")
+            raise FailedError("no endpoint answers any more")
         # A strike weighs as much as a request under way: what fails at once must not draw all the others.
         endpoint = min(servers.alive, key=lambda each: each.busy + each.strikes)
         endpoint.busy += 1
         try:
-            sent = client.post(f"{endpoint.url}/chat/completions", json=body)
-            answer = _read(await asyncio.wait_for(sent, servers.timeout))
+            answer = await asyncio.wait_for(_ask(servers, client, endpoint, body), servers.timeout)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            failure = _FailedError(_UNREACHABLE, str(error))
+            failure = FailedError(_UNREACHABLE, str(error))
         except (asyncio.TimeoutError, httpx2.TimeoutException):
-            failure = _FailedError("timed out")
+            failure = FailedError("timed out")
         except httpx2.HTTPError as error:
-            failure = _FailedError("the connection was lost", str(error))
-        except _FailedError as error:
+            failure = FailedError("the connection was lost", str(error))
+        except FailedError as error:
             failure = error
         else:
             endpoint.strikes = 0
@@ -223,11 +238,11 @@ async def _request(
     raise failure
 
 
-def _strike(servers: Servers, endpoint: Endpoint, failure: _FailedError, last: bool) -> None:
+def _strike(servers: Servers, endpoint: Endpoint, failure: FailedError, last: bool) -> None:
     """Count a failure of the endpoint itself, and leave it out when there is no more hope."""
     if failure.status == 429:  # it is busy, not broken
         return
-    if failure.status in _OF_THE_ENDPOINT:
+    if failure.status in OF_THE_ENDPOINT:
         servers.leave_out(endpoint, failure.problem + (failure.detail and f" ({failure.detail})"))
     now = time.monotonic()
     endpoint.failing_since = endpoint.failing_since if endpoint.strikes else now
@@ -238,72 +253,21 @@ def _strike(servers: Servers, endpoint: Endpoint, failure: _FailedError, last: b
         servers.leave_out(endpoint, f"{endpoint.strikes} failures and no answer, the last: {failure.problem}")
 
 
-def _read(response: httpx2.Response) -> tuple[str, bool, int]:
-    """What `/chat/completions` answered; _FailedError where it holds no answer."""
-    _refuse_error(response)
-    try:
-        reply = response.json()
-        choice = reply["choices"][0]
-        text, reason = choice["message"]["content"] or "", choice["finish_reason"]
-        text.encode()  # half of a surrogate pair cannot be stored
-        tokens = int((reply.get("usage") or {}).get("completion_tokens", 0))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _FailedError("the reply cannot be read", repr(error)) from error
-    if reason not in ("stop", "length"):
-        raise _FailedError("the answer ended neither at its end nor at its limit", str(reason))
-    # A cut may fall inside a character.
-    return (text, True, tokens) if reason == "stop" else (text.rstrip("\ufffd"), False, tokens)
+async def _ask(
+    servers: Servers, client: httpx2.AsyncClient, endpoint: Endpoint, body: dict[str, Any]
+) -> tuple[str, bool, int]:
+    async with client.stream("POST", f"{endpoint.url}/chat/completions", json=body) as response:
+        reply = await receive(response, servers.most_bytes(body["max_tokens"]))
+    return read_answer(reply, body["max_tokens"])
 
 
 def _models(client: httpx2.Client, url: str) -> list[str]:
     """Names that the endpoint serves; none if it does not tell."""
     try:
-        response = client.get(f"{url}/models")
-        if response.status_code == 404:
-            return []
-        _refuse_error(response)
-        return [str(model["id"]) for model in response.json()["data"]]
+        with client.stream("GET", f"{url}/models") as response:
+            return read_models(receive_now(response, LARGEST_LIST, 3 * CONNECT))
     except httpx2.HTTPError as error:
-        raise _FailedError(f"does not answer ({error})") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise _FailedError("does not speak the OpenAI API (its /models cannot be read)") from error
-
-
-def _refuse_error(response: httpx2.Response) -> None:
-    status = response.status_code
-    if status == 200:
-        return
-    hints = {401: " and wants another API key (--api-key-env)", 404: ": no such model or path"}
-    raise _FailedError(
-        f"answers {status}{hints.get(status, '')}",
-        _message(response),
-        status=status,
-        wait=_retry_after(response),
-    )
-
-
-def _message(response: httpx2.Response) -> str:
-    """What the server says of an error, in one line."""
-    try:
-        reply = response.json()
-        error = reply.get("error", reply)
-        text = error.get("message", error) if isinstance(error, dict) else error
-    except (ValueError, AttributeError):
-        text = response.text
-    return " ".join(str(text).split())[:200]
-
-
-def _retry_after(response: httpx2.Response) -> float:
-    """Seconds that the server asks to wait (given as such, or as a date); 0 if it does not."""
-    given = response.headers.get("retry-after", "")
-    try:
-        seconds = float(given)
-    except ValueError:
-        try:
-            seconds = (parsedate_to_datetime(given) - datetime.now(timezone.utc)).total_seconds()
-        except (ValueError, TypeError):
-            return 0.0
-    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
+        raise FailedError(f"does not answer ({error})") from error
 
 
 def _base(url: str) -> str:
@@ -311,13 +275,17 @@ def _base(url: str) -> str:
         parsed = httpx2.URL(url.rstrip("/"))
     except httpx2.InvalidURL:
         parsed = httpx2.URL("")
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise CoralError(f"cannot read --endpoint {url!r}; write it as http://HOST:PORT/v1.")
+    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo or parsed.query:
+        shown = url.split("?")[0].rpartition("@")[2]  # what may be secret is not told on
+        raise CoralError(
+            f"cannot read --endpoint {shown!r}; write it as http://HOST:PORT/v1 (a key is read from the "
+            "variable that --api-key-env names)."
+        )
     return str(parsed) if parsed.path not in ("", "/") else f"{str(parsed).rstrip('/')}/v1"
 
 
 def _headers(api_key: str | None) -> dict[str, str]:
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    return HEADERS | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
 
 
 def _say(console: Console | None, text: str) -> None:

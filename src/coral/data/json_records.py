@@ -1,5 +1,5 @@
-"""JSON records of a file, one at a time, whatever its form: one a line, or the elements of an array; packed with
-gzip, bzip2 or xz or not; in UTF-8, UTF-16 or UTF-32. The content decides, not the name.
+"""JSON records of a file, one at a time, whatever its form: one a line, or the elements of an array; packed
+with gzip, bzip2 or xz, or not; in UTF-8, UTF-16 or UTF-32. The content decides, not the name.
 
 Nothing is parsed here: a record is handed on as the bytes that stand there, so that what is wrong with one of
 them is told of that one.
@@ -18,14 +18,18 @@ from typing import IO, Any
 from coral.errors import CoralError
 
 _PIECE = 1 << 20  # bytes that are read at once, more where a record is longer
-_PACKED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_PACKED: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
 _FOREIGN = {b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 # A string, perhaps without its end (group 1 is then empty), or what the depth and the ends follow from.
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*("?)|[][{},]', re.DOTALL)
 
 
 def json_records(path: Path) -> Iterator[bytes]:
-    """Yield the records of the file in UTF-8, in order; of lines, empty ones too, so that they can be counted.
+    """Yield the file's records in UTF-8, in order; of lines, empty ones too, so that they can be numbered.
 
     A file that begins with `[` is an array, and what follows its end are lines again. A `.json` file that
     begins with an object over several lines holds such objects, one after another.
@@ -53,7 +57,9 @@ def _opened(path: Path) -> io.BufferedReader:
         magic = raw.read(8)
     for begin, name in _FOREIGN.items():
         if magic.startswith(begin):
-            raise CoralError(f"{path} is packed with {name}, which is not read; unpack it, or pack it with gzip.")
+            raise CoralError(
+                f"{path} is packed with {name}, which is not read; unpack it, or pack it with gzip."
+            )
     unpack = next((each for begin, each in _PACKED.items() if magic.startswith(begin)), None)
     file = io.BufferedReader(path.open("rb") if unpack is None else unpack(path))
     encoding = json.detect_encoding(file.peek(4)[:4])  # by a byte order mark, or by where the zeros are

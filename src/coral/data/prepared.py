@@ -318,7 +318,7 @@ def _truncate(example: Example, max_length: int) -> Example:
 
 
 def _write_rows(rows: Iterator[Row], directory: Path) -> tuple[dict[str, int], str]:
-    """Stream rows into an Arrow dataset in `directory`, with nothing kept in memory; returns counts and digest."""
+    """Stream rows into an Arrow dataset in `directory`, none kept in memory; returns counts and digest."""
     from datasets import Dataset, Features, Sequence, Value, disable_progress_bars, enable_progress_bars
     from datasets.arrow_writer import ArrowWriter
 

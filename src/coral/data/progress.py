@@ -49,8 +49,8 @@ class Reading(Protocol):
 def counted(
     items: Iterable[Item], advance: Callable[..., None], reading: Reading | None = None
 ) -> Iterator[Item]:
-    """The items, each moving the bar on when it is taken: by one, or to where `reading` is, so that records of
-    which no item came are counted, too.
+    """The items, each moving the bar on when it is taken: by one, or to where `reading` is, so that records
+    of which no item came are counted, too.
     """
     shown = 0
     for item in items:

@@ -3,7 +3,8 @@
 System and user turns are kept; the answer to each user turn is written after the answers already rewritten.
 The output is conversations again, one JSON object a line, to be given to `prepare`:
 
-    {"messages": [...], "source": "FILE:LINE", "regenerated": {"temperature", "seed", "max_new_tokens"}}
+    {"messages": [...], "source": "FILE:LINE", "digest": "...",
+     "regenerated": {"temperature", "seed", "max_new_tokens"}}
 
 It holds text, not token ids, so any later tool can read it. An answer that did not end is marked
 "finished": false, which keeps `prepare` from training an end token that the target never wrote.
@@ -11,7 +12,8 @@ It holds text, not token ids, so any later tool can read it. An answer that did 
 Who answers is an argument: a target in this process (`coral.data.batches`) or servers elsewhere
 (`coral.data.endpoint`). A record is known by its source, and beside OUTPUT.jsonl stand OUTPUT.failed.jsonl,
 the records that have no usable answer and would get none if they were asked again, and OUTPUT.account.json:
-what was asked for, and where every record went. So a run that was stopped goes on with what is not there.
+what was asked for, and where every record went. So a run that was stopped goes on with what is not there,
+after it has read the sources once to see by the digests that each still holds what was asked.
 """
 
 import hashlib
@@ -19,16 +21,17 @@ import heapq
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from rich.console import Console
 
+from coral.data.account import Outcome, Regenerated
 from coral.data.conversations import Dropped, Message, read
 from coral.data.progress import bar, counted
-from coral.data.sources import Source, size
+from coral.data.sources import Source, listed, size
 from coral.errors import CoralError
 from coral.files import atomic_text
 from coral.locks import locks_output
@@ -43,19 +46,20 @@ class Job:
     temperature: float
     users: list[Message]
     messages: list[Message]
+    digest: str = ""  # of the turns that are to be asked
     asked: bool = False
     tokens: int = 0  # written for it
     problem: str = "no usable answer"  # why, if nothing was answered: the same for all with the same fault
     detail: str = ""  # what only this one has to say of it
     lasting: bool = True  # asking again would end in the same way
-    before: "Outcome | None" = None  # of an earlier run; then nothing is asked
+    before: Outcome | None = None  # of an earlier run; then nothing is asked
 
     @property
     def answered(self) -> bool:
         return any(message["role"] == "assistant" for message in self.messages)
 
     @property
-    def outcome(self) -> "Outcome":
+    def outcome(self) -> Outcome:
         if self.before:
             return self.before
         if self.answered:
@@ -79,67 +83,9 @@ class Job:
 Answer: TypeAlias = Callable[[Iterator[Job], Callable[[Job], None]], None]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a record ended: with an answer, or with a problem."""
-
-    unfinished: bool = False
-    problem: str = ""
-    detail: str = ""
-
-
-@dataclass
-class Regenerated:
-    """Where every record of the input went: input = written + skipped + failed."""
-
-    written: int = 0
-    unfinished: int = 0  # of those written: their last answer did not end
-    answered: int = 0  # conversations and tokens that this run wrote, not earlier ones that it went on from
-    tokens: int = 0
-    seconds: float = 0.0
-    skipped: Dropped = field(default_factory=Dropped)  # nothing was asked
-    failed: Dropped = field(default_factory=Dropped)  # asked, without a usable answer
-    again: int = 0  # of those failed: the same command would ask them again
-
-    @property
-    def input(self) -> int:
-        return self.written + self.skipped.total + self.failed.total
-
-    @property
-    def speed(self) -> str:
-        seconds = max(self.seconds, 1e-9)
-        return f"{self.answered / seconds:,.1f} answers/s, {self.tokens / seconds:,.0f} tokens/s"
-
-    def account(self) -> dict[str, Any]:
-        """The numbers, for a file."""
-        return {
-            "input": self.input,
-            "written": self.written,
-            "failed": dict(self.failed.counts.most_common()),
-            "skipped": dict(self.skipped.counts.most_common()),
-            "unfinished": self.unfinished,
-            "notes": self.failed.notes + self.skipped.notes,
-        }
-
-    def __str__(self) -> str:
-        """The summary as a person reads it."""
-        lines = [
-            f"{self.input:,} records = {self.written:,} written + {self.skipped.total:,} skipped "
-            f"+ {self.failed.total:,} failed",
-            f"{self.unfinished:,} of those written end with an unfinished answer",
-            f"{self.tokens:,} tokens in {self.seconds:,.0f} s, {self.speed}",
-        ]
-        for name, dropped in (("skipped", self.skipped), ("failed", self.failed)):
-            lines += [f"  {name}: {count:,} x {reason}" for reason, count in dropped.counts.most_common()]
-            lines += [f"    {note}" for note in dropped.notes]
-        if self.again:
-            lines.append(f"the same command asks {self.again:,} of those failed again")
-        return "\n".join(lines)
-
-
 @locks_output
 def regenerate(
-    sources: Sequence[Source],
+    sources: Source | Sequence[Source],
     output: str | Path,
     answer: Answer,
     *,
@@ -160,31 +106,38 @@ def regenerate(
         CoralError: an unreadable source, nothing to ask, an output written with other input or settings, or
             one that another process writes.
     """
-    output = Path(output)
+    output, sources = Path(output), listed(sources)
     if not temperatures or min(temperatures) < 0:
         raise CoralError("temperatures must be one or more numbers of at least 0.")
     if any(n is not None and n < 1 for n in (limit, max_turns)):
         raise CoralError("limit and max_turns must be at least 1.")
     if output.suffix != ".jsonl" or output.resolve() in {Path(source).resolve() for source in sources}:
         raise CoralError(f"{output} cannot be the output; choose a file of its own that ends in .jsonl.")
-    if len({*map(str, sources)}) < len(sources):
+    if len({*sources}) < len(sources):
         raise CoralError("a source is named twice; name each once, for a record is known by its source.")
     total = size(sources)
     asked = {
-        "sources": [str(source) for source in sources], "temperatures": list(temperatures), "limit": limit,
+        "sources": sources, "temperatures": list(temperatures), "limit": limit,
         "max_turns": max_turns, **settings,
     }  # fmt: skip
     failures, account = output.with_suffix(".failed.jsonl"), output.with_suffix(".account.json")
     earlier = _earlier(output, failures, account, asked)
     result, begin = Regenerated(), time.monotonic()
     jobs = _jobs(sources, temperatures, max_turns, result.skipped)
+    drawn: list[Job] | None = None
     if limit is not None:
         with bar(console, "drawing", total) as advance:
-            jobs = iter(_draw(counted(jobs, advance), limit, settings["seed"], result.skipped))
-        total = limit
-
+            drawn = _draw(counted(jobs, advance, result.skipped), limit, settings["seed"], result.skipped)
+        jobs, total = iter(drawn), len(drawn)
+    if earlier:
+        now = _jobs(sources, temperatures, max_turns, Dropped()) if drawn is None else iter(drawn)
+        _refuse_changed(output, earlier, now)
     if (first := next(jobs, None)) is None:
-        raise CoralError("the sources hold no conversation to regenerate; name files with user turns.")
+        raise CoralError(
+            "the sources hold no conversation to regenerate; name files with user turns"
+            f"{f': {result.skipped}' if result.skipped.total else ''}."
+        )
+    shown = result.input if drawn is not None else 0  # of the records, on the bar
     atomic_text(account, json.dumps({"asked": asked}) + "\n")
 
     def begun() -> Iterator[Job]:
@@ -195,25 +148,24 @@ def regenerate(
     with bar(console, "regenerating", total) as advance:
 
         def finish(job: Job) -> None:
+            nonlocal shown
             _count(job, result)
             regenerated = {"temperature": job.temperature, **settings}
             if not job.before and job.answered:
-                record = {"messages": job.messages, "source": job.source, "regenerated": regenerated}
-                _append(output, record)
+                record = {"messages": job.messages, "source": job.source, "digest": job.digest}
+                _append(output, {**record, "regenerated": regenerated})
             elif not job.before and job.asked and job.lasting:
-                _append(failures, {"source": job.source, "problem": job.problem, "detail": job.detail})
+                known = {"source": job.source, "digest": job.digest}
+                _append(failures, {**known, "problem": job.problem, "detail": job.detail})
             result.seconds = time.monotonic() - begin
-            advance(note=result.speed)
+            advance(result.input - shown, note=result.speed)
+            shown = result.input
 
         try:
             answer(begun(), finish)
+            advance(result.input - shown, note=result.speed)  # records behind the last that was asked
         finally:  # also after Ctrl-C: what was finished is counted
             atomic_text(account, json.dumps({"asked": asked, **result.account()}, indent=2) + "\n")
-    if earlier:
-        raise CoralError(
-            f"{output} holds {len(earlier)} records that the sources no longer hold (the first is "
-            f"{next(iter(earlier))}); choose another output."
-        )
     return result
 
 
@@ -230,9 +182,11 @@ def _jobs(
                 skipped.counts["same turns as an earlier record at temperature 0"] += 1
                 continue
             seen.add(turns)
-        users = [message for message in conversation.messages if message["role"] == "user"]
+        users = [message for message in conversation.messages if message["role"] == "user"][:max_turns]
         system = [message for message in conversation.messages if message["role"] == "system"]
-        yield Job(conversation.where, index, temperature, users[:max_turns], system)
+        said = json.dumps([[message["role"], message["content"]] for message in (*system, *users)])
+        digest = hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
+        yield Job(conversation.where, index, temperature, users, system, digest)
 
 
 def _draw(jobs: Iterator[Job], count: int, seed: int, skipped: Dropped) -> list[Job]:
@@ -300,10 +254,25 @@ def _earlier(output: Path, failures: Path, account: Path, asked: dict[str, Any])
                 record = json.loads(line)
                 unfinished = "messages" in record and "finished" in record["messages"][-1]
                 problem, detail = record.get("problem", ""), record.get("detail", "")
-                found[record["source"]] = Outcome(unfinished, problem, detail)
+                found[record["source"]] = Outcome(unfinished, problem, detail, record["digest"])
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 raise _foreign(path, f"line {number}") from error
     return found
+
+
+def _refuse_changed(output: Path, earlier: dict[str, Outcome], now: Iterator[Job]) -> None:
+    """Raise CoralError unless the sources still hold every record that was asked, each in its place."""
+    unseen = set(earlier)
+    for job in now:
+        if not unseen:
+            return
+        if job.source in unseen and earlier[job.source].digest != job.digest:
+            raise _foreign(output, f"{job.source} holds another conversation than was asked")
+        unseen.discard(job.source)
+    if unseen:
+        raise _foreign(
+            output, f"{len(unseen)} records that were asked are no longer there, {min(unseen)} for one"
+        )
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:

@@ -25,8 +25,8 @@ class RowsDigest:
 
 
 def digest_of(data: Any) -> str:
-    """The fingerprint of prepared data, with stored features or without: what `coral data prepare` recorded, else
-    that of the rows in `data.dataset`.
+    """The fingerprint of prepared data, with stored features or without: what `coral data prepare` recorded,
+    else that of the rows in `data.dataset`.
     """
     if recorded := getattr(data, "info", {}).get("digest"):
         return str(recorded)

@@ -1,7 +1,7 @@
 """Where conversations come from: records one at a time, so that a source may be larger than memory.
 
-FILE.jsonl, FILE.json, packed or not    one JSON object a line, or an array of them (see `json_records`); as any
-                                        file that is not Parquet
+FILE.jsonl, FILE.json, packed or not    one JSON object a line, or an array of them (see `json_records`); as
+                                        any file that is not Parquet
 FILE.parquet                            one record a row
 DIRECTORY                               all such files below it, in the order of their paths
 hub:NAME[/CONFIG][@REVISION][:SPLIT]    a dataset of the Hugging Face hub, streamed; NAME is ORG/NAME

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from coral.device import has_queue, upload
 from coral.errors import CoralError
 
 _MASK64 = (1 << 64) - 1
+LEAST_TEMPERATURE = 1e-30
+"""Logits divided by a smaller one may leave float32's range; the text is that of 0 long before."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,19 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p"):
+            if not isinstance(getattr(self, name), Real):
+                raise CoralError(f"{name} is {getattr(self, name)!r}, but it must be a number.")
+        for name in ("top_k", "seed"):
+            if not isinstance(getattr(self, name), Integral):
+                raise CoralError(f"{name} is {getattr(self, name)!r}, but it must be a whole number.")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise CoralError(f"temperature is {self.temperature}, but it must be 0 or more.")
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise CoralError(
+                f"temperature is {self.temperature}, which float32 cannot divide by; use 0, which is greedy, "
+                f"or at least {LEAST_TEMPERATURE}."
+            )
         if self.top_k < 0:
             raise CoralError(f"top_k is {self.top_k}, but it must be 0 (off) or more.")
         if not 0 < self.top_p <= 1:

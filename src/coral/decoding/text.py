@@ -6,6 +6,11 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from coral.errors import CoralError
+
+Stop = str | Sequence[str] | None
+"""Stop strings: one, several, or none."""
+
 
 class Detokenizer:
     """Turns tokens into text as they come; the pieces join to the text of all tokens.
@@ -38,21 +43,37 @@ class Detokenizer:
         return text
 
 
-def stop_at(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> Callable[[list[int]], bool] | None:
+def stop_strings(stop: Stop) -> tuple[str, ...]:
+    """The stop strings that `stop` names; a string is one of them, and not a sequence of its letters.
+
+    Raises:
+        CoralError: one is empty, or no string.
+    """
+    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    for string in strings:
+        if not isinstance(string, str):
+            raise CoralError(f"a stop string is {string!r}; give a string, or several in a list.")
+        if not string:
+            raise CoralError("a stop string is empty; leave it out, or write the text to stop before.")
+    return strings
+
+
+def stop_at(tokenizer: PreTrainedTokenizerBase, stop: Stop) -> Callable[[list[int]], bool] | None:
     """Whether a text ends because its newest token completed one of the stop strings; None without any."""
+    strings = stop_strings(stop)
     if not strings:
         return None
     window = max(len(s.encode()) for s in strings) + 8  # enough: a token holds at least a byte
 
-    def stop(written: list[int]) -> bool:
+    def ends(written: list[int]) -> bool:
         text = tokenizer.decode(
             written[-window:], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return any(string in text for string in strings)
 
-    return stop
+    return ends
 
 
-def cut_at(text: str, strings: Sequence[str]) -> str:
+def cut_at(text: str, stop: Stop) -> str:
     """The text before the first stop string."""
-    return text[: min((i for s in strings if (i := text.find(s)) >= 0), default=len(text))]
+    return text[: min((i for s in stop_strings(stop) if (i := text.find(s)) >= 0), default=len(text))]

@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from coral.data.features import FeatureSource, Rows, feature_batch
+from coral.data.rows_digest import digest_of
 from coral.data.shards import refuse_other_target
 from coral.drafter import checkpoint, eagle
 from coral.drafter.drafter import Drafter, DrafterConfig
@@ -115,7 +116,7 @@ def train(
     _refuse_different(accelerator, resumed=resumed, rows=len(dataset))  # before the main process writes
     if parallel.is_sharded(target):
         acceptance = None
-    record = checkpoint.TargetRecord.of(target)
+    record, digest = checkpoint.TargetRecord.of(target), digest_of(data)
     drafter = checkpoint.load(output, target) if resumed else new_drafter(target, config)
     drafter = drafter.to(device=target.device, dtype=torch.float32).train().requires_grad_(True)
     learner = parallel.distribute(accelerator, Learner(drafter, config))
@@ -125,7 +126,7 @@ def train(
     )
     state = run_state.RunState(processes=accelerator.num_processes)
     if resumed:
-        state, moments = run_state.load(output, config, len(dataset), accelerator.num_processes)
+        state, moments = run_state.load(output, config, len(dataset), digest, accelerator.num_processes)
         try:
             parallel.load_moments(optimiser, moments)
         except (ValueError, KeyError, TypeError) as error:
@@ -153,7 +154,7 @@ def train(
     def save() -> None:
         gathered, moments = gather(), parallel.whole_moments(optimiser)
         if accelerator.is_main_process:
-            run_state.save(output, gathered, record, config, moments, state, len(dataset))
+            run_state.save(output, gathered, record, config, moments, state, len(dataset), digest)
         accelerator.wait_for_everyone()
 
     def measure(reporter: Reporter) -> None:

@@ -88,6 +88,7 @@ def save(
     optimiser: dict[str, Any],
     state: RunState,
     examples: int,
+    digest: str,
 ) -> None:
     """Write drafter and state as `output`, in one step, beside what others put there.
 
@@ -96,7 +97,13 @@ def save(
     """
     buffer = io.BytesIO()  # torch.save hides the reason of a failed write
     torch.save(
-        {"state": asdict(state), "config": asdict(config), "optimiser": optimiser, "examples": examples},
+        {
+            "state": asdict(state),
+            "config": asdict(config),
+            "optimiser": optimiser,
+            "examples": examples,
+            "digest": digest,
+        },
         buffer,
     )
     metrics = folder(output) / "metrics.jsonl"
@@ -110,7 +117,7 @@ def save(
 
 
 def load(
-    output: Path, config: TrainConfig, examples: int, processes: int = 1
+    output: Path, config: TrainConfig, examples: int, digest: str, processes: int = 1
 ) -> tuple[RunState, dict[str, Any]]:
     """The state of the run in `output`, for it to go on in so many processes, and its optimiser's.
 
@@ -134,6 +141,11 @@ def load(
         raise CoralError(
             f"the run in {output} was started on {stored['examples']} rows of data, now there are "
             f"{examples}; use the old data, or choose another output directory."
+        )
+    if stored.get("digest") != digest:
+        raise CoralError(
+            f"the run in {output} was started on other data of as many rows; use the old data, or choose "
+            "another output directory."
         )
     before = state.processes * stored["config"]["accumulate"]
     if before != processes * config.accumulate:

@@ -25,6 +25,14 @@ FORGETFUL = (
     "{% if loop.last and m['role'] == 'assistant' %}{{ '<think></think>' }}{% endif %}"
     "{{ m['content'] + '<|eot|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+# As many do: the thought is left out of every answer.
+STRIPS = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}"
+    "{{ m['content'].split('</think>')[-1] }}{% else %}{{ m['content'] }}{% endif %}{{ '<|eot|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+# As in DeepSeek-R1: and the generation prompt begins the thought.
+PREFILLS = STRIPS.replace("{{ '<|assistant|>' }}{% endif", "{{ '<|assistant|><think>\n' }}{% endif")
 # As in Gemma: no system message.
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN
 # Plain text, where nothing special ends an answer.

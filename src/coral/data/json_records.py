@@ -39,10 +39,12 @@ def json_records(path: Path) -> Iterator[bytes]:
         OSError, EOFError, ValueError, zlib.error, lzma.LZMAError: it cannot be read to its end.
     """
     with _opened(path) as file:
-        head = file.peek(64)[:64].lstrip()
-        if head.startswith(b"["):
+        while (head := file.peek(1)[:1]).isspace():
+            if file.read(1) == b"\n":
+                yield b""
+        if head == b"[":
             yield from _values(file, array=True)
-        elif head.startswith(b"{") and ".json" in path.suffixes:
+        elif head == b"{" and ".json" in path.suffixes:
             first = file.readline()
             if first.rstrip()[-1:] in b"{[,:":  # no line of records ends so
                 yield from _values(file, array=False, begun=first)
@@ -123,5 +125,5 @@ def _values(file: IO[bytes], *, array: bool, begun: bytes = b"") -> Iterator[byt
             start, depth = at, 0
         if array and depth == 0:
             rest = buffer[at:] if buffer.endswith(b"\n") else buffer[at:] + file.readline()
-            yield from io.BytesIO(rest)
+            yield from io.BytesIO(rest.lstrip(b" \t\r").removeprefix(b"\n"))
             return

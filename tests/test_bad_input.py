@@ -105,14 +105,21 @@ MISTAKES = {
     # content
     GENERATE + "[]": "the prompt is empty; write something",
     GENERATE + "[long]": "the prompt has 604 tokens, but the target's context is 512; shorten it",
-    "data prepare {unusable_jsonl} --tokenizer {target} --output {out}": "2 records dropped, the first is",
-    "data prepare {unusable_jsonl} --tokenizer {target} --output {out} --preview": "no usable conversation",
-    REGENERATE.replace("{good_jsonl}", "{unusable_jsonl}"): "no conversation to regenerate; name",
+    "data prepare {unusable_jsonl} --tokenizer {target} --output {out}": "2 records dropped: 1 x unreadable JSON (the first is",
+    "data prepare {unusable_jsonl} --tokenizer {target} --output {out} --preview": "no usable conversation: 2 records",
+    REGENERATE.replace(
+        "{good_jsonl}", "{unusable_jsonl}"
+    ): "no conversation to regenerate; name files with user turns: 2 records",
     PREPARE.replace("--held-out 1", "--held-out 60"): "lower held_out (--held-out) or add data",
     TRAIN.replace("{target}", "{large}") + "--set batch_size=0": "batch_size must be at least 1",
     # values and keys
     GENERATE + "--temperature -1 hi": "temperature is -1.0, but it must be 0 or more",
     GENERATE + "--temperature nan hi": "temperature is nan",
+    GENERATE + "--temperature 1e-38 hi": "temperature is 1e-38, which float32 cannot divide by; use 0",
+    REGENERATE + "--temperature 1e-38": "temperature is 1e-38",
+    REGENERATE.replace(
+        "--target {target}", "--endpoint http://me:secret@host/v1?key=x"
+    ): "cannot read --endpoint 'host/v1'; write it",
     GENERATE + "--temperature -1": "temperature is -1.0",
     GENERATE + "--top-p 0 hi": "top_p is 0.0",
     GENERATE + "--raw": "give one as the prompt",
@@ -127,7 +134,7 @@ MISTAKES = {
     TRAIN + "--set steps": "write it as key=value",
     TRAIN + "--recipe {typo_yaml}": "unknown key step; did you mean steps",
     BENCH + "--deepen 1": "deepen",
-    REGENERATE + "--temperature -1": "temperatures must be",
+    REGENERATE + "--temperature -1": "temperature is -1.0",
     FEATURES + "--shard 3/2": "cannot read --shard '3/2'; write it as I/N",
     FEATURES + "--store float16": "cannot be stored as 'float16'; use bfloat16, float32, fp8",
     # outputs
@@ -170,7 +177,9 @@ def test_a_bad_line_is_dropped_and_counted(coral, place: dict[str, Path], tmp_pa
     line = PREPARE.replace("{good_jsonl}", str(source)).format(**place, out=tmp_path / "out")
     result = coral(*line.split())
     assert result.code == 0 and "2 examples" in result.out and "2 records dropped" in result.out
-    assert f"{source}:2: unreadable JSON" in result.out and f"{source}:4: a role is not" in result.out
+    assert (
+        f"{source}:2: unreadable JSON" in result.out and f"{source}:4: 'role' of a turn is not" in result.out
+    )
 
 
 # ---------------------------------------------------------------------------------------- full disk, Ctrl-C

@@ -1,5 +1,5 @@
-"""What is trained is what the record says and the target would have read and written, whatever the template does,
-and in a time that grows with the conversation.
+"""What is trained is what the record says and the target would have read and written, whatever the template
+does, and in a time that grows with the conversation.
 """
 
 from collections.abc import Callable
@@ -45,10 +45,12 @@ lengths = st.integers(1, 3 * ROUNDS)
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(sorted(CHATS)), lengths, st.booleans(), st.randoms(use_true_random=False))
-def test_long_conversations_are_what_their_prefixes_are(name: str, rounds: int, system: bool, draw: Any) -> None:
+def test_long_conversations_are_what_their_prefixes_are(
+    name: str, rounds: int, system: bool, draw: Any
+) -> None:
     """Stops: a token, or a bit of the mask, that depends on how the text was put together."""
     words = ["a", "the man", "in\nan", "x  y", "é", "🙂", "ther"]
-    messages = turns(*(" ".join(draw.choices(words, k=draw.randint(1, 4))) for _ in range(2 * rounds)))
+    messages = turns(*("X" + " ".join(draw.choices(words, k=draw.randint(1, 4))) for _ in range(2 * rounds)))
     if system:
         messages = [{"role": "system", "content": "be the"}, *messages]
         assert CHATS[name].encode(Conversation("x:1", messages)).loss_mask.count(True) > 0
@@ -57,7 +59,9 @@ def test_long_conversations_are_what_their_prefixes_are(name: str, rounds: int, 
     assert example == by_prefixes(CHATS[name], messages)
 
 
-def test_the_work_grows_with_the_conversation_and_not_with_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_work_grows_with_the_conversation_and_not_with_its_square(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Stops: ten seconds for a conversation of 800 answers."""
 
     def work(rounds: int) -> tuple[int, int]:
@@ -91,7 +95,9 @@ def test_an_answer_that_the_template_shortens_is_trained_as_the_record_has_it() 
     thinks = "<think>\none\n</think>\n\ntwo"
     example = chat.encode(Conversation("x:1", turns("q", thinks)), changes=changes)
     assert written(chat, example) == thinks + "<|eot|>" and example.input_ids[-1] == EOT
-    assert changes == ["an answer is trained as the record has it, for the chat template leaves out a part of it"]
+    assert changes == [
+        "an answer is trained as the record has it, for the chat template leaves out a part of it"
+    ]
     both = Conversation("x:1", turns("q", thinks, "r", thinks))
     with pytest.raises(CoralError, match=r"rewrites history.*--last-turn-only"):
         chat.encode(both)
@@ -103,7 +109,9 @@ def test_an_answer_that_the_template_shortens_is_trained_as_the_record_has_it() 
     assert plain == []
 
 
-@pytest.mark.parametrize("content", ["<think>\none\n</think>\n\ntwo", "<think>one\n</think>\n\ntwo", "one\n</think>\n\ntwo"])
+@pytest.mark.parametrize(
+    "content", ["<think>\none\n</think>\n\ntwo", "<think>one\n</think>\n\ntwo", "one\n</think>\n\ntwo"]
+)
 def test_a_generation_prompt_that_begins_the_answer(content: str) -> None:
     """Stops: R1's template, which could not be prepared at all; a `<think>` that stands there twice, or is
     trained although the target reads it.
@@ -114,13 +122,15 @@ def test_a_generation_prompt_that_begins_the_answer(content: str) -> None:
         example = chat.encode(Conversation("x:1", messages), last_turn_only=True)
         assert written(chat, example) == "one\n</think>\n\ntwo<|eot|>"
         text = chat.tokenizer.decode(example.input_ids)
-        assert text.endswith("<|assistant|><think>\none\n</think>\n\ntwo<|eot|>") and text.count("<think>") == 1
+        assert (
+            text.endswith("<|assistant|><think>\none\n</think>\n\ntwo<|eot|>") and text.count("<think>") == 1
+        )
     with pytest.raises(BadRecordError, match=r"begins an answer with <think>, and this one does not"):
         chat.encode(Conversation("x:1", turns("q", "two")))
 
 
 def test_a_prompt_may_spell_a_special_token_and_an_answer_may_not() -> None:
-    """Stops: two policies, of what is prepared and of what is generated; an answer that ends in its middle."""
+    """Stops: one policy in training and another in generation; an answer that ends in its middle."""
     chat, changes = CHATS["plain"], []
     example = chat.encode(Conversation("x:1", turns("a <|eot|> b", "c")), changes=changes)
     assert example.input_ids[: example.loss_mask.index(True)] == chat.tokenizer.apply_chat_template(

@@ -1,7 +1,9 @@
 """Conversations, prepared data, preview and regeneration, on a tiny tokenizer without files."""
 
 import gzip
+import io
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,7 @@ from tiny_tokenizer import (
     PAD,
     PLAIN,
     SPECIALS,
+    STRIPS,
     TEXT_ONLY,
     tiny_tokenizer,
 )
@@ -80,16 +83,13 @@ def test_both_formats_give_the_same_messages() -> None:
 BAD = {
     "unreadable JSON": "{nonsense",
     "not a JSON object": [1],
-    "no list under 'messages' or 'conversations', and no 'prompt'": {"text": "x"},
-    "a message is not a JSON object": {"messages": ["hello"]},
-    "a role is not system, user (human) or assistant (gpt)": {"messages": [{"role": "tool", "content": "x"}]},
-    "a content is not a string": {"messages": [{"role": "user", "content": 3}]},
-    "a content is empty": {"messages": turns("q", " \n")},
-    "a content is not valid Unicode": '{"messages": [{"role": "user", "content": "\\ud800"}]}',
-    "no assistant turn": {"messages": turns("q")},
-    "roles do not alternate from user to assistant": {
-        "messages": turns("q", "a", system="s")[::-1][:2][::-1][1:]
-    },
+    "nothing under 'messages', 'conversations', 'conversation' or 'prompt'": {},
+    "a turn is not a JSON object": {"messages": [None]},
+    "'content' of a turn is empty": {"messages": turns("q", " \n")},
+    "'content' of a turn is not valid Unicode (half of a surrogate pair)": (
+        '{"messages": [{"role": "user", "content": "\\ud800"}]}'
+    ),
+    "no assistant turn under 'messages'": {"messages": turns("q")},
     "'finished' is not true or false": {
         "messages": [*turns("q"), {"role": "assistant", "content": "a", "finished": 0}]
     },
@@ -103,11 +103,12 @@ def test_bad_records_are_counted_with_their_line_number(tmp_path: Path, suffix: 
     source = jsonl(tmp_path / f"x{suffix}", good, "", *BAD.values(), good)
     dropped = Dropped()
     assert [c.where for c in read([source], dropped)] == [f"{source}:1", f"{source}:{3 + len(BAD)}"]
-    notes = [f"{source}:{line}: {reason}" for line, reason in enumerate(BAD, start=3)]
-    assert [note.replace(" (it has 'text')", "") for note in dropped.notes] == notes != dropped.notes
+    details = {2: " (it has nothing)", 3: " (NoneType)"}
+    notes = [f"{source}:{n + 3}: {reason}{details.get(n, '')}" for n, reason in enumerate(BAD)]
+    assert dropped.notes == notes
     assert dropped.counts == dict.fromkeys(BAD, 1)
     brief = Dropped(keep=2)
-    list(read([jsonl(tmp_path / "again.jsonl", "{", "{", "{", [1])], brief))
+    list(read(jsonl(tmp_path / "again.jsonl", "{", "{", "{", [1]), brief))
     assert [note.rpartition("jsonl:")[2] for note in brief.notes] == [
         "1: unreadable JSON",
         "2: unreadable JSON",
@@ -193,20 +194,11 @@ def test_templates_that_cannot_be_used() -> None:
     """No template, and one whose prompt is not the beginning of the answered text, say what to do instead."""
     with pytest.raises(CoralError, match=r"no chat template.*instruct"):
         ChatFormat(tiny_tokenizer(None))
-    chat = ChatFormat(
-        tiny_tokenizer(PLAIN.replace("'<|assistant|>' }}{% endif", "'<|assistant|><think>' }}{% endif"))
-    )
+    chat = ChatFormat(tiny_tokenizer(PLAIN.replace("'<|assistant|>' }}{% endif", "'<|system|>' }}{% endif")))
     with pytest.raises(CoralError, match="generation prompt"):
         chat.encode(Conversation("x:1", turns("q", "a")))
     with pytest.raises(BadRecordError, match="no system"):
         ChatFormat(tiny_tokenizer(NO_SYSTEM)).encode(Conversation("x:1", turns("q", "a", system="s")))
-
-
-def test_text_that_spells_a_special_token_is_dropped() -> None:
-    """`<|eot|>` inside an answer would become a real end token in its middle."""
-    for messages in (turns("q", "a<|eot|>b"), turns("<|assistant|>", "a")):
-        with pytest.raises(BadRecordError, match="special token"):
-            CHATS["plain"].encode(Conversation("x:1", messages))
 
 
 # ---------------------------------------------------------------------------------------------- prepared
@@ -296,7 +288,7 @@ def test_bad_requests_leave_nothing_behind(tmp_path: Path) -> None:
         (lambda: prepare([source], tokenizer, tmp_path / "out", held_out=60), "lower held_out"),
         (
             lambda: prepare([empty], tokenizer, tmp_path / "out"),
-            r"no usable conversation.*bad.jsonl:1: unread",
+            r"no usable conversation.*1 record dropped: 1 x unreadable JSON \(the first is .*bad.jsonl:1\)",
         ),
         (
             lambda: prepare([source], tokenizer, tmp_path / "out", held_out=0, max_length=2),
@@ -493,6 +485,65 @@ def test_going_on_with_other_settings_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CoralError, match="of its own"):
         run(source, source, FakeTarget())
     assert output.read_bytes() == before
+
+
+def test_sources_that_changed_are_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    """A record in front of those that were answered: one is then never answered and one twice, both without a
+    word; records that came behind them are only more to answer.
+    """
+    source, output = many(tmp_path / "x.jsonl", 20), tmp_path / "out.jsonl"
+    whole = source.read_text()
+    run(source, output, FakeTarget())
+    made = output.read_bytes()
+    for changed in (
+        json.dumps({"messages": turns("new", "old")}) + "\n" + whole,
+        "".join(whole.splitlines(keepends=True)[1:]),
+        whole.replace("ask 7", "ask seven"),
+        "".join(whole.splitlines(keepends=True)[:-1]),
+        "\n" + whole,
+    ):
+        for limit in (None, 20):
+            source.write_text(changed)
+            kept = tmp_path / f"{limit}.jsonl"
+            if limit:
+                source.write_text(whole)
+                run(source, kept, FakeTarget(), limit=limit)
+                source.write_text(changed)
+            before, target = (kept if limit else output).read_bytes(), FakeTarget()
+            with pytest.raises(CoralError, match="other sources or settings"):
+                run(source, kept if limit else output, target, limit=limit)
+            assert not target.calls and (kept if limit else output).read_bytes() == before
+            kept.unlink(missing_ok=True)
+            kept.with_suffix(".account.json").unlink(missing_ok=True)
+            kept.with_suffix(".failed.jsonl").unlink(missing_ok=True)
+    source.write_text(whole + json.dumps({"messages": turns("more", "old")}) + "\n")
+    assert run(source, output, FakeTarget()).input == 21
+    assert output.read_bytes().startswith(made)
+
+
+def test_the_bar_counts_every_record_that_is_read(tmp_path: Path) -> None:
+    """A bar that stands still over records that are left out, and ends before its end."""
+    source = many(tmp_path / "x.jsonl", 12)
+    with source.open("a") as file:
+        file.write("torn\n" * 5)
+    file = io.StringIO()
+    shown = Console(file=file, width=200, force_terminal=False)
+    prepare(source, tiny_tokenizer(), tmp_path / "a", held_out=4, console=shown)
+    prepare(source, tiny_tokenizer(), tmp_path / "b", held_out=4, limit=3, console=shown)
+    run(source, tmp_path / "out.jsonl", FakeTarget(), console=shown, temperatures=[0.0])
+    bars = [line for line in file.getvalue().splitlines() if "/" in line]
+    assert [re.search(r"(\w+) .* (\d+)/(\d+) ", line).groups() for line in bars] == [  # type: ignore[union-attr]
+        ("preparing", "17", "17"), ("drawing", "17", "17"), ("preparing", "3", "3"),
+        ("regenerating", "17", "17"),
+    ]  # fmt: skip
+
+
+def test_a_template_that_leaves_out_the_thought_is_counted(tmp_path: Path) -> None:
+    """Answers that are trained otherwise than their template shows them, without a word in the summary."""
+    thinks = [{"messages": turns("q", "<think>one</think>two")}, {"messages": turns("q", "two")}]
+    info = prepare(jsonl(tmp_path / "x.jsonl", *thinks), tiny_tokenizer(STRIPS), tmp_path / "out", held_out=0)
+    (what,) = info["changed"]
+    assert info["changed"][what] == 1 and f"1 x {what}" in report(info) and "trained as the record" in what
 
 
 def test_greedy_repeats_are_skipped(tmp_path: Path) -> None:

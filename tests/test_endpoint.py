@@ -2,6 +2,7 @@
 accounted for exactly once, whatever happens on the way.
 """
 
+import gzip
 import json
 import threading
 import time
@@ -16,12 +17,28 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coral.data import endpoint
+from coral.data import replies
+from coral.data.account import Regenerated
 from coral.data.endpoint import answer_over_http, connect
-from coral.data.regenerate import Regenerated, regenerate
+from coral.data.regenerate import regenerate
 from coral.errors import CoralError
 
 FINE = "fine"
+SOUND = (
+    b'{"choices": [{"message": {"content": "A"}, "finish_reason": "stop"}], '
+    b'"usage": {"completion_tokens": %s}}'
+)
+# Replies that would cost the run: name -> (bytes, whether they are said to be packed).
+HOSTILE: dict[str, tuple[bytes, bool]] = {
+    "bomb": (gzip.compress(SOUND % (b" " * 20_000_000 + b"1")), True),
+    "large": (SOUND % (b" " * 2_000_000 + b"1"), False),
+    "deep": (b"[" * 200_000, False),
+    "no choice": (b'{"choices": {}}', False),
+    "a number": (b'{"choices": [{"message": {"content": 3}, "finish_reason": "stop"}]}', False),
+    "infinite": (SOUND % b"1e999", False),
+    "not a number": (SOUND % b"NaN", False),
+    "long digits": (SOUND % (b"9" * 5000), False),
+}
 
 
 class Server(ThreadingHTTPServer):
@@ -101,6 +118,20 @@ class Handler(BaseHTTPRequestHandler):
             self.answer("\ud83d", "stop")
         elif step == "aborted":
             self.answer("half of it", "abort")
+        elif step in HOSTILE:
+            self.send_response(200)
+            content, packed = HOSTILE[step]
+            if packed:
+                self.send_header("content-encoding", "gzip")
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+        elif step.startswith("echo"):
+            key = str(self.headers["authorization"])
+            if step == "echo":
+                self.answer(f"you sent {key}", "stop")
+            else:
+                self.reply(int(step[-3:]), {"error": {"message": "x" * 190 + key}})
         elif step == "empty":
             self.answer(None, "stop")
         elif step == "cut":
@@ -211,6 +242,57 @@ def test_each_way_to_fail_is_counted_exactly(tmp_path: Path, name: str) -> None:
         assert f"c.jsonl:1: {problem} (no: {steps[0]})" in str(result)
 
 
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_reply_costs_its_own_record_alone(tmp_path: Path, name: str) -> None:
+    """Stops: a reply that fills the memory or ends the run, and with it every record that was under way."""
+    source = conversations(tmp_path / "c.jsonl", [["bad"], ["good one"], ["good two"]])
+    with serving({"bad": [name] * 4}) as server:
+        result = run(source, tmp_path / "out.jsonl", server)
+    (problem,) = accounted(source, tmp_path / "out.jsonl", result)
+    assert result.written == 2 and result.again == 1
+    expected = {"bomb": "the reply is packed, which was not asked for",
+                "large": "the reply is larger than its answer can be"}  # fmt: skip
+    assert problem == expected.get(name, "the reply cannot be read")
+
+
+def test_tokens_are_counted_within_what_was_asked_for(tmp_path: Path) -> None:
+    """Stops: a speed that cannot be told since a server claims 10^300 tokens."""
+    content = SOUND % (b"9" * 400)
+    reply = replies.Reply(200, {}, content)
+    assert replies.read_answer(reply, 8) == ("A", True, 8)
+    assert replies.read_answer(replies.Reply(200, {}, SOUND % b"-5"), 8)[2] == 0
+
+
+@pytest.mark.parametrize(
+    ("step", "status"), [("echo", 0), ("echo 400", 400), ("echo 401", 401), ("echo 500", 500)]
+)
+def test_an_echoed_key_is_kept_nowhere(tmp_path: Path, capsys: Any, step: str, status: int) -> None:
+    """Stops: the API key in a file that is shared, or in a log; half of it where a message is cut."""
+    from rich.console import Console
+
+    key = "sk-0123456789-secret"
+    source = conversations(tmp_path / "c.jsonl", [["bad"], ["good"]])
+    with serving({"bad": [step] * 4}) as server:
+        console = Console(width=400)
+        result = run(
+            source, tmp_path / "out.jsonl", server, api_key=f"{key}\n", console=console, concurrency=1
+        )
+        assert server.keys == {f"Bearer {key}"}
+    kept = "".join(path.read_text() for path in tmp_path.glob("out*")) + str(result) + capsys.readouterr().out
+    assert key[:8] not in kept and result.failed.total >= 1
+    assert status == 0 or f"answers {status}" in kept
+    with serving() as server, pytest.raises(CoralError, match=r"characters that a header cannot") as caught:
+        connect(server.url, api_key="sk-01\n23456789")
+    assert "sk-" not in str(caught.value)
+
+
+def test_a_word_that_stands_for_no_key_is_no_secret(tmp_path: Path) -> None:
+    """Stops: answers that are refused for the word EMPTY, which is what vLLM's users set as their key."""
+    source = conversations(tmp_path / "c.jsonl", [["empty"]])
+    with serving() as server:
+        assert run(source, tmp_path / "out.jsonl", server, api_key="EMPTY").written == 1
+
+
 step = st.sampled_from(
     [FINE, "429", "500", "503 0.001", "400", "disconnect", "half", "malformed", "empty", "cut"]
 )
@@ -293,14 +375,14 @@ def test_a_server_is_asked_no_sooner_than_it_says(tmp_path: Path) -> None:
         run(source, tmp_path / "out.jsonl", server)
         assert server.times[1] - server.times[0] >= 0.4
 
-    class Reply:
-        headers: dict[str, str]
-
-    waits = []
-    for asked in ("Wed, 21 Oct 2015 07:28:00 GMT", "Fri, 31 Dec 2100 23:59:59 GMT", "soon", "-5", "12"):
-        Reply.headers = {"retry-after": asked}
-        waits.append(endpoint._retry_after(Reply))  # type: ignore[arg-type]
-    assert waits == [0, endpoint.LONGEST_RETRY_AFTER, 0, 0, 12]
+    dates = (
+        "Wed, 21 Oct 2015 07:28:00 GMT",
+        "Fri, 31 Dec 2100 23:59:59 GMT",
+        "Fri, 31 Dec 9999 23:59:59 -2359",
+    )
+    waits = [replies.retry_after(asked) for asked in (*dates, "soon", "-5", "12", "nan", "1e999")]
+    longest = replies.LONGEST_RETRY_AFTER
+    assert waits[:2] == [0, longest] and waits[3:] == [0, 0, 12, 0, longest] and 0 <= waits[2] <= longest
 
 
 def test_as_many_requests_are_under_way_as_asked_for(tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ rows = st.lists(st.dictionaries(text, value, min_size=1, max_size=3), min_size=1
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    rows, st.sampled_from(sorted(PACK)), st.sampled_from(ENCODINGS), st.booleans(), st.sampled_from([0, 1, None]),
-    st.sampled_from([1, 3, 1 << 20]),
+    rows, st.sampled_from(sorted(PACK)), st.sampled_from(ENCODINGS), st.booleans(),
+    st.sampled_from([0, 1, None]), st.sampled_from([1, 3, 1 << 20]),
 )  # fmt: skip
 def test_lines_arrays_and_objects_hold_the_same_records(
     tmp_path: Path,
@@ -48,8 +48,8 @@ def test_lines_arrays_and_objects_hold_the_same_records(
     indent: int | None,
     piece: int,
 ) -> None:
-    """Stops: a bracket or a quote in a text that is taken for the end of a record, a record that is torn where
-    two pieces of the file meet, an encoding that is taken for another.
+    """Stops: a bracket or a quote in a text that is taken for the end of a record, a record that is torn
+    where two pieces of the file meet, an encoding that is taken for another.
     """
     monkeypatch.setattr(module, "_PIECE", piece)
     dump = lambda each, **how: json.dumps(each, ensure_ascii=ascii_only, **how)  # noqa: E731

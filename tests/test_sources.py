@@ -85,7 +85,9 @@ def test_columns_and_what_they_hold(here: Path) -> None:
     prompts = write_parquet(here / "p.parquet", [{"prompt": "ask", "text": "x"}])
     (asked,) = read([prompts], Dropped(), prompts_only=True)
     assert asked.messages == [{"role": "user", "content": "ask"}]
-    assert not list(read([prompts], dropped := Dropped())) and dropped.counts == {"no assistant turn": 1}
+    assert not list(read([prompts], dropped := Dropped())) and dropped.counts == {
+        "no assistant turn under 'prompt'": 1
+    }
     shared = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     both = [{"conversations": shared, "prompt": "p"}, {"conversations": None, "prompt": "p"}]
     found = read([write_parquet(here / "b.parquet", both)], Dropped(), prompts_only=True)
@@ -115,7 +117,8 @@ def test_sources_that_cannot_be_read_say_why(here: Path) -> None:
         torn: r"torn\.parquet cannot be read to its end",
         here / "none.jsonl": r"none\.jsonl does not exist; name \.jsonl",
         here / "empty": r"holds no \.jsonl",
-        here / "texts.parquet": r"has no column messages, conversations or prompt; it has text, id;",
+        here
+        / "texts.parquet": r"has no column messages, conversations, conversation or prompt; it has text, id;",
         "hub:org/texts": r"hub:org/texts has no column .*; it has text, id;",
         "hub:org/lines": r"hub:org/lines has no column .*; it has text, id;",
         "hub:org/two": r"has the splits left, right; name one of them",

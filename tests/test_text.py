@@ -9,8 +9,9 @@ from tiny_tokenizer import SPECIALS, tiny_tokenizer
 
 from coral.api import Pair
 from coral.decoding.proposers.plain import Plain
-from coral.decoding.text import Detokenizer, cut_at, stop_at
+from coral.decoding.text import Detokenizer, cut_at, stop_at, stop_strings
 from coral.decoding.tree import Budget
+from coral.errors import CoralError
 from coral.target import Target
 
 TOKENIZER = tiny_tokenizer()
@@ -81,6 +82,18 @@ def test_stops_at_the_token_that_completes_the_string(stop, before, after):
     assert not any(string in TOKENIZER.decode(tokens[: end - 1]) for string in stop)
 
 
+def test_a_string_alone_is_one_stop_string():
+    """Stops stop="zebra" from ending the text at any z, e, b, r or a."""
+    for stop in ("zebra", ["zebra"], ("zebra",)):
+        assert stop_strings(stop) == ("zebra",) and cut_at("a zebra", stop) == "a "
+        ends = stop_at(TOKENIZER, stop)
+        assert not ends(encode("a bear")) and ends(encode("a zebra"))
+    assert stop_strings(None) == stop_strings("x"[:0] or None) == stop_strings([]) == ()
+    for wrong, why in (("", "is empty"), (["a", ""], "is empty"), ([3], "is 3; give a string")):
+        with pytest.raises(CoralError, match=why):
+            stop_strings(wrong)
+
+
 def test_no_stop_strings():
     """Stops a check for nothing, which would end every text or slow each cycle."""
     assert stop_at(TOKENIZER, []) is None
@@ -114,5 +127,6 @@ def test_generated_text_ends_before_the_stop_string():
             Oracle([state.tokens], len(TOKENIZER)),
             Wrong([state.tokens], len(TOKENIZER)),
         ):
-            written = Pair(target, proposer, budget).generate_text(prompt, stop=[stop], **options)
-            assert written == text[: text.index(stop)]
+            for asked in (stop, [stop]):
+                written = Pair(target, proposer, budget).generate_text(prompt, stop=asked, **options)
+                assert written == text[: text.index(stop)]

@@ -115,6 +115,8 @@ def test_a_changed_run_is_not_resumed(tmp_path):
         run(tmp_path / "o", replace(CONFIG, loss=LossConfig(top_k_weight=0.5)))
     with pytest.raises(CoralError, match="started on 24 rows of data, now there are 5"):
         run(tmp_path / "o", data=tiny_data(rows=5))
+    with pytest.raises(CoralError, match="started on other data of as many rows"):
+        run(tmp_path / "o", data=tiny_data(seed=1))
     more = replace(CONFIG, limits=Limits(updates=10), checkpoint_steps=True, head_chunk=4)
     outcome, _ = run(tmp_path / "o", more)
     assert outcome.update == 10

@@ -17,7 +17,7 @@ from coral.errors import CoralError
 T = TypeVar("T")
 
 
-def load(cls: type[T], source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> T:
+def load(cls: type[T], source: str | Path | Mapping[str, Any], overrides: str | Sequence[str] = ()) -> T:
     """Build the dataclass `cls` from a YAML file or a mapping; later overrides win.
 
     Raises:
@@ -29,7 +29,7 @@ def load(cls: type[T], source: str | Path | Mapping[str, Any], overrides: Sequen
         where, values = "the configuration", _plain(source)
     else:
         where, values = str(source), _read(Path(source))
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides:
         _apply(values, override)
     return _build(cls, values, (), where)
 

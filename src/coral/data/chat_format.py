@@ -61,7 +61,7 @@ class ChatFormat:
         refuse_template(tokenizer)
         self.tokenizer = tokenizer
         self.special_texts = special_texts(tokenizer)
-        self.special_ids = {*tokenizer.convert_tokens_to_ids(self.special_texts)}
+        self.special_ids = {int(i) for i in map(tokenizer.convert_tokens_to_ids, self.special_texts)}  # type: ignore[arg-type]
         asked: list[Message] = [{"role": "user", "content": "Hi"}]
         try:
             probe = self.render([*asked, {"role": "assistant", "content": _PROBE}])

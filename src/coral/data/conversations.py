@@ -257,7 +257,7 @@ def _text(content: Any, key: str) -> str:
     there is nothing to read in it.
     """
     if isinstance(content, list):
-        parts = [
+        parts: list[Any] = [
             part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
             for part in content
         ]

@@ -19,6 +19,7 @@ after it has read the sources once to see by the digests that each still holds w
 import hashlib
 import heapq
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def regenerate(
     answer: Answer,
     *,
     settings: dict[str, Any],
-    temperatures: Sequence[float] = (0.0, 0.8),
+    temperatures: float | Sequence[float] = (0.0, 0.8),
     limit: int | None = None,
     max_turns: int | None = None,
     console: Console | None = None,
@@ -107,7 +108,8 @@ def regenerate(
             one that another process writes.
     """
     output, sources = Path(output), listed(sources)
-    if not temperatures or min(temperatures) < 0:
+    temperatures = [temperatures] if isinstance(temperatures, int | float) else list(temperatures)
+    if not temperatures or not all(math.isfinite(each) and each >= 0 for each in temperatures):
         raise CoralError("temperatures must be one or more numbers of at least 0.")
     if any(n is not None and n < 1 for n in (limit, max_turns)):
         raise CoralError("limit and max_turns must be at least 1.")

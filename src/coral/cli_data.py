@@ -20,7 +20,7 @@ data = typer.Typer(no_args_is_help=True, help="Turn conversations into training 
 Sources = Annotated[
     list[str],
     typer.Argument(
-        help="Files of conversations (.jsonl, .jsonl.gz, .parquet), directories of them, or "
+        help="Files of conversations (.jsonl, .json, .parquet), directories of them, or "
         "hub:ORG/NAME[/CONFIG][@REVISION][:SPLIT], which is streamed."
     ),
 ]

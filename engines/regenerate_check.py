@@ -29,7 +29,7 @@ import torch
 
 from coral.api import EMBEDDED
 from coral.bench import suites
-from coral.data.conversations import ChatFormat
+from coral.data.chat_format import ChatFormat
 from coral.options import quiet_transformers
 from coral.target import Target
 

@@ -13,7 +13,7 @@ class Outcome:
     unfinished: bool = False
     problem: str = ""
     detail: str = ""
-    digest: str = ""  # of the turns that were asked, in an earlier run
+    digest: str = ""  # of the turns that were asked, in an earlier run; "" where it was not kept
 
 
 @dataclass

@@ -256,7 +256,7 @@ def _earlier(output: Path, failures: Path, account: Path, asked: dict[str, Any])
                 record = json.loads(line)
                 unfinished = "messages" in record and "finished" in record["messages"][-1]
                 problem, detail = record.get("problem", ""), record.get("detail", "")
-                found[record["source"]] = Outcome(unfinished, problem, detail, record["digest"])
+                found[record["source"]] = Outcome(unfinished, problem, detail, record.get("digest", ""))
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 raise _foreign(path, f"line {number}") from error
     return found
@@ -268,7 +268,7 @@ def _refuse_changed(output: Path, earlier: dict[str, Outcome], now: Iterator[Job
     for job in now:
         if not unseen:
             return
-        if job.source in unseen and earlier[job.source].digest != job.digest:
+        if job.source in unseen and earlier[job.source].digest not in (job.digest, ""):
             raise _foreign(output, f"{job.source} holds another conversation than was asked")
         unseen.discard(job.source)
     if unseen:

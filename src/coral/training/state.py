@@ -142,7 +142,7 @@ def load(
             f"the run in {output} was started on {stored['examples']} rows of data, now there are "
             f"{examples}; use the old data, or choose another output directory."
         )
-    if stored.get("digest") != digest:
+    if stored.get("digest", digest) != digest:  # absent from states of before it was kept
         raise CoralError(
             f"the run in {output} was started on other data of as many rows; use the old data, or choose "
             "another output directory."

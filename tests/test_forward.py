@@ -93,7 +93,7 @@ def test_bfloat16_is_rounded_where_the_model_rounds(kind):
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 33, 70])
 def test_the_matrix_unit_computes_what_vectors_do(kind, rows):
-    """Stops a tile of the wrong shape: rows above 16 or 32, inputs that fill no tile, outputs that fill none."""
+    """Stops a tile of the wrong shape: rows above 16 or 32, inputs or outputs that do not fill one."""
     sizes = {"hidden_size": 272, "head_dim": 16, "intermediate_size": 304, "vocab_size": 77}
     fast = Target(tiny_model(kind, GROUPED_SDPA, **sizes).bfloat16()).compiled((1, 8))
     if not fast._native._job.tiles:

@@ -135,7 +135,7 @@ def train(
             ) from error
     rows_per_update = config.batch_size * config.accumulate * accelerator.num_processes
     peak = options.learning_rate or 1 / target.hidden_size
-    if resumed and _progress(config, state, len(dataset), rows_per_update) >= 1:
+    if resumed and progress(config, state, len(dataset), rows_per_update) >= 1:
         with Reporter(output, not accelerator.is_main_process, console) as reporter:
             reporter.say(f"finished before, after update {state.update}: {output}; raise limits to go on")
         return TrainOutcome(state.update, True, state.skipped, state.seconds, state.acceptance)

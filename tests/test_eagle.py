@@ -11,7 +11,7 @@ from tiny_training import tiny_drafter, tiny_target
 
 from coral.drafter import eagle
 from coral.errors import CoralError
-from coral.training.loop import new_drafter
+from coral.training.start import new_drafter
 from coral.training.recipe import DrafterOptions, Limits
 
 # As SafeAILab's drafters have it: heads but not their width, no rotary type, positions of the drafter's own.

@@ -20,6 +20,7 @@ from coral.training.loop import train
 from coral.training.losses import LossConfig
 from coral.training.recipe import Limits, OptimiserConfig, Reports, TrainConfig
 from coral.training.schedule import learning_rate
+from coral.training.start import new_drafter
 
 CONFIG = TrainConfig(
     steps=3,
@@ -32,6 +33,7 @@ CONFIG = TrainConfig(
     limits=Limits(updates=8),
     reports=Reports(log_every=1, acceptance_every=4),
 )
+MUON = {"optimiser": OptimiserConfig(learning_rate=5e-3, matrices="muon")}
 
 
 def run(output, config=CONFIG, target=None, data=None, **options):
@@ -54,8 +56,9 @@ def interrupt_at_first(drafter):
     return {"chain": 1.0}
 
 
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_thirty_updates_on_one_batch_halve_the_loss(tmp_path, precision):
+def test_thirty_updates_on_one_batch_halve_the_loss(tmp_path, precision, matrices):
     """Stops: targets shifted by a row, a loss without gradient, a learning rate that stays at zero."""
     config = replace(
         CONFIG,
@@ -64,7 +67,7 @@ def test_thirty_updates_on_one_batch_halve_the_loss(tmp_path, precision):
         noise=0.0,
         precision=precision,
         limits=Limits(updates=30),
-        optimiser=OptimiserConfig(learning_rate=3e-2, gradient_clip=5.0),
+        optimiser=OptimiserConfig(learning_rate=3e-2, gradient_clip=5.0, matrices=matrices),
     )
     run(tmp_path / "o", config, data=tiny_data(rows=4))
     lines = metrics(tmp_path / "o")
@@ -72,7 +75,9 @@ def test_thirty_updates_on_one_batch_halve_the_loss(tmp_path, precision):
     assert len(lines[-1]["accuracy"]) == 3 and max(lines[-1]["accuracy"]) <= 1
 
 
-@pytest.mark.parametrize("options", [{}, {"one_step": 0.7}, {"loss": LossConfig(candidates=16)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"one_step": 0.7}, {"loss": LossConfig(candidates=16)}, MUON], ids=str
+)
 def test_resumed_equals_never_stopped(tmp_path, options):
     """Stops: optimiser moments, schedule, draft steps, data position or random draws that restart after a
     stop.
@@ -90,6 +95,22 @@ def test_resumed_equals_never_stopped(tmp_path, options):
     assert [[line.get(key) for key in timeless] for line in metrics(tmp_path / "whole")] == [
         [line.get(key) for key in timeless] for line in metrics(tmp_path / "parts")
     ]
+
+
+def test_a_new_drafter_sees_tokens_as_well_as_features():
+    """Stops `fc` from drowning embeddings, which are far smaller than features, in them."""
+    target = tiny_target()
+    target.model.get_input_embeddings().weight.data.mul_(0.01)
+    target.model.model.norm.weight.data.mul_(5)
+    drafter = new_drafter(target, CONFIG)
+    ids = torch.arange(31)[None]
+    embeddings, features = target.embed(ids), target.features(ids)
+    assert embeddings.std() < features.std() / 300
+    token, feature = (
+        drafter.inputs(a, b).square().mean()
+        for a, b in ((embeddings, 0 * features), (0 * embeddings, features))
+    )
+    assert 0.3 < token < 0.8 and 0.3 < feature < 0.8
 
 
 def test_one_step_comes_first(tmp_path):

@@ -18,11 +18,11 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
 
-from coral.data.features import FeatureSource, Rows, feature_batch
+from coral.data.features import Rows, feature_batch
 from coral.data.rows_digest import digest_of
 from coral.data.shards import refuse_other_target
-from coral.drafter import checkpoint, eagle
-from coral.drafter.drafter import Drafter, DrafterConfig
+from coral.drafter import checkpoint
+from coral.drafter.drafter import Drafter
 from coral.errors import CoralError
 from coral.locks import locks_output
 from coral.machine import has_fast_bfloat16
@@ -31,25 +31,16 @@ from coral.training import parallel, trackers
 from coral.training import state as run_state
 from coral.training.learner import Learner
 from coral.training.losses import trained_rows
+from coral.training.optimiser import Optimiser
 from coral.training.progress import Reporter
 from coral.training.recipe import TrainConfig, check
 from coral.training.schedule import learning_rate, order, progress
+from coral.training.start import TrainTarget, new_drafter
 
 TRIM_EVERY = 10
 """Updates after which freed memory goes back to the kernel."""
 PATIENCE = 10
 """Updates in a row without a finite gradient after which a run gives up."""
-
-
-class TrainTarget(checkpoint.TargetLike, FeatureSource, Protocol):
-    """What training asks of a target."""
-
-    @property
-    def model(self) -> Any: ...
-    @property
-    def config(self) -> Any: ...
-    @property
-    def head_bias(self) -> Tensor | None: ...
 
 
 class Data(Protocol):
@@ -121,14 +112,12 @@ def train(
     drafter = drafter.to(device=target.device, dtype=torch.float32).train().requires_grad_(True)
     learner = parallel.distribute(accelerator, Learner(drafter, config))
     options, parameters = config.optimiser, list(drafter.parameters())
-    optimiser = torch.optim.AdamW(
-        parameters, lr=0.0, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay
-    )
+    optimiser = Optimiser(parameters, options)
     state = run_state.RunState(processes=accelerator.num_processes)
     if resumed:
         state, moments = run_state.load(output, config, len(dataset), digest, accelerator.num_processes)
         try:
-            parallel.load_moments(optimiser, moments)
+            optimiser.load(moments)
         except (ValueError, KeyError, TypeError) as error:
             raise CoralError(
                 f"the training state in {output} is damaged ({error}); choose another output directory."
@@ -152,7 +141,7 @@ def train(
         return gathered
 
     def save() -> None:
-        gathered, moments = gather(), parallel.whole_moments(optimiser)
+        gathered, moments = gather(), optimiser.moments()
         if accelerator.is_main_process:
             run_state.save(output, gathered, record, config, moments, state, len(dataset), digest)
         accelerator.wait_for_everyone()
@@ -202,8 +191,6 @@ def train(
             if fraction >= 1 or stopping:
                 break
             rate = peak * learning_rate(options, fraction)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
             rows = order(config.seed, len(dataset), state.update * rows_per_update, rows_per_update)
             steps = 1 if fraction < config.one_step else config.steps
             loss, sums = _accumulate(accelerator, learner, config, target, dataset, rows, state.update, steps)
@@ -211,7 +198,7 @@ def train(
             state.update += 1
             if math.isfinite(norm) and math.isfinite(loss):
                 broken = 0
-                optimiser.step()
+                optimiser.step(rate)
                 reporter.add(loss, sums)
             else:
                 broken, state.skipped = broken + 1, state.skipped + 1
@@ -314,37 +301,3 @@ def _accumulate(
             accelerator.backward(outcome.loss * world / count)
         loss, sums = loss + outcome.loss.detach(), sums + outcome.sums
     return accelerator.reduce(loss).item(), accelerator.reduce(sums).cpu()
-
-
-def new_drafter(target: TrainTarget, config: TrainConfig) -> Drafter:
-    """A drafter as `config.drafter` says, with weights that are a function of the seed.
-
-    Raises:
-        CoralError: a layer or drafter to start from that does not exist or does not fit.
-    """
-    options = config.drafter
-    sizes = asdict(options)
-    del sizes["init_layer"], sizes["init_drafter"]
-    if options.intermediate_size is None:
-        sizes["intermediate_size"] = target.config.intermediate_size
-    wanted, source = DrafterConfig.for_target(target.config, **sizes), None
-    if options.init_drafter is not None:
-        directory = checkpoint.locate(options.init_drafter)
-        ours = (directory / "coral" / "config.json").exists()
-        source = checkpoint.load(directory, target) if ours else eagle.read(directory, target)
-        wanted = replace(source.config, **sizes)  # heads, rotary frequencies and so on stay its own
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run_state.random_generator(config.seed, 0).initial_seed())
-        drafter = Drafter(wanted)
-    if options.init_layer is not None:
-        layers = target.model.get_decoder().layers
-        if parallel.is_sharded(target):
-            raise CoralError("drafter.init_layer needs a layer of the target whole; do not shard the target.")
-        if not -len(layers) <= options.init_layer < len(layers):
-            raise CoralError(
-                f"drafter.init_layer is {options.init_layer}, but the target has {len(layers)} layers."
-            )
-        drafter.init_from_layer(layers[options.init_layer])
-    if source is not None:
-        drafter.init_from_drafter(source)
-    return drafter

@@ -37,8 +37,10 @@ class DrafterOptions:
 
 @dataclass(frozen=True)
 class OptimiserConfig:
-    """AdamW and its schedule, which is a function of the run's progress from 0 to 1."""
+    """The optimiser and its schedule, which is a function of the run's progress from 0 to 1."""
 
+    matrices: Literal["adamw", "muon"] = "adamw"
+    """How matrices learn; the rest learns with AdamW."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     """Peak learning rate; none: 1 / hidden size, that is 1.7e-3 at 576 and 2.4e-4 at 4096."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9

@@ -85,7 +85,7 @@ def save(
     drafter: Drafter,
     target: checkpoint.TargetRecord,
     config: TrainConfig,
-    optimiser: dict[str, Any],
+    optimiser: list[dict[str, Any]],
     state: RunState,
     examples: int,
     digest: str,
@@ -118,7 +118,7 @@ def save(
 
 def load(
     output: Path, config: TrainConfig, examples: int, digest: str, processes: int = 1
-) -> tuple[RunState, dict[str, Any]]:
+) -> tuple[RunState, list[dict[str, Any]]]:
     """The state of the run in `output`, for it to go on in so many processes, and its optimiser's.
 
     Raises:

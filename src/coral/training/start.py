@@ -1,0 +1,62 @@
+"""Where a drafter starts: random weights, a layer of the target, or another drafter."""
+
+from dataclasses import asdict, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from coral.data.features import FeatureSource
+from coral.drafter import checkpoint, eagle
+from coral.drafter.drafter import Drafter, DrafterConfig
+from coral.errors import CoralError
+from coral.training import parallel
+from coral.training.recipe import TrainConfig
+from coral.training.state import random_generator
+
+
+class TrainTarget(checkpoint.TargetLike, FeatureSource, Protocol):
+    """What training asks of a target."""
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def config(self) -> Any: ...
+    @property
+    def head_bias(self) -> Tensor | None: ...
+
+
+def new_drafter(target: TrainTarget, config: TrainConfig) -> Drafter:
+    """A drafter as `config.drafter` says, with weights that are a function of the seed.
+
+    Raises:
+        CoralError: a layer or drafter to start from that does not exist or does not fit.
+    """
+    options = config.drafter
+    sizes = asdict(options)
+    del sizes["init_layer"], sizes["init_drafter"]
+    if options.intermediate_size is None:
+        sizes["intermediate_size"] = target.config.intermediate_size
+    wanted, source = DrafterConfig.for_target(target.config, **sizes), None
+    if options.init_drafter is not None:
+        directory = checkpoint.locate(options.init_drafter)
+        ours = (directory / "coral" / "config.json").exists()
+        source = checkpoint.load(directory, target) if ours else eagle.read(directory, target)
+        wanted = replace(source.config, **sizes)  # heads, rotary frequencies and so on stay its own
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random_generator(config.seed, 0).initial_seed())
+        drafter = Drafter(wanted)
+    some = torch.linspace(0, target.vocab_size - 1, 64, device=target.device).long()[None]
+    drafter.balance_inputs(target.embed(some).cpu(), target.features(some).cpu())
+    if options.init_layer is not None:
+        layers = target.model.get_decoder().layers
+        if parallel.is_sharded(target):
+            raise CoralError("drafter.init_layer needs a layer of the target whole; do not shard the target.")
+        if not -len(layers) <= options.init_layer < len(layers):
+            raise CoralError(
+                f"drafter.init_layer is {options.init_layer}, but the target has {len(layers)} layers."
+            )
+        drafter.init_from_layer(layers[options.init_layer])
+    if source is not None:
+        drafter.init_from_drafter(source)
+    return drafter

@@ -11,8 +11,8 @@ from tiny_training import tiny_drafter, tiny_target
 
 from coral.drafter import eagle
 from coral.errors import CoralError
-from coral.training.start import new_drafter
 from coral.training.recipe import DrafterOptions, Limits
+from coral.training.start import new_drafter
 
 # As SafeAILab's drafters have it: heads but not their width, no rotary type, positions of the drafter's own.
 CLAIMS = {

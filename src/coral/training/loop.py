@@ -180,6 +180,7 @@ def train(
             reporter.say(f"going on after update {state.update}")
         if outdated:
             reporter.say(outdated)
+        reporter.say(f"{len(dataset):,} rows, {rows_per_update} in an update, products in {config.precision}")
         if accelerator.num_processes > 1:
             reporter.say(f"{accelerator.num_processes} processes, {rows_per_update} rows in an update")
         while True:
@@ -245,6 +246,7 @@ def train(
             reporter.say(f"stopped at update {state.update}; run the same command to go on")
         else:
             reporter.say(f"finished after update {state.update}: {output}")
+            reporter.say(f"`coral tune {output}` finds the tree that is fastest here, and its speedup")
     accelerator.end_training()
     return TrainOutcome(state.update, fraction >= 1, state.skipped, state.seconds, state.acceptance)
 

@@ -49,6 +49,7 @@ class Reporter:
         self.sums: torch.Tensor | None = None
         self.loss = 0.0
         self.since = time.monotonic()
+        self.expected = False
 
     def __enter__(self) -> "Reporter":
         self.bar.start()
@@ -125,6 +126,10 @@ class Reporter:
         if not self.console.is_terminal:
             left = elapsed_text(more["seconds"] * (1 / fraction - 1)) if fraction else "?"
             self.say(f"{fraction:4.0%}  {text}  {left} left")
+        if fraction and not self.expected:
+            left = more["seconds"] * (1 / fraction - 1)
+            self.say(f"at this pace, {speed:,.0f} trained tokens/s, it ends in {elapsed_text(left)}")
+            self.expected = True
         self.loss, self.sums, self.since = 0.0, None, time.monotonic()
 
     def write(self, line: dict[str, Any]) -> None:

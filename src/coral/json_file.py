@@ -60,7 +60,8 @@ def check(content: Any, schema: type[T], where: str, advice: str) -> T:
 @cache
 def _adapter(schema: Hashable) -> TypeAdapter[Any]:
     has_own = hasattr(schema, "__pydantic_config__") or hasattr(schema, "__dataclass_fields__")
-    return TypeAdapter(schema, config=None if has_own else STRICT)
+    kind: Any = schema
+    return TypeAdapter(kind, config=None if has_own else STRICT)
 
 
 def _readable(content: bytes) -> bytes:

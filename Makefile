@@ -2,6 +2,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # vLLM has an environment of its own: it pins what it needs, and nothing here depends on it.
 ENGINES ?= .venv-engines
+# So has llama.cpp, which benchmarks/real.sh measures.
+LLAMA ?= .venv-llama
 
 .PHONY: demo test lint install test-engines test-endpoint
 # One file marks the installed environment; it is remade when the dependencies change.
@@ -38,4 +40,10 @@ $(ENGINES)/installed: engines/requirements.py
 	$(ENGINES)/bin/python engines/requirements.py > $(ENGINES)/requirements.txt
 	$(ENGINES)/bin/python -m pip install -q -r $(ENGINES)/requirements.txt
 	$(ENGINES)/bin/python -m pip install -q --no-deps -e .
+	touch $@
+
+$(LLAMA)/installed:
+	$(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/python -m pip install -q --upgrade pip
+	$(LLAMA)/bin/python -m pip install -q xllamacpp==2026.10.11549 gguf
 	touch $@

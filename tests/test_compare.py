@@ -115,6 +115,16 @@ def test_only_what_all_have_counts_and_only_times_of_one_run() -> None:
     assert {d.temperature for d in compare(["a"], ["b"], [run(*a, *b), run(*warm)])} == {0.0, 1.0}
 
 
+def test_lookup_is_compared_with_coupled_drafting_too() -> None:
+    """Stops a comparison at T = 1 that is left out in silence since lookup has no noise to share."""
+    texts = [record("a", 1, [3, 9], temperature=1.0, coupled=coupled) for coupled in (True, False)]
+    texts += [record(name, 1, [2, 9], temperature=1.0, kind="peer") for name in ("ngram", "plain")]
+    found = compare(["a"], ["ngram"], [run(*texts)])
+    assert [d.coupled for d in found if d.suite == "all"] == [True, False]
+    assert all(d.tau.value == 1 for d in found)
+    assert [d.coupled for d in compare(["ngram"], ["plain"], [run(*texts)])] == [False, False]
+
+
 def test_refusals() -> None:
     """Stops a misspelt name that compares nothing, and taus of two trees that pass as two drafters."""
     a, b = record("a", 0, [3, 9]), record("b", 1, [2, 9])

@@ -30,6 +30,7 @@ class Case(NamedTuple):
     native: bool
 
 
+GEMMA = {"query_pre_attn_scalar": 16, "sliding_window": 16}
 PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
 CASES = {
     "llama bfloat16 tied": Case("llama", torch.bfloat16, True, NATIVE, True),  # SmolLM2, Llama 3.2
@@ -39,6 +40,7 @@ CASES = {
     "qwen2 float16 tied": Case("qwen2", torch.float16, True, {}, False),
     "qwen2 float32 tied": Case("qwen2", torch.float32, True, NATIVE, True),
     "qwen3 bfloat16 tied": Case("qwen3", torch.bfloat16, True, NATIVE, True),
+    "gemma3 bfloat16 tied": Case("gemma3", torch.bfloat16, True, NATIVE | GEMMA, True),
     "phi3 bfloat16 untied": Case("phi3", torch.bfloat16, False, PARTIAL | {"hidden_size": 32}, False),
     "olmo2 bfloat16 untied": Case("olmo2", torch.bfloat16, False, {}, False),
 }
@@ -127,5 +129,10 @@ def test_every_command(coral, tmp_path: Path, name: str) -> None:
         run("export", drafter, "--to", engine, "--output", out, "--dtype", "bfloat16")
         run("import", out, *at, "--output", tmp_path / f"{engine}-back")
         back = load_file(tmp_path / f"{engine}-back" / "model.safetensors")
-        assert all(torch.equal(tensor, trained[name].bfloat16()) for name, tensor in back.items())
+        folded = {"fc.weight"} if case.family == "gemma3" else set()  # with what multiplies its embedding
+        assert all(
+            torch.equal(tensor, trained[name].bfloat16())
+            for name, tensor in back.items()
+            if name not in folded
+        )
     run(*ask, "--drafter", tmp_path / "vllm-back")

@@ -7,6 +7,7 @@ import torch
 from tiny_tokenizer import EOT, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -20,6 +21,7 @@ from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.target import Target
 
 FAMILIES: dict[str, Any] = {
+    "gemma3": Gemma3TextConfig,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "olmo2": Olmo2Config,

@@ -85,10 +85,14 @@ def compare(
     if unknown := sorted(names - set(known)):
         raise CoralError(f"no run holds a drafter {unknown[0]!r}; known are {', '.join(known) or 'none'}.")
     settings: dict[tuple[str, float, bool], list[list[Record]]] = {}
-    for index, (_, records) in enumerate(runs):
+    own = [[record for record in records if record.method in names] for _, records in runs]
+    drafted = any(record.kind == "drafter" for records in own for record in records)
+    for index, records in enumerate(own):
         for record in records:
-            if record.method in names:
-                key = (record.dtype, record.temperature, record.coupled)
+            # What has no noise to share is compared with drafters that share it and with those that do not.
+            either = drafted and record.kind != "drafter" and record.temperature > 0
+            for coupled in (True, False) if either else (record.coupled,):
+                key = (record.dtype, record.temperature, coupled)
                 settings.setdefault(key, [[] for _ in runs])[index].append(record)
     found = []
     for setting, chosen in settings.items():

@@ -242,7 +242,10 @@ def write_table(
     """Write results.json and results.md as far as they are; returns the latter."""
     found = rows(methods, [*log.texts.values()], verdicts)
     versions = {k: v for client in log.clients.values() for k, v in client["versions"].items()}
-    trees = {name: client["tree"] for name, client in log.clients.items() if client.get("tree")}
+    labels = {method.name: method.label.strip("*") for method in methods}
+    trees = {
+        labels[name]: one["tree"] for name, one in log.clients.items() if one.get("tree") and name in labels
+    }
     results |= {"versions": versions, "trees": trees, "rows": found}
     lines = [*table(found), "", conditions(results), "", reproduce(results), ""]
     save(output, results, "\n".join(lines))
@@ -254,7 +257,7 @@ def conditions(results: Mapping[str, Any]) -> str:
     place, settings, rounds = results["environment"], results["settings"], results["rows"]
     flags = ", ".join(name for name, has in place["cpu_features"].items() if has)
     versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
-    trees = "".join(f" `{name}` drafts the tree {tree}." for name, tree in results["trees"].items())
+    trees = "".join(f" {name} drafts the tree {tree}." for name, tree in results["trees"].items())
     most = max((row["rounds"] for row in rounds), default=0)
     prompts = f"the first {settings['limit']} prompts of {settings['suite'].replace(',', ', ')}"
     return (

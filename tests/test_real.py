@@ -239,7 +239,7 @@ def test_the_driver_and_our_side(
     assert [word for word in asked if word != "verdicts"] == [HF, "plain", drafter]
     results = json.loads((output / "results.json").read_text())
     assert [row["method"] for row in results["rows"]] == [HF, PLAIN, "coral"]
-    assert all(row["texts"] == 2 for row in results["rows"]) and results["trees"].keys() == {"coral"}
+    assert all(row["texts"] == 2 for row in results["rows"]) and results["trees"].keys() == {"CORAL"}
     own = results["rows"][-1]
     assert set(own["first_differences"].values()) == {None}
     assert capsys.readouterr().out.endswith((output / "results.md").read_text() + "\n")

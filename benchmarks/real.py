@@ -37,6 +37,7 @@ from coral.target import Target
 HERE = Path(__file__).resolve().parent
 CLIENTS = {
     "ours": HERE / "real_ours.py",
+    "transformers": HERE.parent / "engines" / "real_transformers.py",
     "llama": HERE.parent / "engines" / "real_llama.py",
     "vllm": HERE.parent / "engines" / "real_vllm.py",
 }
@@ -140,7 +141,7 @@ def run(options: argparse.Namespace) -> int:
 
 def environments(options: argparse.Namespace, engines: set[str]) -> dict[str, Path]:
     """The Python of each engine."""
-    pythons = {"ours": Path(sys.executable)}
+    pythons = {"ours": Path(sys.executable), "transformers": Path(sys.executable)}
     for engine, root in (("llama", options.llama), ("vllm", options.vllm)):
         pythons[engine] = root.absolute() / "bin" / "python"
         if engine in engines and not pythons[engine].exists():

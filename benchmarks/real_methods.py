@@ -23,12 +23,15 @@ VLLM_NGRAM = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 def every_method(options: argparse.Namespace) -> list[Method]:
     """All that there are for this drafter. What vLLM drafts with is to lie in OUTPUT/vllm-drafter."""
 
-    def ours(name: str, label: str, method: str) -> Method:
-        return Method(name, label, "ours", "directory", "BF16", {"method": method})
+    def ours(name: str, label: str, drafter: str | None) -> Method:
+        return Method(name, f"**{label}**", "ours", "directory", "BF16", {"drafter": drafter})
+
+    def transformers(name: str, label: str, **options: int) -> Method:
+        return Method(name, f"Hugging Face{label}", "transformers", "directory", "BF16", {"options": options})
 
     methods = [
-        ours(HF, "Hugging Face `generate`", HF),
-        ours("hf_prompt_lookup", "Hugging Face, prompt lookup", "hf_prompt_lookup"),
+        transformers(HF, " `generate`"),
+        transformers("hf_prompt_lookup", ", prompt lookup", prompt_lookup_num_tokens=10),
     ]
     for model, precision in (("bf16", "BF16"), ("q8_0", "Q8_0"), ("file", "")):
         methods.append(
@@ -47,13 +50,13 @@ def every_method(options: argparse.Namespace) -> list[Method]:
     ):
         config = config and config | {"num_speculative_tokens": options.draft_tokens}
         methods.append(Method(name, label, "vllm", "directory", "BF16", {"speculative": config}))
-    methods += [ours(PLAIN, "**plain**", "plain"), ours("ngram", "**n-gram**", "ngram")]
+    methods += [ours(PLAIN, "plain", None), ours("ngram", "n-gram", "ngram")]
     if options.drafter is None:
         return [method for method in methods if method.name != "vllm_drafter"]
     return [
         *methods,
-        ours("coral", "**CORAL**", options.drafter),
-        ours("coral_lookup", "**CORAL and lookup**", f"{options.drafter}+ngram"),
+        ours("coral", "CORAL", options.drafter),
+        ours("coral_lookup", "CORAL and lookup", f"{options.drafter}+ngram"),
     ]
 
 

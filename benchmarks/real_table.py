@@ -20,9 +20,9 @@ BASES = {HF: "over HF `generate`", PLAIN: "over our plain", LLAMA: "over llama.c
 class Method:
     """A way of writing.
 
-    name: the key of its texts; label: what the table calls it. engine: whose client runs it, ours, llama or
-    vllm. model: which weights that reads; precision: what the table calls them. settings: what goes into its
-    job beside.
+    name: the key of its texts; label: what the table calls it. engine: whose client runs it, ours,
+    transformers, llama or vllm. model: which weights that reads; precision: what the table calls them.
+    settings: what goes into its job beside.
     """
 
     name: str

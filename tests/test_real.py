@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,15 @@ import numpy as np
 import pytest
 import real
 import real_ours
+import real_transformers
 import requant
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 from gguf.quants import dequantize, quantize
 from real_clients import ClientFailed, Records, ask
 from real_methods import chosen, every_method
-from real_ours import counted
 from real_table import HF, LLAMA, PLAIN, Method, Text, differences, first_difference, rows, table
 from tiny_pair import save_drafter, save_target
 
-from coral.bench.methods import Written
-from coral.decoding.state import Cycle
 from coral.errors import CoralError
 
 
@@ -111,21 +111,12 @@ def test_the_table_says_whose_text_differs_and_whose_cannot_be_compared() -> Non
     assert "1 by more than rounding" in wrong
 
 
-def test_whose_prefill_writes_a_token() -> None:
-    """Stops a decoding speed that counts Hugging Face's first token, which its prefill gave."""
-    cycle = Cycle([1, 2], 1, 1, 1, 0, False, 0.5, 0.5, 1.0)
-    own = counted(Written([1, 2, 3, 4], 3.0, 1.0, 2, [cycle, cycle]), prefill_writes=False)
-    assert (own["decode_seconds"], own["decoded"], own["forwards"]) == (2.0, 4, 2)
-    other = counted(Written([1, 2, 3, 4], 3.0, 1.0, 4, []), prefill_writes=True)
-    assert (other["decoded"], other["forwards"]) == (3, 3)
-
-
 def test_methods_and_their_names(tmp_path: Path) -> None:
     """Stops two methods of one name, whose texts would be one, and a pattern that silently names nothing."""
     options = argparse.Namespace(drafter="d+static", draft_tokens=4, output=tmp_path)
     methods = every_method(options)
     assert len({m.name for m in methods}) == len(methods)
-    assert methods[-1].settings == {"method": "d+static+ngram"}
+    assert methods[-1].settings == {"drafter": "d+static+ngram"}
     assert {m.model for m in methods if m.engine == "llama"} == {"bf16", "q8_0", "file"}
     alone = every_method(argparse.Namespace(drafter=None, draft_tokens=4, output=tmp_path))
     assert {m.name for m in methods} - {m.name for m in alone} == {"coral", "coral_lookup", "vllm_drafter"}
@@ -174,6 +165,18 @@ def test_a_client_is_heard_as_it_writes_and_its_failure_is_told(tmp_path: Path) 
         next(answers)
 
 
+def test_other_engines_do_not_wait_as_coral_does(tmp_path: Path) -> None:
+    """Stops settings that importing coral leaves in the environment from changing another engine's speed."""
+    changed = "import coral, os; os.environ['CHANGED'] = '1'; from real_clients import as_started; "
+    changed += "print({'CHANGED', 'GOMP_SPINCOUNT'} & as_started().keys(), as_started()['GIVEN'])"
+    given = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | {
+        "GIVEN": "a=b",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    found = subprocess.run([sys.executable, "-c", changed], env=given, capture_output=True, text=True)
+    assert found.stdout == "set() a=b\n", found.stderr
+
+
 def write_gguf(path: Path) -> np.ndarray:
     writer = GGUFWriter(path, "llama")
     writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
@@ -219,10 +222,11 @@ def test_the_driver_and_our_side(
     asked = []
 
     def ask_here(python: Path, script: Path, job: dict[str, Any], log: Path, threads: int) -> Any:
-        asked.append(job.get("method", "verdicts"))
+        asked.append(job.get("drafter", "verdicts" if "disputed" in job else HF))
         question, answers = tmp_path / "job.json", tmp_path / "answers"
         question.write_text(json.dumps(job))
-        real_ours.main(str(question), str(answers))
+        client = {"real_ours": real_ours, "real_transformers": real_transformers}[script.stem]
+        client.main(str(question), str(answers))
         yield from map(json.loads, answers.read_text().splitlines())
 
     monkeypatch.setattr(real, "ask", ask_here)
@@ -236,12 +240,19 @@ def test_the_driver_and_our_side(
 
     assert run(8, f"{HF},plain") == 0
     assert run(8, f"{HF},plain,coral") == 0
-    assert [word for word in asked if word != "verdicts"] == [HF, "plain", drafter]
+    assert [word for word in asked if word != "verdicts"] == [HF, None, drafter]
     results = json.loads((output / "results.json").read_text())
     assert [row["method"] for row in results["rows"]] == [HF, PLAIN, "coral"]
     assert all(row["texts"] == 2 for row in results["rows"]) and results["trees"].keys() == {"CORAL"}
-    own = results["rows"][-1]
-    assert set(own["first_differences"].values()) == {None}
+    assert all(set(row["first_differences"].values()) == {None} for row in results["rows"][1:])
+    found = [
+        json.loads(line)["text"]
+        for line in (output / "records.jsonl").read_text().splitlines()[1:]
+        if "text" in line
+    ]
+    assert all(one["decoded"] == len(one["tokens"]) - (one["method"] == HF) for one in found)
+    assert all(0 < one["decode_seconds"] < one["seconds"] for one in found)
+    assert all(one["forwards"] == one["decoded"] for one in found if one["method"] != "coral")
     assert capsys.readouterr().out.endswith((output / "results.md").read_text() + "\n")
 
     kept = (output / "records.jsonl").read_text()

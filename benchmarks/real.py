@@ -14,6 +14,7 @@ OUTPUT/results.json, OUTPUT/results.md and the clients' logs.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,7 @@ CLIENTS = {
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a client does not outlive a killed run
     try:
         return run(read_options())
     except CoralError as error:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import Protocol, TypeVar
 
 from rich.console import Console
@@ -16,12 +17,20 @@ from rich.progress import (
 
 Item = TypeVar("Item")
 
+LINE_SECONDS = 60.0
+
 
 @contextmanager
 def bar(console: Console | None, title: str, total: int | None) -> Iterator[Callable[..., None]]:
-    """Yield `advance(count=1, note="")`; without a console nothing is drawn, without a total no end is."""
+    """Yield `advance(count=1, note="")`; without a console nothing is drawn, without a total no end is.
+
+    In a log, which has no use for a bar, it is a line a minute.
+    """
     if console is None:
         yield lambda count=1, note="": None
+        return
+    if not console.is_terminal:
+        yield _lines(console, title, total)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -38,6 +47,21 @@ def bar(console: Console | None, title: str, total: int | None) -> Iterator[Call
             shown.update(task, advance=count, note=note)
 
         yield advance
+
+
+def _lines(console: Console, title: str, total: int | None) -> Callable[..., None]:
+    done, said = 0, monotonic()
+
+    def advance(count: int = 1, note: str = "") -> None:
+        nonlocal done, said
+        done += count
+        if monotonic() - said < LINE_SECONDS and done != total:
+            return
+        said = monotonic()
+        end = "" if total is None else f" of {total:,}"
+        console.print(f"{title} {done:,}{end} {note}".rstrip(), highlight=False, soft_wrap=True)
+
+    return advance
 
 
 class Reading(Protocol):

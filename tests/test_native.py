@@ -50,6 +50,8 @@ def pair(dtype=torch.float32, biased=False, **options):
         torch.nn.init.normal_(parameter, std=0.1, mean=float(parameter.dim() == 1))
         if parameter.dim() == 2:
             parameter.data = as_bytes(parameter)
+    loud, quiet = (as_bytes(half) for half in drafter.fc.weight.chunk(2, dim=1))
+    drafter.fc.weight.data = torch.cat([loud / drafter.config.embedding_scale, quiet], 1)
     return target, drafter.bfloat16().to(dtype).requires_grad_(False)
 
 
@@ -81,14 +83,15 @@ def draft(target, proposer, budget, sampling, accepted, length=20):
     [
         {},
         {"num_layers": 2, "fc_bias": True, "biased": True},
-        {"normalised_feedback": True, "num_key_value_heads": 1, "embedding_scale": 6.0},
+        {"normalised_feedback": True, "num_key_value_heads": 1, "embedding_scale": 2.0**-10},
     ],
-    ids=["plain", "two layers and biases", "normalised and scaled"],
+    ids=["plain", "two layers and biases", "normalised, and halves of fc of two sizes"],
 )
 def test_trees_are_those_of_levels(head, options, monkeypatch):
     """Stops: a row of the cache that belongs to another row, branch or level; rotation at another position; a
     path that sees a sibling; other children, ranks, ties, noise, ids that compete or ends of growth; accepted
-    rows that a later cycle does not find; and rows of a long prompt that are read twice or not at all.
+    rows that a later cycle does not find; rows of a long prompt that are read twice or not at all; and a half
+    of fc that is rounded away beside the other.
     """
     monkeypatch.setattr("coral.decoding.proposers.feature._POOL", 12)
     target, drafter = pair(**options)

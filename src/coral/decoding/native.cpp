@@ -42,7 +42,7 @@ struct Job {
   int64_t threads, hidden, heads, kv_heads, head_size, inner, capacity, candidates, num_layers;
   const Layer* layers;
   Numbers embedding;
-  Matrix fc, head;
+  Matrix embedding_fc, feature_fc, head;  // fc in its halves, since one may be far larger than the other
   const float *fc_bias, *head_bias;  // or none
   const int64_t* head_ids;           // or none: rows of the head are ids
   const float *cos, *sin;            // [positions, d]
@@ -189,7 +189,7 @@ struct Draft {
   int64_t depth = 0;
   bool done = false;
 
-  std::vector<float> joined, x, normed, queries, attended, gate, up, drafted, logits;
+  std::vector<float> embedded, x, normed, queries, attended, gate, up, drafted, logits;
   // Of each thread, for each node of the frontier: those of its part that may become children, and so on.
   std::vector<std::vector<std::vector<Child>>> rivals;
   std::vector<std::vector<float>> most, mass;
@@ -206,7 +206,7 @@ struct Draft {
 
   void make_room() {
     const int64_t n = ids.size(), h = job.hidden, team = omp_get_num_threads();
-    joined.resize(n * 2 * h), x.resize(n * h), normed.resize(n * h), drafted.resize(n * h);
+    embedded.resize(n * h), x.resize(n * h), normed.resize(n * h), drafted.resize(n * h);
     queries.resize(n * job.heads * job.head_size), attended.resize(queries.size());
     gate.resize(n * job.inner), up.resize(gate.size()), logits.resize(frontier.size() * job.candidates);
     rivals.assign(team, std::vector<std::vector<Child>>(frontier.size()));
@@ -231,14 +231,14 @@ struct Draft {
     const int64_t n = ids.size(), h = job.hidden, own = omp_get_thread_num(), team = omp_get_num_threads();
     for (int64_t r = own; r < n; r += team) {
       job.embedding.visit([&](const auto* rows) {
-        for (int64_t c = 0; c < h; c++) joined[r * 2 * h + c] = float(rows[ids[r] * h + c]) * job.embedding_scale;
+        for (int64_t c = 0; c < h; c++) embedded[r * h + c] = float(rows[ids[r] * h + c]) * job.embedding_scale;
       });
-      std::copy_n(&features[r * h], h, &joined[r * 2 * h + h]);
     }
     wait_for_all();
     const Range columns = share(h, kLanes);
     set(x.data(), n, h, job.fc_bias, columns);
-    product(joined.data(), n, 2 * h, job.fc, columns, {x.data(), h, true});
+    product(embedded.data(), n, h, job.embedding_fc, columns, {x.data(), h, true});
+    product(features.data(), n, h, job.feature_fc, columns, {x.data(), h, true});
     for (int64_t l = 0; l < job.num_layers; l++) {
       const Layer& layer = job.layers[l];
       // Of the last layer only the frontier's rows are wanted; the others leave their keys and values.

@@ -50,7 +50,8 @@ class _Job(Structure):
         *((name, c_int64) for name in ("capacity", "candidates", "num_layers")),
         ("layers", c_void_p),
         ("embedding", _Numbers),
-        ("fc", _Matrix),
+        ("embedding_fc", _Matrix),
+        ("feature_fc", _Matrix),
         ("head", _Matrix),
         *((name, c_void_p) for name in ("fc_bias", "head_bias", "head_ids", "cos", "sin")),
         ("eps", c_float),
@@ -87,6 +88,7 @@ class NativeDrafter:
             linears = a.q_proj, a.k_proj, a.v_proj, a.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
             layers.append(_Layer(first, norm, *(self._matrix(linear.weight) for linear in linears)))
         self._layers = (_Layer * len(layers))(*layers)
+        embedding_fc, feature_fc = (self._matrix(half) for half in drafter.fc.weight.chunk(2, dim=1))
         bias = drafter.fc.bias
         self._job = _Job(
             hidden=config.hidden_size,
@@ -97,7 +99,8 @@ class NativeDrafter:
             num_layers=len(layers),
             layers=addressof(self._layers),
             embedding=_numbers(target.embedding_weight),
-            fc=self._matrix(drafter.fc.weight),
+            embedding_fc=embedding_fc,
+            feature_fc=feature_fc,
             fc_bias=None if bias is None else self._vector(bias),
             eps=config.rms_norm_eps,
             embedding_scale=config.embedding_scale,

@@ -10,6 +10,7 @@ bfloat16 can hold are stored in it, for float32 rows, too. `benchmarks/few_rows.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Hashable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -71,19 +72,25 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def pack_once(weight: Tensor, met: Counter[Any]) -> Tensor:
-    """`pack`, shared by all graphs of this process that multiply with the same numbers.
+    """`pack`, shared as in `once`."""
+    contiguous = weight.contiguous()
+    content = weight.shape, sha256(contiguous.view(torch.uint8).numpy().data).digest()
+    return once(content, met, lambda: pack(contiguous))
+
+
+def once(content: Hashable, met: Counter[Any], make: Callable[[], Tensor]) -> Tensor:
+    """What `make` packs, shared by all graphs of this process that multiply with the same numbers.
 
     Args:
+        content: what tells these numbers from others.
         met: weights of this graph so far. Those that are equal stay apart, as they are in the model: a
             deepened target is to cost what it weighs.
     """
-    contiguous = weight.contiguous()
-    content = weight.shape, sha256(contiguous.view(torch.uint8).numpy().data).digest()
     met[content] += 1
     key = content, met[content]
     packed = _packed.get(key)
     if packed is None:
-        packed = _packed[key] = pack(contiguous)
+        packed = _packed[key] = make()
     return packed
 
 

@@ -5,6 +5,7 @@
 // n: rows of all sequences, h: hidden size, d: head size.
 
 #include "tiles.h"
+#include "packing.h"
 
 #include <memory>
 

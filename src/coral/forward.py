@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from coral import sampler
 from coral.cpp import build
-from coral.few_rows import DTYPES, LANES, MOST_ROWS, PANEL, pack_once
+from coral.few_rows import DTYPES, LANES, MOST_ROWS, PANEL
 from coral.packed import PackedLinear
+from coral.packing import pack_once
 from coral.support import rotations
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class NativeForward:
         decoder, config = target.decoder, target.config
         attention = decoder.layers[0].self_attn
         sampler.load()  # else sampling would take as long as the forward
-        self._run, self._decoder = library.coral_forward, decoder
+        self._library, self._run, self._decoder = library, library.coral_forward, decoder
         self._owned: list[Tensor] = [target.embedding_weight]  # what the pointers below lead to
         self._met = Counter[Any]()
         self._gemma = config.model_type == "gemma3_text"
@@ -276,12 +277,12 @@ class NativeForward:
                 return torch.cat(parts)
             return torch.stack([part.unflatten(0, (-1, PANEL)) for part in parts], 1).flatten(0, 2)
 
-        weight = joined([linear.weight.detach() for linear in linears])
-        self._owned.append(pack_once(weight, self._met))
+        weights = [linear.weight.detach() for linear in linears]
+        self._owned.append(pack_once(self._library, weights, interleaved, self._met))
         return _Matrix(
             panels=self._owned[-1].data_ptr(),
-            inputs=weight.shape[1],
-            outputs=len(weight),
+            inputs=weights[0].shape[1],
+            outputs=sum(map(len, weights)),
             narrow=self._owned[-1].dtype == torch.bfloat16,
             bias=None if linears[0].bias is None else self._vector(joined([each.bias for each in linears])),
         )

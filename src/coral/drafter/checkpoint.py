@@ -8,8 +8,10 @@ drafter, the target it belongs to, the drafter's options, and the recipe and mea
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from shutil import copyfile
 from typing import Any, Protocol
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from coral import hub, json_file
 from coral.drafter.drafter import Drafter, DrafterConfig
+from coral.drafter.likeness import Likeness
 from coral.errors import CoralError
 from coral.files import atomic_directory, replaceable
 from coral.json_file import STRICT, Size
@@ -55,7 +58,8 @@ class TargetLike(Protocol):
 class TargetRecord:
     """Which target a drafter belongs to. A fingerprint recognises a target whose directory was moved or
     renamed; there is one of its weights in bfloat16 and one in float16, since it may be loaded in either, and
-    what one of them rounds the other cannot tell. Records of before there were two have the first.
+    what one of them rounds the other cannot tell. Records of before there were two have the first. By its
+    likeness the same model is known in other numbers; older records have none.
     """
 
     name: str
@@ -64,6 +68,11 @@ class TargetRecord:
     hidden_size: Size
     fingerprint: str
     fingerprint_float16: str | None = None
+    likeness: Likeness | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.likeness, dict):  # as JSON brings it
+            object.__setattr__(self, "likeness", Likeness(**self.likeness))
 
     @classmethod
     def of(cls, target: TargetLike) -> "TargetRecord":
@@ -74,6 +83,7 @@ class TargetRecord:
             target.hidden_size,
             _fingerprint(target.head_weight, torch.bfloat16),
             _fingerprint(target.head_weight, torch.float16),
+            Likeness.of(target),
         )
 
     def has_weights_of(self, other: "TargetRecord") -> bool:
@@ -313,12 +323,27 @@ def _check_target(directory: Path, recorded: TargetRecord, given: TargetRecord) 
                 f"the drafter {directory} has {what} {ours}, but the target {given.name} has {theirs}; it "
                 f"was trained for {recorded.name}: use that target."
             )
-    if not recorded.has_weights_of(given):
+    if recorded.has_weights_of(given):
+        return
+    difference = "has other weights"
+    if recorded.likeness is not None and given.likeness is not None:
+        difference = recorded.likeness.difference(given.likeness) or ""
+    if difference:
         revision = f" at revision {recorded.revision}" if recorded.revision else ""
         raise CoralError(
             f"the drafter {directory} was trained for the target {recorded.name}{revision}, but {given.name} "
-            "has other weights; use that target, or train a drafter for this one."
+            f"{difference}; use that target, or train a drafter for this one."
         )
+    _note(
+        f"{given.name} is {recorded.name} in other numbers, for which the drafter was trained: a little less "
+        "of what it drafts may be accepted. The text stays the target's own."
+    )
+
+
+@cache
+def _note(text: str) -> None:
+    """Say it on standard error, once."""
+    print(text, file=sys.stderr)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -5,7 +5,7 @@ ENGINES ?= .venv-engines
 # So has llama.cpp, which benchmarks/real.sh measures.
 LLAMA ?= .venv-llama
 
-.PHONY: demo test lint install test-engines test-endpoint
+.PHONY: demo test test-real lint install test-engines test-endpoint
 # One file marks the installed environment; it is remade when the dependencies change.
 install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
@@ -15,11 +15,14 @@ install: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: install  ## the shipped pair at work
+demo: install  ## SmolLM2, which is fetched once, and our drafter at work
 	$(BIN)/coral demo
 
 test: install  ## CPU, no network, under three minutes
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+test-real: install  ## with SmolLM2, which is fetched once; skipped where that cannot be
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m real -rs
 
 lint: install
 	$(BIN)/ruff format --check .

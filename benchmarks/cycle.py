@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from publish import header, show
 
-from coral.api import EMBEDDED, Pair, make_proposer
+from coral.api import Pair, make_proposer
 from coral.bench import suites
 from coral.bench.costs import verify_seconds
 from coral.bench.deepen import deepen, plain_bytes
@@ -34,6 +34,7 @@ from coral.decoding.state import Cycle
 from coral.decoding.tree import CPU_DEFAULT
 from coral.demo import PROMPTS
 from coral.memory import keep_freed_memory
+from coral.models import TOY
 from coral.options import quiet_transformers, read_budget
 from coral.target import Target
 
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="at most, of each text a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--drafter", default=f"{EMBEDDED / 'drafter'}+static")
+    parser.add_argument("--drafter", default=f"{TOY / 'drafter'}+static")
     parser.add_argument("--tree", default=None)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     options = parser.parse_args()
@@ -107,7 +108,7 @@ def main() -> None:
     quiet_transformers()
     budget = read_budget(options.tree) or CPU_DEFAULT
     rows = budget.num_nodes + 1
-    loaded = Target.load(EMBEDDED / "target", dtype=options.dtype)
+    loaded = Target.load(TOY / "target", dtype=options.dtype)
     if options.layers > loaded.config.num_hidden_layers:
         deepen(loaded.model, options.layers)
     target = loaded.compiled((1, rows))

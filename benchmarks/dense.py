@@ -10,7 +10,7 @@ alignment loss, for which the graphs of all steps must be alive at once. `check`
 same loss and gradients.
 
 There is no target model here: features, embeddings and the frozen LM head are random, and every token is
-trained. Drafter sizes are those of the embedded target. Each case runs in its own process. Memory is the
+trained. Drafter sizes are those of the toy target. Each case runs in its own process. Memory is the
 process's largest resident size less what it was before the step, while freed blocks go back to the kernel at
 once, so that neither method pays for the allocator's habits; speed is then taken with freed memory kept, as
 `coral train` does. The estimate is the largest sum of bytes of the tensors alive in the dense step, found by
@@ -40,10 +40,10 @@ from torch.nn.functional import pad, smooth_l1_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import coral
 from coral.data.features import FeatureBatch
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.memory import keep_freed_memory
+from coral.models import TOY
 from coral.training.alignment import alignment_loss
 from coral.training.learner import Learner
 from coral.training.losses import trained_rows
@@ -159,9 +159,9 @@ def cases(shrink: int) -> Iterator[Case]:
 
 
 def setting(case: Case, device: torch.device) -> tuple[Drafter, FeatureBatch, Tensor]:
-    """A drafter of the embedded target's sizes, a random batch [B,L,h] and a random frozen head [V,h]."""
+    """A drafter of the toy target's sizes, a random batch [B,L,h] and a random frozen head [V,h]."""
     torch.manual_seed(0)
-    sizes = json.loads((Path(coral.__file__).parent / "embedded/target/config.json").read_text())
+    sizes = json.loads((TOY / "target" / "config.json").read_text())
     target = argparse.Namespace(**sizes | {"vocab_size": case.vocab})
     with device:
         drafter = Drafter(DrafterConfig.for_target(target))

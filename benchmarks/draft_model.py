@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from coral.api import EMBEDDED
 from coral.data import prepared
 from coral.data.features import FeatureBatch, Rows, feature_batch
 from coral.errors import CoralError
 from coral.files import atomic_directory
+from coral.models import TOY
 from coral.target import Target
 
 CHUNK = 256  # rows whose scores over the vocabulary are held at once
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=20.0, help="of training; the schedule ends with them"
     )
-    parser.add_argument("--target", default=str(EMBEDDED / "target"))
+    parser.add_argument("--target", default=str(TOY / "target"))
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=2, help="rows of the data in an update")
     parser.add_argument("--learning-rate", type=float, default=3e-3)

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from coral import few_rows
-from coral.api import EMBEDDED
 from coral.bench.deepen import deepen
 from coral.memory import keep_freed_memory
+from coral.models import TOY
 from coral.options import quiet_transformers
 from coral.target import Target
 
@@ -52,7 +52,7 @@ def weights() -> list[Tensor]:
 
 
 def deepened() -> Target:
-    target = Target.load(EMBEDDED / "target", dtype="float32")
+    target = Target.load(TOY / "target", dtype="float32")
     deepen(target.model, 32)
     return target
 

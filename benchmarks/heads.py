@@ -24,7 +24,6 @@ import torch
 from publish import header, reproduce, save
 from torch import nn
 
-from coral.api import EMBEDDED
 from coral.cache import KVCache
 from coral.decoding.state import State
 from coral.drafter.groups import contiguous
@@ -32,6 +31,7 @@ from coral.drafter.heads import FullHead, Head
 from coral.drafter.in_context import InContextHead
 from coral.drafter.reduced import LowRankHead, StaticHead
 from coral.drafter.routed import RoutedHead, Router
+from coral.models import TOY
 from coral.packed import pack_linears
 from coral.target import Target
 
@@ -217,9 +217,7 @@ def main() -> None:
             continue
         shipped = name == "the shipped pair"
         target = (
-            Target.load(EMBEDDED / "target", dtype=dtype)
-            if shipped
-            else random_target(vocab_size, hidden, kind)
+            Target.load(TOY / "target", dtype=dtype) if shipped else random_target(vocab_size, hidden, kind)
         )
         results["rows"] += measure(name, target, given.seconds)
         del target

@@ -15,7 +15,7 @@ from typing import Any
 from publish import header, show
 from torch import Tensor
 
-from coral.api import EMBEDDED, make_proposer
+from coral.api import make_proposer
 from coral.bench import suites
 from coral.bench.methods import ours
 from coral.decoding.generate import acceptance_length
@@ -25,6 +25,7 @@ from coral.decoding.sampling import Sampling
 from coral.decoding.tree import CPU_DEFAULT
 from coral.drafter.reduced import StaticHead, Table
 from coral.memory import keep_freed_memory
+from coral.models import TOY
 from coral.options import quiet_transformers
 from coral.target import Target
 
@@ -56,8 +57,8 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     quiet_transformers()
-    target = Target.load(EMBEDDED / "target", dtype="float32").compiled((1, CPU_DEFAULT.num_nodes + 1))
-    feature: Any = make_proposer(target, EMBEDDED / "drafter")
+    target = Target.load(TOY / "target", dtype="float32").compiled((1, CPU_DEFAULT.num_nodes + 1))
+    feature: Any = make_proposer(target, TOY / "drafter")
     feature.head = Missing(feature.head, target.vocab_size)
     loaded = suites.load("mt_bench,humaneval,gsm8k", options.prompts)
     prompts = [suites.render(target.tokenizer, prompt) for suite in loaded.values() for prompt in suite]

@@ -13,11 +13,12 @@ from time import perf_counter
 import torch
 from publish import header, show
 
-from coral.api import EMBEDDED, make_proposer
+from coral.api import make_proposer
 from coral.bench.deepen import deepen
 from coral.decoding.state import State
 from coral.decoding.tree import Budget
 from coral.memory import keep_freed_memory
+from coral.models import TOY
 from coral.options import quiet_transformers
 from coral.target import Target
 
@@ -34,11 +35,11 @@ def main() -> None:
     quiet_transformers()
     rows = []
     for dtype in ("float32", "bfloat16"):
-        target = Target.load(EMBEDDED / "target", dtype=dtype)
+        target = Target.load(TOY / "target", dtype=dtype)
         deepen(target.model, options.layers)
         native = target.compiled((1, 8))
         assert not native.pads, "this target is not run natively"
-        proposer = make_proposer(native, f"{EMBEDDED / 'drafter'}+static")
+        proposer = make_proposer(native, f"{TOY / 'drafter'}+static")
         for length in LENGTHS:
             tokens = torch.randint(10, target.vocab_size, (length + 1,)).tolist()
             seconds: dict[str, list[float]] = {"torch": [], "native": [], "drafter": []}

@@ -9,7 +9,7 @@ mkdir -p "$OUT"
 DATA=$(realpath "$DATA") STAGE1=$(realpath "$STAGE1") OUT=$(realpath "$OUT")
 SPEC_BENCH=${SPEC_BENCH:+$(realpath "$SPEC_BENCH")}
 BIN=$PWD/.venv/bin HERE=$PWD/benchmarks
-OWN=$PWD/src/coral/embedded/drafter
+OWN=$PWD/tests/toy/drafter
 cd "$OUT" && { [ -e stage1 ] || ln -s "$STAGE1" stage1; }
 
 # Recipes on equal data, and the options of the alignment.
@@ -51,7 +51,7 @@ $BENCH $FIRST_40 $RECIPES $ROUTED --temperature 1 --uncoupled --no-peers --max-n
 "$BIN/python" "$HERE/prompts.py" prompts
 "$BIN/python" "$HERE/dense.py" --output memory
 CYCLE="--dtype bfloat16 --suites humaneval,gsm8k,mt_bench --limit 6 --rounds 1"
-OWN="$HERE/../src/coral/embedded/drafter+static"
+OWN="$HERE/../tests/toy/drafter+static"
 "$BIN/python" "$HERE/cycle.py" cycle-chain-lookup $CYCLE --drafter "$OWN+ngram" --tree 1,6,7,0.15
 "$BIN/python" "$HERE/cycle.py" cycle-tree-lookup $CYCLE --drafter "$OWN+ngram" --tree 2,6,10,0.1
 "$BIN/python" "$HERE/cycle.py" cycle-tree $CYCLE --drafter "$OWN" --tree 2,6,7,0.1

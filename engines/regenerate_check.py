@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 
-from coral.api import EMBEDDED
 from coral.bench import suites
 from coral.data.chat_format import ChatFormat
+from coral.models import TOY
 from coral.options import quiet_transformers
 from coral.target import Target
 
-TARGET = EMBEDDED / "target"
+TARGET = TOY / "target"
 NEAR = 1e-3  # difference of two logits that rounding in float32 may turn round; they are around 10
 START = 600  # seconds that a server may take
 

@@ -34,10 +34,10 @@ from speculators.convert.eagle.eagle_converter import EagleConverter
 from speculators.convert.eagle.eagle_legacy_model import EagleSpeculator, EagleSpeculatorConfig
 from torch import Tensor
 
-from coral.api import EMBEDDED
 from coral.drafter import checkpoint
 from coral.export import write
 from coral.export.read import read
+from coral.models import TOY
 from coral.target import Target
 
 TEXT = "Speculative decoding lets a small model propose what a large one checks. " * 4
@@ -45,8 +45,8 @@ TEXT = "Speculative decoding lets a small model propose what a large one checks.
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--target", default=EMBEDDED / "target")
-    options.add_argument("--drafter", type=Path, default=EMBEDDED / "drafter")
+    options.add_argument("--target", default=TOY / "target")
+    options.add_argument("--drafter", type=Path, default=TOY / "drafter")
     asked = options.parse_args()
     logger.remove()  # the converter tells everything
     target = Target.load(str(asked.target), dtype="float32", attention="eager")

@@ -25,7 +25,7 @@ import torch
 from agreement import Counts, judge
 from publish import header, reproduce, save
 
-from coral.api import EMBEDDED, make_proposer
+from coral.api import make_proposer
 from coral.bench import suites
 from coral.bench.equality import compare, references
 from coral.bench.methods import ours
@@ -36,6 +36,7 @@ from coral.decoding.state import State
 from coral.decoding.tree import DEFAULT, Budget
 from coral.export import write
 from coral.memory import keep_freed_memory
+from coral.models import TOY
 from coral.options import quiet_transformers
 from coral.target import Target
 
@@ -46,8 +47,8 @@ NGRAM = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--engine", type=Path, required=True, help="the Python of vLLM's environment")
-    parser.add_argument("--target", type=Path, default=EMBEDDED / "target")
-    parser.add_argument("--drafter", type=Path, default=EMBEDDED / "drafter")
+    parser.add_argument("--target", type=Path, default=TOY / "target")
+    parser.add_argument("--drafter", type=Path, default=TOY / "drafter")
     parser.add_argument(
         "--heads", default="full", help="full, and those that the plug-in serves: static, ..."
     )

@@ -13,9 +13,18 @@ import pytest
 import torch
 from tiny_pair import save_drafter, save_target
 
+from coral import models as models_
 from coral.cli import main
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The toy pair of the checkout where no target is named: the real one would have to be fetched."""
+    monkeypatch.setattr(models_, "fetch", lambda: models_.TOY / "target")
+    monkeypatch.setattr(models_, "DRAFTER", models_.TOY / "drafter")
+    return models_.TOY
 
 
 class Result(NamedTuple):

@@ -32,7 +32,7 @@ OPTIONS = {
         "--no-coupled", "--compile", "--no-compile", "--head", "--fallback", "--no-fallback", "--revision",
         "--trust-remote-code",
     },
-    "demo": {"--deepen", "--max-new-tokens", "--dtype", "--tree"},
+    "demo": {"--max-new-tokens", "--dtype", "--tree"},
     "data": set(),
     "data prepare": {
         "--tokenizer", "--output", "--max-length", "--pack", "--held-out", "--limit", "--last-turn-only",
@@ -368,8 +368,8 @@ def test_stats_and_marks(coral, models: Path) -> None:
     text = coral(*command).out
     result = coral(*command, "--stats", "--drafter", "ngram", "--mark", "--no-fallback")
     found = re.fullmatch(
-        r"60 tokens in [\d.]+ s \([\d.]+ tokens/s\), the first after [\d.]+ s, (\d+) cycles \(\d+ of them "
-        r"plain steps\), tau ([\d.]+), (\d+) of \d+ draft tokens accepted, drafting \d+%, "
+        r"load [\d.]+ s, first token [\d.]+ s, then \d+ tokens in [\d.]+ s \([\d.]+ tokens/s\); (\d+) cycles "
+        r"\(\d+ of them plain steps\), tau ([\d.]+), (\d+) of \d+ draft tokens accepted, drafting \d+%, "
         r"verification \d+% of the time, tree 2,6,10,0.1 \(default\)\n", result.err)  # fmt: skip
     assert found is not None
     cycles, accepted = int(found[1]), int(found[3])
@@ -377,6 +377,8 @@ def test_stats_and_marks(coral, models: Path) -> None:
     brackets = str.maketrans("", "", "[]")
     assert result.out != text and result.out.translate(brackets) == text.translate(brackets)
     assert coral(*command, "--mark").out == text
+    alone = coral(*command, "--stats").err
+    assert "--drafter ngram" in alone and "tree" not in alone and "draft " not in alone and "tau" not in alone
 
 
 def test_chat_keeps_the_conversation_and_new_forgets_it(coral, models: Path) -> None:
@@ -472,14 +474,25 @@ def test_drafters_are_named_as_in_generate(coral, models: Path, tmp_path: Path) 
     assert [row[0] for row in named["ngram"]] == ["peer", "peer"]
 
 
-def test_demo_and_the_shipped_pair(coral, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo's wiring, on the tiny pair; tests/test_embedded.py is about the real one."""
-    for module in ("coral.api", "coral.demo"):
-        monkeypatch.setattr(f"{module}.EMBEDDED", models)
-    result = coral("demo", "--deepen", 3, "--max-new-tokens", 6)
-    assert result.code == 0 and result.err == ""
-    assert "deepened to 3 layers" in result.out and len(re.findall(r"\d\.\d\dx", result.out)) == 2
-    assert result.out.count("yes") == 2 and "NO" not in result.out
-    shipped = coral("generate", "hi", "--max-new-tokens", 8, "--stats", "--tree", "2,2,4")
-    assert shipped.out == coral("generate", "hi", "--max-new-tokens", 8, "--drafter", "plain").out
-    assert " 0 draft tokens" not in shipped.err  # its own drafter is the default
+def test_demo_and_the_default_pair(coral, toy: Path) -> None:
+    """Stops a demo whose table compares different tokens, or has none, and a default without its drafter."""
+    result = coral("demo", "--max-new-tokens", 6)
+    assert result.code == 0 and result.err == "" and "Until then" not in result.out
+    for name, kind in (("Hugging Face generate", r"\d of 6|yes"), ("plain", "yes"), ("CORAL", "yes")):
+        assert re.search(rf"{name} .*\d\.\d\dx .*({kind})", result.out), result.out
+    written = coral("generate", "hi", "--max-new-tokens", 8, "--stats", "--tree", "2,2,4")
+    assert written.out == coral("generate", "hi", "--max-new-tokens", 8, "--drafter", "plain").out
+    assert "draft tokens accepted" in written.err and " 0 draft tokens" not in written.err
+
+
+def test_the_demo_says_why_and_shows_the_toy(coral, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stops a first impression that is a stack trace, or a toy that is taken for the real thing; outside of a
+    checkout there is no toy.
+    """
+    monkeypatch.setenv("CORAL_MODELS", str(tmp_path / "models"))
+    shown = coral("demo", "--max-new-tokens", 2)
+    assert shown.code == 0 and "CORAL" in shown.out
+    assert "cannot fetch" in (why := shown.out.splitlines()[0]) and "toy" in why
+    monkeypatch.setattr("coral.models.TOY", tmp_path / "no checkout")
+    refused = coral("demo")
+    assert refused.code == 2 and refused.out == "" and refused.err.startswith("coral: cannot fetch")

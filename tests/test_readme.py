@@ -59,12 +59,12 @@ def own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("block", blocks("python"))
-def test_python_blocks_run(block: str) -> None:
+def test_python_blocks_run(block: str, toy: Path) -> None:
     """A renamed function would leave the README's example broken."""
     exec(compile(block, "README.md", "exec"), {})
 
 
-def test_commands_run(own_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_run(own_model: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A renamed option, or a pipeline whose pieces do not fit, would break the README's commands."""
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("coral ")]
     assert len(commands) >= 8

@@ -35,6 +35,7 @@ import coral
 from coral.drafter import checkpoint
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.errors import CoralError
+from coral.models import DRAFTER, TOY
 from coral.target import Target
 
 NEW = 14
@@ -448,7 +449,7 @@ def test_the_directory_itself_can_be_named(
 
 def test_every_drafter_carries_the_same_function(models: Path) -> None:
     """Stops a shipped drafter, or a saved one, with a function that is out of date."""
-    for directory in (models / "drafter", Path(coral.__file__).parent / "embedded" / "drafter"):
+    for directory in (models / "drafter", DRAFTER, TOY / "drafter"):
         for name in ("generate.py", "requirements.txt"):
             ours = (checkpoint.CUSTOM_GENERATE / name).read_bytes()
             assert (directory / "custom_generate" / name).read_bytes() == ours

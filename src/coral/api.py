@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coral import tuned
+from coral import models, tuned
 from coral.data import chat_format
 from coral.decoding.generate import Proposer, generate
 from coral.decoding.proposers.fallback import Fallback
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from coral.drafter.drafter import Drafter
-
-EMBEDDED = Path(__file__).parent / "embedded"
-"""The pair that the package ships: `target` and `drafter`."""
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
@@ -53,7 +50,8 @@ def load(
     """Load a target and what drafts for it.
 
     Args:
-        target: directory, hub id, loaded model, or None for the pair that the package ships.
+        target: directory, hub id, loaded model, or None for SmolLM2-135M-Instruct, which is fetched once, and
+            the drafter that the package has for it.
         drafter: drafter directory or hub id ("me/drafter", pinned as "me/drafter@REVISION"), "ngram" (prompt
             lookup, no training), both in one tree as "DIRECTORY+ngram", a drafter that is already loaded, or
             None for plain decoding.
@@ -67,21 +65,21 @@ def load(
     Raises:
         CoralError: not found, not supported, or a drafter of another target.
     """
-    if target is None:
-        target = EMBEDDED / "target"
-        drafter = EMBEDDED / "drafter" if drafter is None else drafter
-        dtype = "float32" if dtype == "auto" else dtype  # small, and exact on every machine
+    if target is None and drafter is None:
+        drafter = models.DRAFTER
     if not isinstance(target, Target):
-        target = Target.load(
-            target,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            device=device,
-            device_map=device_map,
-            attention=attention,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
+        loading: dict[str, Any] = {
+            "tokenizer": tokenizer,
+            "dtype": dtype,
+            "device": device,
+            "device_map": device_map,
+            "attention": attention,
+        }
+        if target is None:
+            target = models.load(**loading)
+        else:
+            source = {"revision": revision, "trust_remote_code": trust_remote_code}
+            target = Target.load(target, **loading, **source)
     compile = suits(target) if compile is None else compile
     budget, origin = choose_budget(target, drafter, budget, head, compile)
     if compile:

@@ -13,6 +13,7 @@ from rich.style import Style
 from coral import notes
 from coral.api import Pair
 from coral.decoding.generate import acceptance_length
+from coral.decoding.proposers.plain import Plain
 from coral.decoding.state import Cycle
 from coral.decoding.text import Detokenizer, Stop, cut_at, stop_strings
 from coral.errors import CoralError
@@ -20,17 +21,21 @@ from coral.errors import CoralError
 _DRAFTED = Style(color="green", underline=True)
 
 
-def answer(pair: Pair, prompt: str, options: dict[str, Any], *, stats: bool, mark: bool) -> None:
-    """Stream one answer to standard output; statistics go to standard error."""
+def answer(
+    pair: Pair, prompt: str, options: dict[str, Any], *, loaded: float | None = None, mark: bool = False
+) -> None:
+    """Stream one answer to standard output. With `loaded`, the seconds that loading took, statistics follow
+    on standard error.
+    """
     _note([*notes.of_model(pair, options), *notes.of_prompt(pair, prompt, options["chat"])])
-    begin = perf_counter()
+    clock = _Clock()
     state = pair.start(prompt, **options)
-    _, cycles = stream(pair, pair.cycles(state), options["stop"], mark)
-    if stats:
-        print_stats(pair, cycles, perf_counter() - begin)
+    _, cycles = stream(pair, clock.watched(pair.cycles(state)), options["stop"], mark)
+    if loaded is not None:
+        print_stats(pair, cycles, clock, loaded)
 
 
-def converse(pair: Pair, options: dict[str, Any], *, stats: bool, mark: bool) -> None:
+def converse(pair: Pair, options: dict[str, Any], *, loaded: float | None = None, mark: bool = False) -> None:
     """A conversation until Ctrl-D: each turn reads only what is new, the rest is still in the KV cache."""
     pair.encode([{"role": "user", "content": "?"}])  # without a chat template, say so now
     _note(notes.of_model(pair, options))
@@ -52,7 +57,7 @@ def converse(pair: Pair, options: dict[str, Any], *, stats: bool, mark: bool) ->
         if not question or question == "/new":
             continue
         asked = [*messages, {"role": "user", "content": question}]
-        begin = perf_counter()
+        clock = _Clock()
         try:
             if state is None:
                 state = pair.start(asked, **options)
@@ -61,10 +66,10 @@ def converse(pair: Pair, options: dict[str, Any], *, stats: bool, mark: bool) ->
         except CoralError as error:  # too long for the context, for example: the conversation is not lost
             console.print(f"{error} /new starts over.", style="yellow")
             continue
-        text, cycles = stream(pair, pair.cycles(state), options["stop"], mark)
+        text, cycles = stream(pair, clock.watched(pair.cycles(state)), options["stop"], mark)
         messages = [*asked, {"role": "assistant", "content": text}]
-        if stats:
-            print_stats(pair, cycles, perf_counter() - begin)
+        if loaded is not None:
+            print_stats(pair, cycles, clock, loaded)
 
 
 def stream(
@@ -113,19 +118,40 @@ def _note(lines: Iterable[str]) -> None:
         console.print(line, style="dim")
 
 
-def print_stats(pair: Pair, cycles: Iterable[Cycle], seconds: float) -> None:
-    """One line on standard error: tokens, speed, acceptance length, where the time went, and the tree."""
-    cycles = list(cycles)
-    tokens = sum(len(cycle.tokens) for cycle in cycles)
-    drafted, accepted = sum(c.num_drafted for c in cycles), sum(c.num_accepted for c in cycles)
-    plain = sum(cycle.num_drafted == 0 for cycle in cycles)
-    shares = [sum(getattr(c, name) for c in cycles) / seconds for name in ("draft_seconds", "verify_seconds")]
-    waited = seconds - sum(cycle.seconds for cycle in cycles[1:])
-    Console(stderr=True, highlight=False, soft_wrap=True).print(
-        f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s), "
-        f"the first after {waited:.2f} s, {len(cycles)} cycles ({plain} of them plain steps), "
-        f"tau {acceptance_length(cycles):.2f}, {accepted} of {drafted} draft tokens accepted, "
-        f"drafting {shares[0]:.0%}, verification {shares[1]:.0%} of the time, "
-        f"tree {pair.budget} ({pair.budget_origin})",
-        style="dim",
-    )
+class _Clock:
+    """When writing began, when its first tokens were there, and when its last."""
+
+    def __init__(self) -> None:
+        self.begin = self.first = self.last = perf_counter()
+
+    def watched(self, cycles: Iterable[Cycle]) -> Iterator[Cycle]:
+        """The cycles, each timed when it ends. What is done with one counts for the next."""
+        for i, cycle in enumerate(cycles):
+            self.last = perf_counter()
+            self.first = self.first if i else self.last
+            yield cycle
+
+
+def print_stats(pair: Pair, cycles: Iterable[Cycle], clock: _Clock, loaded: float) -> None:
+    """On standard error: loading, the first token, writing, which begins behind it, and what drafting did."""
+    first, *rest = cycles
+    tokens, seconds = sum(len(cycle.tokens) for cycle in rest), clock.last - clock.first
+    line = f"load {loaded:.1f} s, first token {clock.first - clock.begin:.2f} s"
+    if rest:
+        line += f", then {tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s)"
+    if isinstance(pair.proposer, Plain):
+        line += ", without a drafter; --drafter ngram needs no training and may be faster"
+    else:
+        every = [first, *rest]
+        drafted, accepted = (sum(getattr(c, name) for c in every) for name in ("num_drafted", "num_accepted"))
+        plain = sum(cycle.num_drafted == 0 for cycle in every)
+        line += (
+            f"; {len(every)} cycles ({plain} of them plain steps), tau {acceptance_length(every):.2f}, "
+            f"{accepted} of {drafted} draft tokens accepted"
+        )
+        if rest:
+            spent = (sum(getattr(c, name) for c in rest) for name in ("draft_seconds", "verify_seconds"))
+            drafting, verification = (part / seconds for part in spent)
+            line += f", drafting {drafting:.0%}, verification {verification:.0%} of the time"
+        line += f", tree {pair.budget} ({pair.budget_origin})"
+    Console(stderr=True, highlight=False, soft_wrap=True).print(line, style="dim")

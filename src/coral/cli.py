@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -19,6 +20,8 @@ from coral.cli_heads import train_head
 from coral.cli_hub import push
 from coral.cli_tune import tune
 from coral.errors import CoralError
+from coral.memory import keep_freed_memory, seconds_alive, uncollected
+from coral.waiting import waiting
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,8 +38,6 @@ def _app(
         int | None, typer.Option(help="CPU threads. Default: all cores that the process may use.", min=1)
     ] = None,
 ) -> None:
-    from coral.memory import keep_freed_memory
-
     keep_freed_memory()
     if threads is not None:  # torch reads it when it is imported, which no module above does
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -60,7 +61,9 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat/--raw", help="Use the chat template, or go on with the text.")
     ] = True,
-    stats: Annotated[bool, typer.Option("--stats", help="Then print acceptance length and speed.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Then print times, speed and acceptance length.")
+    ] = False,
     mark: Annotated[bool, typer.Option("--mark", help="Underline accepted draft tokens.")] = False,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
@@ -73,29 +76,31 @@ def generate(
     trust_remote_code: options.Trust = False,
 ) -> None:
     """Write an answer, token by token. The text is the target's own; the drafter only makes it faster."""
-    from coral import chat as chat_
-    from coral.api import load
-    from coral.decoding.sampling import Sampling
-
     if prompt is not None and not prompt.strip():
         raise CoralError("the prompt is empty; write something to answer or to go on with.")
     if prompt is None and not chat:
         raise CoralError("--raw goes on with a text; give one as the prompt, or leave --raw out to chat.")
-    Sampling(temperature, top_k, top_p, seed)  # refuses what is out of range before any weight is read
-    options.quiet_transformers()
-    pair = load(
-        target,
-        drafter,
-        dtype=dtype,
-        device=device,
-        budget=options.read_budget(tree),
-        compile=compile,
-        head=head,
-        coupled=coupled,
-        fallback=fallback,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    with waiting("Loading"), uncollected():
+        from coral import chat as chat_
+        from coral.api import load
+        from coral.decoding.sampling import Sampling
+
+        Sampling(temperature, top_k, top_p, seed)  # refuses what is out of range before any weight is read
+        options.quiet_transformers()
+        pair = load(
+            target,
+            drafter,
+            dtype=dtype,
+            device=device,
+            budget=options.read_budget(tree),
+            compile=compile,
+            head=head,
+            coupled=coupled,
+            fallback=fallback,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+    loaded = seconds_alive() if stats else None
     asked: dict[str, Any] = {
         "temperature": temperature,
         "top_p": top_p,
@@ -105,25 +110,24 @@ def generate(
         "stop": tuple(stop or ()),
     }
     if prompt is None:
-        chat_.converse(pair, asked, stats=stats, mark=mark)
+        chat_.converse(pair, asked, loaded=loaded, mark=mark)
     else:
-        chat_.answer(pair, prompt, {**asked, "chat": chat}, stats=stats, mark=mark)
+        chat_.answer(pair, prompt, {**asked, "chat": chat}, loaded=loaded, mark=mark)
 
 
 @app.command()
 def demo(
-    deepen: Annotated[
-        int, typer.Option(help="Layers of the deepened target; 0 shows the target as it is.")
-    ] = 32,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens written for each prompt.", min=1)] = 64,
-    dtype: options.Dtype = "float32",
+    dtype: options.Dtype = "auto",
     tree: options.Tree = None,
 ) -> None:
-    """Show the shipped pair at work on six prompts: marked draft tokens, then plain against CORAL."""
+    """Show SmolLM2 with our drafter on six prompts: marked draft tokens, then the speed of three methods.
+
+    They are Hugging Face's `generate`, plain decoding and CORAL. SmolLM2 is fetched once.
+    """
     from coral.demo import run
 
-    options.quiet_transformers()
-    run(deepen, max_new_tokens, dtype, options.read_budget(tree))
+    run(max_new_tokens, dtype, options.read_budget(tree) if tree else None)
 
 
 @app.command()
@@ -163,11 +167,12 @@ def train(
 
     `accelerate launch -m coral train ...` trains in several processes, on one machine or more.
     """
-    from coral.data import shards
-    from coral.decoding.measure import acceptance
-    from coral.training import parallel
-    from coral.training.loop import train as run
-    from coral.training.recipe import load_recipe
+    with waiting("Loading"):
+        from coral.data import shards
+        from coral.decoding.measure import acceptance
+        from coral.training import parallel
+        from coral.training.loop import train as run
+        from coral.training.recipe import load_recipe
 
     limits = {"minutes": minutes, "updates": updates}
     given = [f"limits.{name}={value}" for name, value in limits.items() if value is not None]
@@ -208,6 +213,13 @@ app.command()(cache)
 
 def main() -> None:
     """Run the command line: a user's mistake is one sentence on standard error and exit code 2."""
+    try:
+        _main()
+    finally:
+        gc.unfreeze()  # what `uncollected` set aside is taken down in order
+
+
+def _main() -> None:
     if "--debug" in sys.argv:  # developers want the traceback
         sys.argv.remove("--debug")
         app()

@@ -9,6 +9,7 @@ import typer
 
 from coral import options
 from coral.errors import CoralError
+from coral.waiting import waiting
 
 bench = typer.Typer(invoke_without_command=True)
 
@@ -24,7 +25,7 @@ def _bench(
         list[str] | None,
         typer.Option(
             help="As for `coral generate`, perhaps with a name for the table, as NAME=DRAFTER; may be given "
-            "again. Default with the shipped pair: its own."
+            "again. Default without --target: the package's."
         ),
     ] = None,
     suite: Annotated[
@@ -70,17 +71,18 @@ def _bench(
         return
     if output is None:  # not for typer to ask for: the commands below need none
         raise CoralError("missing option '--output'; see `coral bench --help`.")
-    from coral.api import EMBEDDED
-    from coral.bench.report import report
-    from coral.bench.run import bench as run
+    with waiting("Loading"):
+        from coral import models
+        from coral.bench.report import report
+        from coral.bench.run import bench as run
 
     drafters = options.read_drafters(drafter or [])
     if target is None and not drafters:
-        own = str(EMBEDDED / "drafter")
+        own = str(models.DRAFTER)
         drafters = {"coral": own, "coral+ngram": f"{own}+ngram"}
     options.quiet_transformers()
     results = run(
-        target or EMBEDDED / "target",
+        target,
         drafters,
         suite,
         output,

@@ -51,7 +51,7 @@ def export(
     """
     import torch
 
-    from coral.api import EMBEDDED
+    from coral import models
     from coral.drafter import checkpoint
     from coral.export import write
 
@@ -61,12 +61,12 @@ def export(
     directory = checkpoint.locate(drafter)
     recorded = checkpoint.read_config(directory)["target"]
     if target is None:
-        shipped = checkpoint.read_config(EMBEDDED / "drafter")["target"]
-        target = str(EMBEDDED / "target") if recorded == shipped else recorded["name"]
+        target = recorded["name"]
         revision = revision or recorded["revision"]
     loaded = None
     if format.READS_TARGET:
-        loaded = options.load_target(target, "auto", None, revision, trust_remote_code)
+        known = None if target == models.SMOLLM2.name else target  # which is at hand, or fetched
+        loaded = options.load_target(known, "auto", None, revision, trust_remote_code)
     asked = None if dtype == "auto" else getattr(torch, dtype)
     done = write.export(directory, to, output, served=target, target=loaded, dtype=asked, head=head)
     print(f"drafter for {to}: {output}")

@@ -10,6 +10,7 @@ import typer
 
 from coral import options
 from coral.errors import CoralError
+from coral.waiting import waiting
 
 if TYPE_CHECKING:
     from coral.data.prepared import PreparedData
@@ -22,7 +23,7 @@ def tune(
         str | None,
         typer.Argument(
             help="Drafter directory; the tree is written into it. With --no-write also a hub id. Default: "
-            "the shipped pair's, inside the installed package.",
+            "the package's own, where it is installed.",
         ),
     ] = None,
     target: options.Target = None,
@@ -56,26 +57,25 @@ def tune(
     best one then decodes the same prompts for real. `coral generate` and `coral bench` use it from then on,
     on this device, with this dtype, head, number of layers and --compile, unless --tree is given.
     """
-    from coral import tuned
-    from coral.api import EMBEDDED, make_proposer, read_name
-    from coral.bench.deepen import deepen as deepen_
-    from coral.data import shards
-    from coral.decoding.sampling import Sampling
-    from coral.drafter import checkpoint, heads
-    from coral.forward import suits
-    from coral.locks import locked
-    from coral.tuning.run import tune as run
+    with waiting("Loading"):
+        from coral import models, tuned
+        from coral.api import make_proposer, read_name
+        from coral.bench.deepen import deepen as deepen_
+        from coral.data import shards
+        from coral.decoding.sampling import Sampling
+        from coral.drafter import checkpoint, heads
+        from coral.forward import suits
+        from coral.locks import locked
+        from coral.tuning.run import tune as run
 
     sampling = Sampling(temperature, seed=seed)  # refuses what is out of range before any weight is read
     if drafter is None and target is not None:
         raise CoralError("say which drafter of this target to tune: coral tune DRAFTER --target ...")
-    source, head, lookup = read_name(drafter or str(EMBEDDED / "drafter"), head)
+    source, head, lookup = read_name(drafter or str(models.DRAFTER), head)
     if source is None or lookup:
         raise CoralError(f"{drafter!r} is no trained drafter; name the directory of one, without '+ngram'.")
     directory = checkpoint.own_directory(source) if write else checkpoint.locate(source)
     kind = heads.resolve(directory, head)
-    if target is None and dtype == "auto":
-        dtype = "float32"  # as `coral generate` runs the shipped target
     rows = shards.load(data) if data is not None else None
     loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows)
     if deepen:

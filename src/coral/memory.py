@@ -8,9 +8,12 @@ thread a product of 512 rows with a 32,000 x 256 head took 113 ms, and 67 ms onc
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from time import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,6 +40,26 @@ def trim() -> None:
     libc = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Load without looking for garbage: modules and weights are none, and the more of them there are, the
+    longer a look takes. What was loaded is never looked at later, either.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def seconds_alive() -> float:
+    """For how long this process has run."""
+    import psutil
+
+    return time() - psutil.Process().create_time()
 
 
 _PAGE, _CHUNK = 2 << 20, 64 << 20

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from coral.errors import CoralError
 from coral.files import refuse_missing
+from coral.waiting import waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 Target = Annotated[
     str | None,
     typer.Option(
-        help="Target: a directory, a hub id or a GGUF file (FILE.gguf, ORG/REPO:Q4_K_M). Default: the pair "
-        "that the package ships."
+        help="Target: a directory, a hub id or a GGUF file (FILE.gguf, ORG/REPO:Q4_K_M). Default: "
+        "SmolLM2-135M-Instruct, fetched once."
     ),
 ]
 Data = Annotated[
@@ -31,8 +32,8 @@ Drafter = Annotated[
     str | None,
     typer.Option(
         help="Drafter: a directory or hub id, perhaps as ID@REVISION (add '+ngram' for lookup in the same "
-        "tree, '+static' and so on for one of its heads), 'ngram' or 'plain'. Default: the shipped pair's, "
-        "else plain."
+        "tree, '+static' and so on for one of its heads), 'ngram' or 'plain'. Default: the package's "
+        "for the default target, else plain."
     ),
 ]
 Dtype = Annotated[
@@ -159,24 +160,22 @@ def load_target(
     rows: PreparedData | None = None,
     device_map: str | None = None,
 ) -> Target_:
-    """The target that a command works on, by default the shipped one; `rows` must have been prepared for it.
+    """The target that a command works on, by default SmolLM2; `rows` must have been prepared for it.
 
     Raises:
         CoralError: it cannot be loaded, or the data is for another tokenizer.
     """
-    from coral.api import EMBEDDED
+    from coral import models
     from coral.data.prepared import check
     from coral.target import Target as Target_
 
     quiet_transformers()
-    loaded = Target_.load(
-        target or EMBEDDED / "target",
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    placed: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": device_map}
+    with waiting(f"Loading {target or models.SMOLLM2.name}"):
+        if target is None:
+            loaded = models.load(**placed)
+        else:
+            loaded = Target_.load(target, revision=revision, trust_remote_code=trust_remote_code, **placed)
     if rows is not None:
         check(rows.info, loaded.vocab_size, loaded.tokenizer)
     return loaded

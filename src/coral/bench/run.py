@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
+from coral import models
 from coral.bench import suites as suites_
 from coral.bench.assistant import load_assistant
 from coral.bench.costs import dtype_name, measure, plain_variants
@@ -44,11 +45,12 @@ from coral.errors import CoralError
 from coral.files import atomic_text
 from coral.locks import locks_output
 from coral.target import Target
+from coral.waiting import waiting
 
 
 @locks_output
 def bench(
-    target: Target | str | Path,
+    target: Target | str | Path | None,
     drafters: Mapping[str, str | Path | MakeProposer],
     suites: str | Sequence[str],
     output: str | Path,
@@ -78,6 +80,7 @@ def bench(
     prefill. A second turn continues with the plain answer to the first, whatever the method.
 
     Args:
+        target: loaded, what `coral.load` takes, or None for SmolLM2-135M-Instruct.
         drafters: name -> what `coral.load` takes as a drafter's name, or a function that makes the proposer.
         suites, limit: see `suites.load`.
         deepen: append layers that change no output up to this many (see `deepen.deepen`).
@@ -111,7 +114,7 @@ def bench(
     if max_new_tokens < 1:
         raise CoralError(f"max_new_tokens is {max_new_tokens}, but it must be at least 1.")
     settings = {
-        "target": target.name if isinstance(target, Target) else str(target),
+        "target": target.name if isinstance(target, Target) else str(target or models.SMOLLM2.name),
         "drafters": {k: str(v) if isinstance(v, (str, Path)) else "function" for k, v in drafters.items()},
         "suites": {suite: len(items) for suite, items in prompts.items()},
         "deepen": deepen,
@@ -143,7 +146,8 @@ def bench(
     console = Console(stderr=True, soft_wrap=True)
     try:
         for dtype in dtypes:
-            loaded = _load(target, dtype, device)
+            with waiting("Loading the target"):
+                loaded = _load(target, dtype, device)
             suites_.check(suites, loaded.vocab_size, loaded.tokenizer)
             helper = None if assistant is None else load_assistant(assistant, loaded)
             width = deepen_(loaded.model, deepen, cost_ratio) if deepen else None
@@ -271,8 +275,10 @@ def _trained(proposer: Proposer) -> Feature | None:
     return inner if isinstance(inner, Feature) else None
 
 
-def _load(target: Target | str | Path, dtype: str, device: str | None) -> Target:
+def _load(target: Target | str | Path | None, dtype: str, device: str | None) -> Target:
     """The target in this dtype; a given Target is copied, as deepening and casting would change it."""
+    if target is None:
+        return models.load(dtype=dtype, device=device)
     if not isinstance(target, Target):
         return Target.load(target, dtype=dtype, device=device)
     model = copy.deepcopy(target.model)

@@ -78,8 +78,8 @@ def load(
         if target is None:
             target = models.load(**loading)
         else:
-            source = {"revision": revision, "trust_remote_code": trust_remote_code}
-            target = Target.load(target, **loading, **source)
+            loading |= {"revision": revision, "trust_remote_code": trust_remote_code}
+            target = Target.load(target, **loading)
     compile = suits(target) if compile is None else compile
     budget, origin = choose_budget(target, drafter, budget, head, compile)
     if compile:

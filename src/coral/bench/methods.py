@@ -7,7 +7,7 @@ from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -144,7 +144,7 @@ def hugging_face(target: Target, assistant: PreTrainedModel | None = None, **opt
 class Method:
     """A way of writing under the name that its rows carry."""
 
-    kind: str
+    kind: Literal["plain", "drafter", "peer"]
     name: str
     coupled: bool
     write: Write

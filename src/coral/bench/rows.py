@@ -17,6 +17,10 @@ from coral.json_file import Count, Id, Positive, Seconds, Size
 REPEAT = 10  # length of the n-gram that makes a token a repetition
 
 
+KEY = ("dtype", "temperature", "coupled", "method", "suite", "prompt", "turn")
+"""What says which text a record is."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One turn of one prompt, written by one method.
@@ -43,7 +47,7 @@ class Record:
     @property
     def key(self) -> tuple[object, ...]:
         """What is measured here; a bench that goes on skips the keys it holds."""
-        return (self.dtype, self.temperature, self.coupled, self.method, self.suite, self.prompt, self.turn)
+        return tuple(getattr(self, name) for name in KEY)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -29,12 +29,12 @@ from coral.bench.costs import dtype_name, measure, plain_variants
 from coral.bench.deepen import deepen as deepen_
 from coral.bench.deepen import plain_bytes
 from coral.bench.environment import commit, environment
-from coral.bench.equality import Logits, compare, references
+from coral.bench.equality import Logits, Verdict, compare, references
 from coral.bench.log import Log
 from coral.bench.methods import RESERVED, MakeProposer, Method, all_methods, maker
 from coral.bench.recall import recall_by_depth
 from coral.bench.results import Tree
-from coral.bench.rows import Record, rows
+from coral.bench.rows import KEY, Record, rows
 from coral.decoding.generate import Proposer
 from coral.decoding.proposers.feature import Feature
 from coral.decoding.proposers.merged import Merged
@@ -325,12 +325,12 @@ def _conversation(
             record = log.find(key)
             if record is None:
                 written = method.write(ids, sampling, sequence_id, length, eos_ids)
-                verdict: str | None = None
+                verdict: Verdict | None = None
                 if sampling.temperature == 0 or not method.name.startswith("hf_"):
                     reference = written.tokens if plain is None else plain
                     verdict = compare(ids, reference, written.tokens, sampling, sequence_id, references)
-                labels = (method.coupled, method.kind, method.name, suite, prompt.id, turn)
-                record = Record(dtype, sampling.temperature, *labels, **vars(written), verdict=verdict)
+                asked: dict[str, Any] = dict(zip(KEY, key, strict=True))
+                record = Record(**asked, kind=method.kind, **vars(written), verdict=verdict)
                 log.add(record)
             plain = record.tokens if plain is None else plain
             yield None

@@ -126,14 +126,12 @@ def write_weights(
 def _values(file: File, name: str, tensor: Tensor, config: PreTrainedConfig) -> Iterator[TorchTensor]:
     """The tensor as the model has it, in float32, in pieces of whole rows."""
     order = _order(file, name, config)
-    if order is None:
-        count, rows = tensor.rows, tensor.packed
-    else:  # of a bias, a row is one value
-        whole = tensor.packed().reshape(len(order), -1)[order]
-        count, rows = len(whole), lambda start, stop: whole[start:stop]
-    step = max(1, _CHUNK // tensor.shape[-1])
+    # Of a bias, a row is one value.
+    whole = None if order is None else tensor.packed().reshape(len(order), -1)[order]
+    count, step = tensor.rows if whole is None else len(whole), max(1, _CHUNK // tensor.shape[-1])
     for start in range(0, count, step):
-        packed = rows(start, min(start + step, count))
+        stop = min(start + step, count)
+        packed = tensor.packed(start, stop) if whole is None else whole[start:stop]
         try:
             values = np.ascontiguousarray(dequantize(packed, tensor.type), dtype=np.float32)
         except (NotImplementedError, QuantError) as error:

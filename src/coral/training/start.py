@@ -47,7 +47,8 @@ def new_drafter(target: TrainTarget, config: TrainConfig) -> Drafter:
         torch.manual_seed(random_generator(config.seed, 0).initial_seed())
         drafter = Drafter(wanted)
     some = torch.linspace(0, target.vocab_size - 1, 64, device=target.device).long()[None]
-    drafter.balance_inputs(target.embed(some).cpu(), target.features(some).cpu())
+    embeddings = target.embed(some).cpu() * wanted.embedding_scale
+    drafter.balance_inputs(embeddings, target.features(some).cpu())
     if options.init_layer is not None:
         layers = target.model.get_decoder().layers
         if parallel.is_sharded(target):

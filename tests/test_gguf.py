@@ -22,7 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from coral.errors import CoralError
 from coral.gguf import weights
-from coral.gguf.cache import load_tokenizer
+from coral.gguf.cache import load_tokenizer, root
 from coral.gguf.convert import convert
 from coral.gguf.file import read
 from coral.gguf.rope import llama3_divisors
@@ -256,7 +256,7 @@ def test_tokens_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
 def real_files() -> dict[str, Path]:
     """The models that were fetched for use, by the names they give themselves."""
     found = {}
-    for path in (Path.home() / ".cache" / "coral" / "models").rglob("*.gguf"):
+    for path in (root().parent / "models").rglob("*.gguf"):
         found[str(read([path]).metadata.get("general.name"))] = path
     return found
 
@@ -266,7 +266,7 @@ def real_files() -> dict[str, Path]:
 def test_tokens_of_real_models_are_those_of_llama_cpp(name: str) -> None:
     """One difference: b11549 takes Qwen's ordinary `</s>` for a control token, as it is in other models."""
     if (path := real_files().get(name)) is None:
-        pytest.skip(f"{name} was not fetched into ~/.cache/coral/models")
+        pytest.skip(f"{name} is not in {root().parent / 'models'}")
     tokenizer, expected = read_tokenizer(read([path])), HARD["real"][name]
     for text, ids in zip(HARD["texts"], expected["ids"], strict=True):
         if text != "<s>x</s>" or not name.startswith("Qwen"):
@@ -321,6 +321,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "missing tensor": ({"tensors": {"blk.1.ffn_up.weight": None}}, r"lacks tensors.*layers.1.mlp.up_proj"),
     "lost bias": ({"tensors": {"blk.0.attn_q.bias": np.ones(32, np.float32)}}, r"lacks tensors.*k_proj.bias"),
     "shape": ({"keys": {".feed_forward_length": 99}}, r"has shape \(24, 32\).*describes has \(99, 32\)"),
+    "layers that differ": ({"keys": {".attention.head_count_kv": [2, 4]}}, "differs from layer to layer"),
     "no key": ({"keys": {".block_count": None}}, "lacks 'block_count'"),
     "rotated part": ({"keys": {".rope.dimension_count": 4}}, "rotates 4 of 8 dimensions"),
     "adapter": ({"keys": {"general.type": "adapter"}}, "a LoRA adapter"),

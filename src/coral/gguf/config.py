@@ -48,58 +48,66 @@ def read_config(file: File) -> PreTrainedConfig:
     keys = file.keys()
     kind = FAMILIES[file.architecture]
     try:
-        values: dict[str, Any] = {ours: int(_one(keys.pop(key))) for key, ours in _KEYS.items()}
-        values["rms_norm_eps"] = decimal(keys.pop("attention.layer_norm_rms_epsilon"))
-        vocab_size, hidden = file.tensors["token_embd.weight"].shape
-    except (KeyError, ValueError, TypeError) as error:
-        raise CoralError(f"{file.name} lacks {error}, or holds no number there; use another file.") from error
-    heads = values["num_attention_heads"]
-    values["num_key_value_heads"] = int(_one(keys.pop("attention.head_count_kv", heads)))
-    head_dim = int(keys.pop("attention.key_length", hidden // heads))
-    width = int(keys.pop("rope.dimension_count", head_dim))
-    for key, usual in (("attention.value_length", head_dim), ("vocab_size", vocab_size)):
-        _expect(file, keys, key, usual)
-    values |= {"head_dim": head_dim, "vocab_size": vocab_size, "use_cache": True}
-    values["tie_word_embeddings"] = "output.weight" not in file.tensors
-    theta = decimal(keys.pop("rope.freq_base", 10000.0))
-    rope = read_rope(keys, file, theta, values["max_position_embeddings"])
-    match kind:
-        case "llama" | "qwen3" | "olmo2":
-            values["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
-            if kind == "llama":
-                values["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
-        case "qwen2":
-            values["use_sliding_window"] = False
-        case "phi3":
-            window = int(keys.pop("attention.sliding_window", 0))
-            values["sliding_window"] = window if 0 < window < values["max_position_embeddings"] else None
-            if width != head_dim:
-                rope["partial_rotary_factor"] = width / head_dim
-                width = head_dim
-            if rope["rope_type"] == "longrope":
-                values["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
-        case "gemma3_text":
-            values |= _gemma3(keys, values["num_hidden_layers"])
-            scale = hidden // heads if values["num_hidden_layers"] == 62 else head_dim  # of 27B: its own
-            values["query_pre_attn_scalar"] = scale
-            local = {"rope_theta": decimal(keys.pop("rope.freq_base_swa", 10000.0)), "rope_type": "default"}
-            rope = {"full_attention": rope, "sliding_attention": local}
-    if width != head_dim:
+        values = _common(file, keys)
+        rope = read_rope(keys, file, values.pop("rope_theta"), values["max_position_embeddings"])
+        values |= {"rope_parameters": rope} | _of_family(file, keys, kind, values, rope)
+    except KeyError as error:
+        raise CoralError(f"{file.name} lacks {error}; use another file.") from error
+    except (ValueError, TypeError) as error:
+        raise CoralError(f"{file.name} describes its layers in a way unknown here: {error}.") from error
+    if (width := values.pop("rotated")) != values["head_dim"]:
         raise CoralError(
-            f"{file.name} rotates {width} of {head_dim} dimensions, which {kind} has no config for; refused."
+            f"{file.name} rotates {width} of {values['head_dim']} dimensions, which {kind} has no config for."
         )
-    _expect(file, keys, "attention.causal", True)
-    for key in ("expert_count", "expert_used_count"):
-        _expect(file, keys, key, 0)
-    keys.pop("tensor_data_layout", None)
     if keys:
         raise CoralError(
             f"{file.name} says {file.architecture}.{', '.join(sorted(keys))}, which is not known for {kind} "
             "here, so its function may be another; use another file."
         )
     names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]
-    values |= {"rope_parameters": rope, "architectures": names, **_token_ids(file)}
-    return AutoConfig.for_model(kind, **values)
+    return AutoConfig.for_model(kind, architectures=names, **values, **_token_ids(file))
+
+
+def _common(file: File, keys: dict[str, Any]) -> dict[str, Any]:
+    """What all families have, and `rope_theta` and `rotated`; taken out of `keys`."""
+    values: dict[str, Any] = {ours: int(_one(keys.pop(key))) for key, ours in _KEYS.items()}
+    vocab_size, hidden = file.tensors["token_embd.weight"].shape
+    heads = values["num_attention_heads"]
+    head_dim = int(keys.pop("attention.key_length", hidden // heads))
+    usual = {"attention.value_length": head_dim, "vocab_size": vocab_size, "attention.causal": True}
+    usual |= {"expert_count": 0, "expert_used_count": 0}
+    for key, expected in usual.items():
+        if (given := keys.pop(key, expected)) != expected:
+            raise CoralError(
+                f"{file.name} says {file.architecture}.{key} = {given}, where only {expected} is supported."
+            )
+    keys.pop("tensor_data_layout", None)  # of files that were made in 2023
+    return values | {
+        "num_key_value_heads": int(_one(keys.pop("attention.head_count_kv", heads))),
+        "head_dim": head_dim,
+        "rotated": int(keys.pop("rope.dimension_count", head_dim)),
+        "rope_theta": decimal(keys.pop("rope.freq_base", 10000.0)),
+        "rms_norm_eps": decimal(keys.pop("attention.layer_norm_rms_epsilon")),
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+    }
+
+
+def _of_family(
+    file: File, keys: dict[str, Any], kind: str, values: dict[str, Any], rope: dict[str, Any]
+) -> dict[str, Any]:
+    """What one family has besides `values`, or otherwise."""
+    match kind:
+        case "llama":
+            own = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"}
+            return {key: name in file.tensors for key, name in own.items()}
+        case "qwen2":
+            return {"use_sliding_window": False}
+        case "phi3":
+            return _phi3(keys, values, rope)
+        case "gemma3_text":
+            return _gemma3(keys, values, rope)
+    return {"attention_bias": "blk.0.attn_q.bias" in file.tensors}
 
 
 def read_generation(file: File) -> GenerationConfig:
@@ -129,15 +137,31 @@ def _token_ids(file: File) -> dict[str, Any]:
     return ids
 
 
-def _gemma3(keys: dict[str, Any], num_layers: int) -> dict[str, Any]:
+def _phi3(keys: dict[str, Any], values: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+    window, context = int(keys.pop("attention.sliding_window", 0)), values["max_position_embeddings"]
+    own: dict[str, Any] = {"sliding_window": window if 0 < window < context else None}
+    if (rotated := values["rotated"]) != values["head_dim"]:
+        own["rope_parameters"] = rope | {"partial_rotary_factor": rotated / values["head_dim"]}
+        own["rotated"] = values["head_dim"]
+    if rope["rope_type"] == "longrope":
+        own["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    return own
+
+
+def _gemma3(keys: dict[str, Any], values: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+    """Windowed layers have a rotary base of their own, and no scaling."""
+    count = values["num_hidden_layers"]
     pattern = keys.pop("attention.sliding_window_pattern", 6)
-    windowed = pattern if np.ndim(pattern) else [(i + 1) % int(pattern) != 0 for i in range(num_layers)]
-    kinds = ["sliding_attention" if local else "full_attention" for local in windowed]
-    softcap = keys.pop("final_logit_softcapping", None)
+    windowed = pattern if np.ndim(pattern) else [(i + 1) % int(pattern) != 0 for i in range(count)]
+    local = {"rope_theta": decimal(keys.pop("rope.freq_base_swa", 10000.0)), "rope_type": "default"}
+    softcap = float(keys.pop("final_logit_softcapping", 0.0))
+    of_27b = values["hidden_size"] // values["num_attention_heads"]  # as llama.cpp, by its 62 layers
     return {
-        "sliding_window": int(keys.pop("attention.sliding_window", 0)),
-        "layer_types": kinds,
-        "final_logit_softcapping": None if not softcap else float(softcap),
+        "sliding_window": int(keys.pop("attention.sliding_window")),
+        "layer_types": ["sliding_attention" if local else "full_attention" for local in windowed],
+        "final_logit_softcapping": softcap or None,
+        "query_pre_attn_scalar": of_27b if count == 62 else values["head_dim"],
+        "rope_parameters": {"full_attention": rope, "sliding_attention": local},
     }
 
 
@@ -155,17 +179,10 @@ def _refuse_other_things(file: File) -> None:
         )
 
 
-def _expect(file: File, keys: dict[str, Any], key: str, usual: Any) -> None:
-    if (given := keys.pop(key, usual)) != usual:
-        raise CoralError(
-            f"{file.name} says {file.architecture}.{key} = {given}, where only {usual} is supported; refused."
-        )
-
-
 def _one(value: Any) -> Any:
     """A number that may be given for each layer, if it is the same for all."""
     if np.ndim(value) == 0:
         return value
     if len(set(np.asarray(value).tolist())) != 1:
-        raise ValueError("layers of one kind")
+        raise ValueError("a number that differs from layer to layer")
     return value[0]

@@ -167,9 +167,10 @@ def load_moments(optimiser: torch.optim.Optimizer, moments: dict[str, Any]) -> N
     """
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     shapes = [p.shape for p in parameters]
+    names = ("momentum_buffer",) if isinstance(optimiser, torch.optim.Muon) else ("exp_avg", "exp_avg_sq")
     for index, values in moments["state"].items():
         own = shapes[index] if 0 <= index < len(shapes) else None
-        if any(getattr(values.get(name), "shape", None) != own for name in ("exp_avg", "exp_avg_sq")):
+        if any(getattr(values.get(name), "shape", None) != own for name in names):
             raise ValueError(f"the moments of parameter {index} are not of its shape")
     parts = {
         index: {name: _part_as(parameters[index], value) for name, value in values.items()}

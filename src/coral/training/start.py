@@ -46,7 +46,8 @@ def new_drafter(target: TrainTarget, config: TrainConfig) -> Drafter:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random_generator(config.seed, 0).initial_seed())
         drafter = Drafter(wanted)
-    some = torch.linspace(0, target.vocab_size - 1, 64, device=target.device).long()[None]
+    # Id 0, often padding that no text holds, is left out.
+    some = torch.linspace(1, target.vocab_size - 1, 64, device=target.device).long()[None]
     embeddings = target.embed(some).cpu() * wanted.embedding_scale
     drafter.balance_inputs(embeddings, target.features(some).cpu())
     if options.init_layer is not None:

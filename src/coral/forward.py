@@ -23,7 +23,7 @@ from coral.cpp import build
 from coral.few_rows import DTYPES, LANES, MOST_ROWS, PANEL
 from coral.packed import PackedLinear
 from coral.packing import pack_once
-from coral.support import rotations
+from coral.support import rotations, windowed
 
 if TYPE_CHECKING:
     from coral.cache import KVCache
@@ -152,10 +152,10 @@ class NativeForward:
         self._owned: list[Tensor] = [target.embedding_weight]  # what the pointers below lead to
         self._met = Counter[Any]()
         self._gemma = config.model_type == "gemma3_text"
-        # The kinds of layers that have a rotation of their own.
-        self._turns = sorted(set(config.layer_types)) if self._gemma else [None]
+        kinds = config.layer_types if self._gemma else [None] * len(decoder.layers)
+        self._turns = sorted(set(kinds))  # the kinds of layers that have a rotation of their own
         layers = []
-        for layer, kind in zip(decoder.layers, target.layer_types, strict=True):
+        for layer, kind, short in zip(decoder.layers, kinds, windowed(config), strict=True):
             a, mlp = layer.self_attn, layer.mlp
             around = [None, layer.post_attention_layernorm, None]  # after attention, before and after the MLP
             if self._gemma:
@@ -169,8 +169,8 @@ class NativeForward:
                     self._matrix([a.o_proj]),
                     self._matrix([mlp.gate_proj, mlp.up_proj], interleaved=True),
                     self._matrix([mlp.down_proj]),
-                    rotation=self._turns.index(kind) if self._gemma else 0,
-                    windowed=target.window is not None and kind == "sliding_attention",
+                    rotation=self._turns.index(kind),
+                    windowed=short,
                 )
             )
         self._layers = (_Layer * len(layers))(*layers)

@@ -12,6 +12,9 @@ from coral.errors import CoralError
 # compared with Hugging Face `generate` token for token in tests/test_parity.py.
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "gemma3_text")
 
+_ALIKE = ("mistral", "phi3")  # all of whose layers have the window, whatever `layer_types` says
+_WITHOUT_WINDOW = ("llama", "olmo2")  # whose code knows none, whatever the config says
+
 
 def check_supported(config: PreTrainedConfig) -> None:
     """Raise CoralError with the reason when a model of this config cannot be decoded losslessly."""
@@ -57,6 +60,24 @@ def rotations(config: PreTrainedConfig) -> dict[str | None, dict[str, Any]]:
     if rope and all(isinstance(value, dict) for value in rope.values()):
         return dict(rope)
     return {None: rope}
+
+
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """The sliding window of the layers that have one; None where none has."""
+    known = config.model_type not in _WITHOUT_WINDOW and getattr(config, "use_sliding_window", True)
+    return getattr(config, "sliding_window", None) if known else None
+
+
+def alike(config: PreTrainedConfig) -> bool:
+    """Whether all layers have the window, or none."""
+    return getattr(config, "layer_types", None) is None or config.model_type in _ALIKE
+
+
+def windowed(config: PreTrainedConfig) -> list[bool]:
+    """Which layers see no further back than the window."""
+    if alike(config) or sliding_window(config) is None:
+        return [sliding_window(config) is not None] * config.num_hidden_layers
+    return [kind == "sliding_attention" for kind in config.layer_types]
 
 
 def embedding_scale(config: PreTrainedConfig) -> float:

@@ -34,7 +34,7 @@ from coral.gguf import cache as gguf
 from coral.gguf.names import hint
 from coral.graphs import steady
 from coral.packed import pack_linears
-from coral.support import check_supported, context_length, eos_ids
+from coral.support import alike, check_supported, context_length, eos_ids, sliding_window
 
 if TYPE_CHECKING:
     from coral.decoding.state import Committed, State
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 _ATTENTION = ("sdpa", "eager")  # kernels that take an arbitrary mask; "sdpa" is loaded as our grouped form
 _PREFILL_CHUNK = 512
-_ALIKE = ("mistral", "phi3")  # all of whose layers have the window, whatever `layer_types` says
-_WITHOUT = ("llama", "olmo2")  # whose code knows no window, whatever the config says
 
 
 class Target:
@@ -58,6 +56,7 @@ class Target:
         head_weight: [V, h]; head_bias: [V] or None; embedding_weight: [V, h].
         context_length: the longest sequence that is decoded exactly.
         eos_ids: ids that end a text.
+        window: the sliding window of the layers that have one; None where none has.
         sizes: numbers of rows for which verification is compiled; see `compiled`.
     """
 
@@ -96,6 +95,7 @@ class Target:
         self.embedding_weight: Tensor = embedding.weight
         self.context_length = context_length(model.config)
         self.eos_ids = eos_ids(model, tokenizer)
+        self.window = sliding_window(model.config)
         self.sizes: tuple[int, ...] = ()
         self._decode: Any = None
         self._native: NativeForward | None = None
@@ -363,26 +363,11 @@ class Target:
                 mask = self._for_layers(full, self._mask(allowed & near))
         return self._run(ids, positions, mask, cache)
 
-    @property
-    def window(self) -> int | None:
-        """The sliding window of the layers that have one; None where none has."""
-        used = getattr(self.config, "use_sliding_window", True) and self.config.model_type not in _WITHOUT
-        return getattr(self.config, "sliding_window", None) if used else None
-
-    @property
-    def layer_types(self) -> list[str]:
-        """Which layers have the window ("sliding_attention") and which see everything ("full_attention")."""
-        kinds = getattr(self.config, "layer_types", None)
-        if kinds is None or self.config.model_type in _ALIKE:
-            kind = "full_attention" if self.window is None else "sliding_attention"
-            return [kind] * self.config.num_hidden_layers
-        return list(kinds)
-
     def _for_layers(self, full: Tensor, windowed: Tensor) -> Any:
         """Masks of layers without and with a window as the model's family takes them."""
         if self.window is None:
             return full
-        if getattr(self.config, "layer_types", None) is None or self.config.model_type in _ALIKE:
+        if alike(self.config):
             return windowed
         return {"full_attention": full, "sliding_attention": windowed}
 

@@ -235,7 +235,7 @@ def test_damaged_heads_are_refused(tmp_path: Path) -> None:
             heads.static_ids(tmp_path)
 
 
-def _inside(value: Any, place: tuple[str, ...]) -> Any:
+def _inside(value: Any, place: tuple[Any, ...]) -> Any:
     return _inside(value[place[0]], place[1:]) if place else value
 
 
@@ -243,12 +243,12 @@ def test_damaged_training_state_is_refused(tmp_path: Path) -> None:
     """Stops a traceback from half a state, and moments of other weights."""
     target, options = tiny_target(), TrainConfig()
     record = checkpoint.TargetRecord.of(target)
-    moments: dict[str, Any] = {"state": {}, "param_groups": []}
+    moments: list[dict[str, Any]] = [{"state": {}, "param_groups": []}]
     save_state(tmp_path / "o", tiny_drafter(), record, options, moments, RunState(update=1), 5)
     load_state(tmp_path / "o", options, 5)
     path = folder(tmp_path / "o") / "state.pt"
     whole = torch.load(path, weights_only=True)
-    places = [(), ("state",), ("optimiser",)]
+    places: list[tuple[Any, ...]] = [(), ("state",), ("optimiser", 0)]
     for inside, key in [(each, key) for each in places for key in _inside(whole, each)]:
         for odd in ("x", None, -1):
             changed = copy.deepcopy(whole)

@@ -66,7 +66,7 @@ class _Stored(TypedDict):
     __pydantic_config__ = OPEN  # type: ignore[misc]
     state: _State
     config: _Config
-    optimiser: _Optimiser
+    optimiser: list[_Optimiser]
     examples: Count
 
 

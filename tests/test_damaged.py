@@ -244,8 +244,8 @@ def test_damaged_training_state_is_refused(tmp_path: Path) -> None:
     target, options = tiny_target(), TrainConfig()
     record = checkpoint.TargetRecord.of(target)
     moments: list[dict[str, Any]] = [{"state": {}, "param_groups": []}]
-    save_state(tmp_path / "o", tiny_drafter(), record, options, moments, RunState(update=1), 5)
-    load_state(tmp_path / "o", options, 5)
+    save_state(tmp_path / "o", tiny_drafter(), record, options, moments, RunState(update=1), 5, "digest")
+    load_state(tmp_path / "o", options, 5, "digest")
     path = folder(tmp_path / "o") / "state.pt"
     whole = torch.load(path, weights_only=True)
     places: list[tuple[Any, ...]] = [(), ("state",), ("optimiser", 0)]
@@ -255,10 +255,10 @@ def test_damaged_training_state_is_refused(tmp_path: Path) -> None:
             _inside(changed, inside)[key] = odd
             torch.save(changed, path)
             with pytest.raises(CoralError):
-                load_state(tmp_path / "o", options, 5)
+                load_state(tmp_path / "o", options, 5, "digest")
     path.write_bytes(b"PK\x03\x04 torn")
     with pytest.raises(CoralError, match=r"state\.pt cannot be read"):
-        load_state(tmp_path / "o", options, 5)
+        load_state(tmp_path / "o", options, 5, "digest")
 
 
 @pytest.mark.parametrize(

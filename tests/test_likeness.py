@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import coral as library
 from coral.drafter import checkpoint
-from coral.drafter.likeness import Likeness
+from coral.drafter.likeness import Likeness, check_target
 from coral.errors import CoralError
 
 
@@ -53,9 +53,7 @@ def test_another_model_is_refused(models: Path, tmp_path: Path) -> None:
     del record["likeness"]  # as records were before
     near = library.Target.load(changed(models, tmp_path / "near", noise=0.1))
     with pytest.raises(CoralError, match="has other weights; use that target"):
-        checkpoint._check_target(
-            models / "drafter", checkpoint.TargetRecord(**record), checkpoint.TargetRecord.of(near)
-        )
+        check_target(models / "drafter", checkpoint.TargetRecord(**record), checkpoint.TargetRecord.of(near))
 
 
 def test_family_ids_and_rows_tell_models_apart() -> None:

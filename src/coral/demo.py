@@ -117,7 +117,8 @@ def _table(rows: dict[str, _Row], max_new_tokens: int) -> Table:
     theirs, plain, ours = rows.values()
     table = Table(
         title="Six prompts, greedy; reading them included",
-        caption=f"up to {max_new_tokens} tokens a prompt; Hugging Face, being slow, up to {HF_TOKENS}",
+        caption=f"up to {max_new_tokens} tokens a prompt; Hugging Face, being slow, up to "
+        f"{min(HF_TOKENS, max_new_tokens)}, and in bfloat16 it rounds otherwise, which near ties show",
     )
     for column in ("", "tokens", "tokens/s", "over plain", "tau", "identical"):
         table.add_column(column, justify="right" if column else "left")

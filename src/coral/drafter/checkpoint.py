@@ -8,10 +8,8 @@ drafter, the target it belongs to, the drafter's options, and the recipe and mea
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from shutil import copyfile
 from typing import Any, Protocol
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from coral import hub, json_file
 from coral.drafter.drafter import Drafter, DrafterConfig
-from coral.drafter.likeness import Likeness
+from coral.drafter.likeness import Likeness, check_target
 from coral.errors import CoralError
 from coral.files import atomic_directory, replaceable
 from coral.json_file import STRICT, Size
@@ -230,7 +228,7 @@ def load(
     ours = read_config(directory)
     config, file = DrafterConfig(**ours["drafter"]), directory / "model.safetensors"
     if target is not None:
-        _check_target(directory, TargetRecord(**ours["target"]), TargetRecord.of(target))
+        check_target(directory, TargetRecord(**ours["target"]), TargetRecord.of(target))
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
@@ -313,37 +311,6 @@ def own_directory(source: str | Path) -> Path:
             f"`hf download {name}{pinned} --local-dir DRAFTER`, and name that directory instead."
         )
     return directory
-
-
-def _check_target(directory: Path, recorded: TargetRecord, given: TargetRecord) -> None:
-    for what in ("vocab_size", "hidden_size"):
-        ours, theirs = getattr(recorded, what), getattr(given, what)
-        if ours != theirs:
-            raise CoralError(
-                f"the drafter {directory} has {what} {ours}, but the target {given.name} has {theirs}; it "
-                f"was trained for {recorded.name}: use that target."
-            )
-    if recorded.has_weights_of(given):
-        return
-    difference = "has other weights"
-    if recorded.likeness is not None and given.likeness is not None:
-        difference = recorded.likeness.difference(given.likeness) or ""
-    if difference:
-        revision = f" at revision {recorded.revision}" if recorded.revision else ""
-        raise CoralError(
-            f"the drafter {directory} was trained for the target {recorded.name}{revision}, but {given.name} "
-            f"{difference}; use that target, or train a drafter for this one."
-        )
-    _note(
-        f"{given.name} is {recorded.name} in other numbers, for which the drafter was trained: a little less "
-        "of what it drafts may be accepted. The text stays the target's own."
-    )
-
-
-@cache
-def _note(text: str) -> None:
-    """Say it on standard error, once."""
-    print(text, file=sys.stderr)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:

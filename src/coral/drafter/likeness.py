@@ -8,8 +8,11 @@ text stays the target's own in any case.
 from __future__ import annotations
 
 import hashlib
+import sys
 from base64 import b64decode, b64encode
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor
 from coral.errors import CoralError
 
 if TYPE_CHECKING:
-    from coral.drafter.checkpoint import TargetLike
+    from coral.drafter.checkpoint import TargetLike, TargetRecord
 
 CLOSE = 0.9
 """The least cosine of the samples of two heads. SmolLM2's with itself was 1.000 in 8 bits, 0.998 in 5, 0.994
@@ -88,3 +91,35 @@ def _sample(head_weight: Tensor) -> bytes:
     ]
     sample = head_weight.detach()[spread[0]][:, spread[1]].to(torch.bfloat16).cpu().contiguous()
     return sample.view(torch.uint8).numpy().tobytes()
+
+
+def check_target(directory: Path, recorded: TargetRecord, given: TargetRecord) -> None:
+    """Raise CoralError unless the drafter in `directory`, of a recorded target, is for the given one."""
+    for what in ("vocab_size", "hidden_size"):
+        ours, theirs = getattr(recorded, what), getattr(given, what)
+        if ours != theirs:
+            raise CoralError(
+                f"the drafter {directory} has {what} {ours}, but the target {given.name} has {theirs}; it "
+                f"was trained for {recorded.name}: use that target."
+            )
+    if recorded.has_weights_of(given):
+        return
+    difference = "has other weights"
+    if recorded.likeness is not None and given.likeness is not None:
+        difference = recorded.likeness.difference(given.likeness) or ""
+    if difference:
+        revision = f" at revision {recorded.revision}" if recorded.revision else ""
+        raise CoralError(
+            f"the drafter {directory} was trained for the target {recorded.name}{revision}, but {given.name} "
+            f"{difference}; use that target, or train a drafter for this one."
+        )
+    _note(
+        f"{given.name} is {recorded.name} in other numbers, for which the drafter was trained: a little less "
+        "of what it drafts may be accepted. The text stays the target's own."
+    )
+
+
+@cache
+def _note(text: str) -> None:
+    """Say it on standard error, once."""
+    print(text, file=sys.stderr)

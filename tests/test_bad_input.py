@@ -80,7 +80,7 @@ MISTAKES = {
     "--threads 0 generate hi": "invalid value for '--threads'",
     # files and names
     "generate --target /nowhere/at/all hi": "there is no target directory /nowhere/at/all; check the path",
-    "generate --target {full} hi": "holds no config.json",
+    "generate --target {full} hi": "holds neither config.json nor a GGUF file",
     "generate --target no/such hi": "check the name",
     GENERATE + "--drafter /nowhere hi": "there is no drafter directory /nowhere; check the path",
     GENERATE + "--drafter {full} hi": "is not a CORAL drafter",

@@ -19,6 +19,7 @@ from coral.bench.rows import Record, rows
 from coral.card import card
 from coral.data import prepared, shards
 from coral.data.prepared import PreparedData
+from coral.data.regenerate import regenerate
 from coral.decoding.state import Cycle
 from coral.decoding.tree import Budget
 from coral.drafter import checkpoint, heads
@@ -302,3 +303,38 @@ def test_a_recipe_that_learns_nothing_and_one_without_end(tmp_path: Path) -> Non
         (tmp_path / "r.yaml").write_bytes(content)
         with pytest.raises(CoralError, match=r"r\.yaml is not YAML"):
             load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_damaged_account_is_refused(tmp_path: Path) -> None:
+    """Stops a traceback where a run of answers is to go on, and a record that is asked twice."""
+    source, output = tmp_path / "c.jsonl", tmp_path / "o.jsonl"
+    source.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+
+    def answer(jobs: Any, finish: Callable[[Any], None]) -> None:
+        for job in jobs:
+            if not job.before:
+                job.messages.append(job.users.pop(0))
+                job.asked = True
+                job.take("an answer", True, True)
+            finish(job)
+
+    def run() -> int:
+        return regenerate([source], output, answer, settings={"seed": 0}).written
+
+    assert run() == 2
+    account = tmp_path / "o.account.json"
+    for path in (account, output):
+        whole = path.read_bytes()
+        for content in (
+            b"[" * 100_000,
+            b"5",
+            b"[]",
+            b'{"asked": 3, "source": []}',
+            b"\xff\xfe",
+            b'{"messages": [1]}',
+        ):
+            path.write_bytes(content + b"\n")
+            with pytest.raises(CoralError, match=r"o\.jsonl"):
+                run()
+        path.write_bytes(whole)
+    assert run() == 2

@@ -172,8 +172,8 @@ def _read(name: str) -> list[Prompt]:
 def _prompt(line: str, where: str) -> Prompt:
     try:
         record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise CoralError(f"{where} is not JSON ({error.msg}); correct the line.") from error
+    except (ValueError, RecursionError) as error:
+        raise CoralError(f"{where} is not JSON ({str(error)[:100]}); correct the line.") from error
     turns = record.get("turns") if isinstance(record, dict) else None
     name = record.get("id", record.get("question_id")) if isinstance(record, dict) else None
     if name is None or not isinstance(turns, list) or not turns or not all(isinstance(t, str) for t in turns):

@@ -244,7 +244,7 @@ def _earlier(output: Path, failures: Path, account: Path, asked: dict[str, Any])
     try:
         before = json.loads(account.read_text(encoding="utf-8"))["asked"]
         differing = [key for key in asked if before.get(key) != asked[key]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _foreign(output, f"{account.name} cannot be read") from error
     if differing:
         key = differing[0]
@@ -255,9 +255,9 @@ def _earlier(output: Path, failures: Path, account: Path, asked: dict[str, Any])
             try:
                 record = json.loads(line)
                 unfinished = "messages" in record and "finished" in record["messages"][-1]
-                problem, detail = record.get("problem", ""), record.get("detail", "")
-                found[record["source"]] = Outcome(unfinished, problem, detail, record.get("digest", ""))
-            except (ValueError, KeyError, TypeError, IndexError) as error:
+                said = (str(record.get(name, "")) for name in ("problem", "detail", "digest"))
+                found[record["source"]] = Outcome(unfinished, *said)
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
                 raise _foreign(path, f"line {number}") from error
     return found
 

@@ -20,9 +20,10 @@ from tiny_gguf import HARD, byte_level, laid_out, sentencepiece, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from coral import models
 from coral.errors import CoralError
 from coral.gguf import weights
-from coral.gguf.cache import load_tokenizer, root
+from coral.gguf.cache import load_tokenizer
 from coral.gguf.convert import convert
 from coral.gguf.file import read
 from coral.gguf.rope import llama3_divisors
@@ -256,7 +257,7 @@ def test_tokens_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
 def real_files() -> dict[str, Path]:
     """The models that were fetched for use, by the names they give themselves."""
     found = {}
-    for path in (root().parent / "models").rglob("*.gguf"):
+    for path in models.directory().rglob("*.gguf"):
         found[str(read([path]).metadata.get("general.name"))] = path
     return found
 
@@ -266,7 +267,7 @@ def real_files() -> dict[str, Path]:
 def test_tokens_of_real_models_are_those_of_llama_cpp(name: str) -> None:
     """One difference: b11549 takes Qwen's ordinary `</s>` for a control token, as it is in other models."""
     if (path := real_files().get(name)) is None:
-        pytest.skip(f"{name} is not in {root().parent / 'models'}")
+        pytest.skip(f"{name} is not in {models.directory()}")
     tokenizer, expected = read_tokenizer(read([path])), HARD["real"][name]
     for text, ids in zip(HARD["texts"], expected["ids"], strict=True):
         if text != "<s>x</s>" or not name.startswith("Qwen"):

@@ -39,16 +39,17 @@ def find(source: str | Path, revision: str | None = None) -> list[Path] | None:
     if is_path:
         return None
     if named is not None:
-        return _download(named[1], named[2], revision)
+        return _download(named[1], named[2], revision, *_on_hub(named[1], revision))
     if quant is None:
         return None
-    files = _on_hub(quant[1], revision)
+    files, there = _on_hub(quant[1], revision)
     fitting = [name for name in files if _is_of(name, quant[2])]
     if not fitting:
         raise CoralError(
             f"{quant[1]} holds no GGUF file of the quantisation {quant[2]!r}; it holds {_list(files)}."
         )
-    return _download(quant[1], _only(fitting, text, f"it as {quant[1]}/FILE.gguf"), revision, files)
+    chosen = _only(fitting, text, f"it as {quant[1]}/FILE.gguf")
+    return _download(quant[1], chosen, revision, files, there)
 
 
 def hint(source: str | Path, revision: str | None = None) -> str:
@@ -56,7 +57,7 @@ def hint(source: str | Path, revision: str | None = None) -> str:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         return ""
     try:
-        files = _on_hub(str(source), revision)
+        files, _ = _on_hub(str(source), revision)
     except CoralError:
         return ""
     return f" It holds GGUF files; name one of {_list(files)} as {source}/FILE.gguf." if files else ""
@@ -99,32 +100,35 @@ def _parts(path: Path) -> list[Path]:
     return paths
 
 
-def _download(repo: str, name: str, revision: str | None, files: list[str] | None = None) -> list[Path]:
+def _download(repo: str, name: str, revision: str | None, files: list[str], there: Path | None) -> list[Path]:
     from huggingface_hub import hf_hub_download
 
     from coral.hub import explained
 
-    files = _on_hub(repo, revision) if files is None else files
     if absent := [part for part in _siblings(name) if part not in files]:
         raise CoralError(f"{repo} holds no {absent[0]}; it holds {_list(files)}.")
+    if there is not None:
+        return [there / part for part in _siblings(name)]
     try:
         return [Path(hf_hub_download(repo, part, revision=revision)) for part in _siblings(name)]
     except Exception as error:
         raise explained(error, f"cannot download {name} of {repo!r}: ", revision) from error
 
 
-def _on_hub(repo: str, revision: str | None) -> list[str]:
-    """The GGUF files of a repository; those that were downloaded, where the hub cannot be reached."""
+def _on_hub(repo: str, revision: str | None) -> tuple[list[str], Path | None]:
+    """The GGUF files of a repository; where the hub cannot be reached, the downloaded ones, and their place."""
     from huggingface_hub import HfApi, snapshot_download
 
     from coral.hub import explained
 
-    try:
-        names = HfApi().list_repo_files(repo, revision=revision)
+    there = None
+    try:  # one request without retries, which take half a minute where there is no network
+        siblings = HfApi().model_info(repo, revision=revision, timeout=20).siblings
+        names = [file.rfilename for file in siblings or ()]
     except Exception as error:
         try:
             there = Path(snapshot_download(repo, revision=revision, local_files_only=True))
         except Exception:
             raise explained(error, f"no target {repo!r}: no such file, and ", revision) from error
         names = [path.relative_to(there).as_posix() for path in there.rglob("*")]
-    return [name for name in names if name.lower().endswith(".gguf")]
+    return [name for name in names if name.lower().endswith(".gguf")], there

@@ -212,11 +212,7 @@ class Target:
         return next((size for size in self.sizes if size >= counts[0]), None)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Rows of the frozen embedding as they are stored, [...] int64 -> [..., h].
-
-        So other engines, too, hand them to a drafter. What some families multiply them by is in a drafter's
-        config (`DrafterConfig.embedding_scale`).
-        """
+        """Rows of the embedding as stored, [...] int64 -> [..., h]; see `DrafterConfig.embedding_scale`."""
         return F.embedding(ids.to(self.embedding_weight.device), self.embedding_weight).to(self.device)
 
     def head(self, features: Tensor) -> Tensor:
@@ -367,9 +363,8 @@ class Target:
         """Masks of layers without and with a window as the model's family takes them."""
         if self.window is None:
             return full
-        if alike(self.config):
-            return windowed
-        return {"full_attention": full, "sliding_attention": windowed}
+        kinds = {"full_attention": full, "sliding_attention": windowed}
+        return windowed if alike(self.config) else kinds
 
     def _run(self, ids: Tensor, positions: Tensor, mask: Any, cache: Any) -> Tensor:
         output = self.decoder(

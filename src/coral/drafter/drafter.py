@@ -37,8 +37,8 @@ class DrafterConfig:
     drop it.
     embedding_scale: what rows of the target's embedding are multiplied by before they enter `fc`, as the
     target multiplies them (Gemma: sqrt(h)). Beside features of rms 50 the bare rows, of 0.04, would hardly be
-    learnt from, and native drafting, which makes each row whole numbers, would round them away. Engines know
-    no such factor, so in an export it is part of `fc`.
+    learnt from. `Target.embed` gives these bare rows, and so do engines, which know no such factor: in an
+    export it is part of `fc`.
     """
 
     hidden_size: Size
@@ -269,7 +269,8 @@ class Drafter(nn.Module):
         In a trained target an embedding is 10 to 400 times as small as a feature, so that with weights of one
         size a drafter would hardly see which token it drafts after.
         """
-        for half, rows in zip(self.fc.weight.chunk(2, dim=1), (embeddings, features), strict=True):
+        given = (embeddings * self.config.embedding_scale, features)
+        for half, rows in zip(self.fc.weight.chunk(2, dim=1), given, strict=True):
             size = rows.float().square().mean().sqrt() * half.square().sum(1).mean().sqrt()
             half /= 2**0.5 * size.clamp(min=torch.finfo(torch.float32).tiny)
 

@@ -116,7 +116,7 @@ def _download(repo: str, name: str, revision: str | None, files: list[str], ther
 
 
 def _on_hub(repo: str, revision: str | None) -> tuple[list[str], Path | None]:
-    """The GGUF files of a repository; where the hub cannot be reached, the downloaded ones, and their place."""
+    """The GGUF files of a repository, or, without a network, those that were downloaded, and their place."""
     from huggingface_hub import HfApi, snapshot_download
 
     from coral.hub import explained

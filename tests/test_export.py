@@ -248,7 +248,7 @@ def test_an_option_of_the_drafter_is_carried_or_refused():
     assert {field.name for field in fields(DrafterConfig)} == {
         "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
         "vocab_size", "num_layers", "rms_norm_eps", "hidden_act", "rope_parameters",
-        "max_position_embeddings", "normalised_feedback", "fc_bias",
+        "max_position_embeddings", "normalised_feedback", "fc_bias", "embedding_scale",
     }  # fmt: skip
 
 

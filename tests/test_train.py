@@ -97,8 +97,12 @@ def test_resumed_equals_never_stopped(tmp_path, options):
     ]
 
 
-def test_a_new_drafter_sees_tokens_as_well_as_features():
-    """Stops `fc` from drowning embeddings, which are far smaller than features, in them."""
+@pytest.mark.parametrize("scale", [1.0, 16.0])
+def test_a_new_drafter_sees_tokens_as_well_as_features(scale, monkeypatch):
+    """Stops `fc` from drowning embeddings, which are far smaller than features, in them; or features in
+    embeddings that the target's family multiplies first.
+    """
+    monkeypatch.setattr("coral.drafter.drafter.embedding_scale", lambda config: scale)
     target = tiny_target()
     target.model.get_input_embeddings().weight.data.mul_(0.01)
     target.model.model.norm.weight.data.mul_(5)

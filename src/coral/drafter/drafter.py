@@ -263,14 +263,13 @@ class Drafter(nn.Module):
 
     @torch.no_grad()
     def balance_inputs(self, embeddings: Tensor, features: Tensor) -> None:
-        """Scale the two halves of `fc` so that embeddings and features like these, each [N,h], count alike in
-        what it gives, and its rows have unit RMS.
+        """Scale both halves of `fc` so that embeddings and features like these, [N,h] as they enter it, count
+        alike in what it gives, and its rows have unit RMS.
 
         In a trained target an embedding is 10 to 400 times as small as a feature, so that with weights of one
         size a drafter would hardly see which token it drafts after.
         """
-        given = (embeddings * self.config.embedding_scale, features)
-        for half, rows in zip(self.fc.weight.chunk(2, dim=1), given, strict=True):
+        for half, rows in zip(self.fc.weight.chunk(2, dim=1), (embeddings, features), strict=True):
             size = rows.float().square().mean().sqrt() * half.square().sum(1).mean().sqrt()
             half /= 2**0.5 * size.clamp(min=torch.finfo(torch.float32).tiny)
 

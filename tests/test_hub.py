@@ -16,6 +16,7 @@ import yaml
 from hub_stand_in import TOKEN, Hub
 from transformers import AutoModelForCausalLM
 
+from coral import hub as library_hub
 from coral.drafter import checkpoint, heads
 
 REPO = "me/drafter"
@@ -88,6 +89,26 @@ def test_pushed_and_used(coral, hub: Hub, drafter: Path, models: Path, tmp_path:
     assert heads.resolve(at_first, "auto") == "static" and (at_first / "coral" / "trees.json").exists()
     assert not (at_first / "coral" / "training").exists()
     assert heads.resolve(checkpoint.locate(REPO), "auto") == "in_context"
+
+
+def test_the_hub_is_asked_once(
+    coral, hub: Hub, drafter: Path, models: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Stops a drafter of one revision that drafts with the head or the tree of the next, and waiting for the
+    network again and again."""
+    assert coral("push", drafter, REPO, "--base-model", "me/target").code == 0
+    asked, download = [], library_hub.download
+    monkeypatch.setattr(library_hub, "download", lambda *name: (asked.append(name), download(*name))[1])
+    assert coral(*GENERATE, "--target", models / "target", "--drafter", f"{REPO}+static+ngram").code == 0
+    assert len(asked) == 1
+    suite = tmp_path / "mine.jsonl"
+    suite.write_text('{"id": 1, "turns": ["ask"]}\n')
+    bench = ("bench", "--target", models / "target", "--drafter", REPO, "--suite", suite, "--no-peers",
+             "--temperature", 0, "--temperature", 1, "--max-new-tokens", 4, "--no-compile")  # fmt: skip
+    assert coral(*bench, "--output", tmp_path / "out").code == 0
+    assert len(asked) == 2
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["settings"]["drafters"] == {REPO.partition("/")[2]: REPO}
 
 
 def test_branches_and_private_repositories(coral, hub: Hub, drafter: Path, monkeypatch) -> None:

@@ -67,6 +67,8 @@ def load(
     """
     if target is None and drafter is None:
         drafter = models.DRAFTER
+    if isinstance(drafter, str):
+        drafter = located(drafter, head)
     if not isinstance(target, Target):
         loading: dict[str, Any] = {
             "tokenizer": tokenizer,
@@ -140,6 +142,23 @@ def read_name(drafter: str | Path | None, head: str = "auto") -> tuple[str | Pat
         drafter, lookup = source, lookup or last == "ngram"
         head = head if last == "ngram" else last
     return drafter, head, lookup
+
+
+def located(drafter: str, head: str = "auto") -> str:
+    """A drafter's name with its local directory in place of a hub id. The hub is asked once, so what is read
+    afterwards is of one revision.
+
+    Raises:
+        CoralError: no such drafter or head.
+    """
+    from coral.drafter import checkpoint, heads
+
+    source, head, _ = read_name(drafter, head)
+    if source is None:
+        return drafter
+    directory = checkpoint.locate(source)
+    heads.resolve(directory, head)
+    return str(directory) + drafter.removeprefix(str(source))
 
 
 def make_proposer(

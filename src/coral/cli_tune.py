@@ -86,7 +86,7 @@ def tune(
         tuned.find(directory, place)  # a file that cannot be read is refused before minutes of work
         found = run(
             loaded,
-            lambda target: make_proposer(target, source, head=kind),
+            lambda target: make_proposer(target, directory, head=kind),
             _prompts(loaded, rows)[:prompts],
             max_new_tokens=max_new_tokens,
             sampling=sampling,

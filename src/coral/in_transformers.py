@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from coral.api import Pair, choose_budget, make_proposer
+from coral.api import Pair, choose_budget, located, make_proposer
 from coral.attention import GROUPED_SDPA
 from coral.decoding.generate import generate as decode
 from coral.decoding.proposers.fallback import Fallback
@@ -208,6 +208,7 @@ def _pair(
     pair = kept.get(wanted)
     if pair is None or pair.target.head_weight is not weight:  # a resized model has another head
         target = Target(model, freeze=False)
+        drafter = located(drafter, head) if isinstance(drafter, str) else drafter
         proposer = make_proposer(target, drafter, coupled, head)
         if fallback and not isinstance(proposer, Plain):
             proposer = Fallback(proposer)

@@ -100,13 +100,13 @@ def bench(
     Raises:
         CoralError: a bad name or file, or an output that holds another bench or that another process writes.
     """
+    from coral.api import located
+
     output = Path(output)
     prompts = suites_.load(suites, limit)
     if taken := sorted(name for name in RESERVED if drafters.get(name, name) != name):
         raise CoralError(f"drafter name {taken[0]!r} is reserved; rename it in --drafter NAME=DRAFTER.")
     drafters = {name: source for name, source in drafters.items() if name != "plain"}  # measured in any case
-    for source in drafters.values():
-        _refuse_missing(source, head)  # before minutes of loading and measuring
     if assistant is not None and not peers:
         raise CoralError(
             "an assistant makes a peer, but peers are left out; leave out one of the two options."
@@ -133,6 +133,8 @@ def bench(
         "seed": seed,
         "note": note,
     }
+    # Before minutes of loading and measuring, and once: what is measured is of one revision.
+    drafters = {k: located(v, head) if isinstance(v, str) else v for k, v in drafters.items()}
     header = {"settings": settings, "commit": commit()}
     log = Log(output / "records.jsonl", header)
     results: dict[str, Any] = {
@@ -215,17 +217,6 @@ def _save(output: Path, results: dict[str, Any], log: Log) -> None:
         results["costs"] = {dtype: costs.to_json() for dtype, costs in log.costs.items()}
         results["rows"] = rows(log.records, log.costs)
         atomic_text(output / "results.json", json.dumps(results, indent=1) + "\n")
-
-
-def _refuse_missing(source: str | Path | MakeProposer, head: str) -> None:
-    """Raise CoralError when there is no such drafter or head."""
-    from coral.api import read_name
-    from coral.drafter import checkpoint, heads
-
-    named = source if isinstance(source, (str, Path)) else None
-    directory, head, _ = read_name(named, head)
-    if directory is not None:
-        heads.resolve(checkpoint.locate(directory), head)
 
 
 def _choose_trees(

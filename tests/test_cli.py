@@ -63,6 +63,8 @@ OPTIONS = {
         "--no-compile", "--deepen", "--write", "--no-write", "--dtype", "--device", "--seed", "--revision",
         "--trust-remote-code",
     },
+    "convert": {"--revision", "--dtype"},
+    "cache": {"--clear"},
     "push": {
         "--private", "--revision", "--message", "--license", "--base-model", "--data-note", "--bench",
         "--dry-run",

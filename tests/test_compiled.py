@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -20,6 +21,14 @@ from coral.errors import CoralError
 from coral.target import Target
 
 BUDGET = Budget(top_k=3, max_depth=3, num_nodes=6)
+
+
+@pytest.fixture
+def own_cache() -> Iterator[None]:
+    """The place of what is built is looked up once a process; here it changes."""
+    cpp.use_own_cache.cache_clear()
+    yield
+    cpp.use_own_cache.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2-sliding", "mistral-sliding"])
@@ -88,7 +97,7 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
-def test_a_source_is_built_once_for_all_processes(monkeypatch, tmp_path, capsys):
+def test_a_source_is_built_once_for_all_processes(own_cache, monkeypatch, tmp_path, capsys):
     """Stops two seconds of looking for vector units at the start of each command."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     source = tmp_path / "one.cpp"
@@ -110,18 +119,20 @@ def test_decoding_does_without_what_the_compiler_refuses(monkeypatch, tmp_path, 
         assert "broken.cpp cannot be built" in capsys.readouterr().err
 
 
-def test_kernels_outlive_the_machine(monkeypatch, tmp_path):
+def test_kernels_outlive_the_machine(own_cache, monkeypatch, tmp_path):
     """Stops kernels in the directory for temporary files, which torch names in the environment by itself."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for named in (None, default_cache_dir()):
         monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
         if named:
             monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", named)
+        cpp.use_own_cache.cache_clear()
         tiny_target().compiled((1,))
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "coral" / "compiled")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/chosen")
+    cpp.use_own_cache.cache_clear()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "chosen"))
     tiny_target().compiled((1,))
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "chosen")
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")

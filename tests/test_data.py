@@ -531,8 +531,8 @@ def test_the_bar_counts_every_record_that_is_read(tmp_path: Path) -> None:
     prepare(source, tiny_tokenizer(), tmp_path / "a", held_out=4, console=shown)
     prepare(source, tiny_tokenizer(), tmp_path / "b", held_out=4, limit=3, console=shown)
     run(source, tmp_path / "out.jsonl", FakeTarget(), console=shown, temperatures=[0.0])
-    bars = [line for line in file.getvalue().splitlines() if "/" in line]
-    assert [re.search(r"(\w+) .* (\d+)/(\d+) ", line).groups() for line in bars] == [  # type: ignore[union-attr]
+    bars = [line for line in file.getvalue().splitlines() if " of " in line]
+    assert [re.search(r"(\w+) (\d+) of (\d+)", line).groups() for line in bars] == [  # type: ignore[union-attr]
         ("preparing", "17", "17"), ("drawing", "17", "17"), ("preparing", "3", "3"),
         ("regenerating", "17", "17"),
     ]  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_train import CONFIG, run, weights
-from tiny_training import tiny_drafter, tiny_target
+from tiny_training import a_batch, tiny_drafter, tiny_target
 
 from coral.drafter import eagle
 from coral.errors import CoralError
@@ -103,7 +103,7 @@ def test_a_trained_bias_of_fc_is_kept(tmp_path, claim):
     read = eagle.read(directory, tiny_target())
     assert read.config.fc_bias and torch.equal(read.fc.bias, bias)
     config = replace(CONFIG, drafter=DrafterOptions(init_drafter=str(directory)))
-    assert torch.equal(new_drafter(tiny_target(), config).fc.bias, bias.float())
+    assert torch.equal(new_drafter(tiny_target(), config, a_batch()).fc.bias, bias.float())
 
 
 def odd(**changes):
@@ -188,7 +188,7 @@ def test_training_starts_from_an_eagle_directory(tmp_path):
     """Stops: a warm start that keeps random weights, or another rotary base than the weights know."""
     target, directory = tiny_target(), write(tmp_path / "e", kind="bin")
     config = replace(CONFIG, drafter=DrafterOptions(init_drafter=str(directory)), limits=Limits(updates=1))
-    started, source = new_drafter(target, config), eagle.read(directory, target).float()
+    started, source = new_drafter(target, config, a_batch(target)), eagle.read(directory, target).float()
     rows, positions = torch.randn(2, 1, 5, 16), torch.arange(5)[None]
     assert started.config == replace(source.config, intermediate_size=24)  # the target's own width
     torch.testing.assert_close(started(*rows, positions), source(*rows, positions), rtol=1e-4, atol=1e-5)
@@ -196,6 +196,6 @@ def test_training_starts_from_an_eagle_directory(tmp_path):
     assert weights(tmp_path / "o")["layers.0.mlp.up_proj.weight"].shape == (24, 16)
     narrow = replace(config, drafter=replace(config.drafter, intermediate_size=8))
     with pytest.raises(CoralError, match="cannot start from a drafter"):
-        new_drafter(target, narrow)
+        new_drafter(target, narrow, a_batch(target))
     with pytest.raises(CoralError, match="there is no drafter directory"):
-        new_drafter(target, replace(CONFIG, drafter=DrafterOptions(init_drafter="/nowhere")))
+        new_drafter(target, replace(CONFIG, drafter=DrafterOptions(init_drafter="/nowhere")), a_batch(target))

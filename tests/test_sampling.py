@@ -65,7 +65,7 @@ def test_noise_has_gumbels_law():
     [
         {"seed": 8},
         {"seed": 7 + 2**32},
-        {"seed": -7},
+        {"seed": 7 + 2**62},
         {"sequence_id": 4},
         {"sequence_id": 3 + 2**32},
         {"seed": 3, "sequence_id": 7},

@@ -13,7 +13,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -67,15 +67,26 @@ def locked(path: str | Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def locks_output(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, with its argument `output` locked while it runs; see `locked`."""
+    """The function, with its argument `output` locked while it runs; see `locked`.
+
+    Of the processes of one run the first holds the lock for all.
+    """
     signature = inspect.signature(function)
 
     @wraps(function)
     def alone(*args: P.args, **kwargs: P.kwargs) -> R:
-        with locked(signature.bind(*args, **kwargs).arguments["output"]):
+        output = signature.bind(*args, **kwargs).arguments["output"]
+        with locked(output) if _is_first() else nullcontext():
             return function(*args, **kwargs)
 
     return alone
+
+
+def _is_first() -> bool:
+    distributed = sys.modules.get("torch.distributed")  # not imported for this
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        return bool(distributed.get_rank() == 0)
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def _lock_file(path: Path) -> Path:

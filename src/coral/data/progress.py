@@ -55,7 +55,7 @@ def _lines(console: Console, title: str, total: int | None) -> Callable[..., Non
     def advance(count: int = 1, note: str = "") -> None:
         nonlocal done, said
         done += count
-        if monotonic() - said < LINE_SECONDS and done != total:
+        if monotonic() - said < LINE_SECONDS and (done != total or not count):
             return
         said = monotonic()
         end = "" if total is None else f" of {total:,}"

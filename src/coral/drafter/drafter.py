@@ -271,7 +271,8 @@ class Drafter(nn.Module):
         """
         for half, rows in zip(self.fc.weight.chunk(2, dim=1), (embeddings, features), strict=True):
             size = rows.float().square().mean().sqrt() * half.square().sum(1).mean().sqrt()
-            half /= 2**0.5 * size.clamp(min=torch.finfo(torch.float32).tiny)
+            if size.isfinite():  # else training will say so
+                half /= 2**0.5 * size.clamp(min=torch.finfo(torch.float32).tiny)
 
     @torch.no_grad()
     def init_from_layer(self, target_layer: nn.Module) -> None:

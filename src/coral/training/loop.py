@@ -108,7 +108,10 @@ def train(
     if parallel.is_sharded(target):
         acceptance = None
     record, digest = checkpoint.TargetRecord.of(target), digest_of(data)
-    drafter = checkpoint.load(output, target) if resumed else new_drafter(target, config)
+    if resumed:
+        drafter = checkpoint.load(output, target)
+    else:
+        drafter = new_drafter(target, config, feature_batch(target, dataset, [0]))
     drafter = drafter.to(device=target.device, dtype=torch.float32).train().requires_grad_(True)
     learner = parallel.distribute(accelerator, Learner(drafter, config))
     options, parameters = config.optimiser, list(drafter.parameters())

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from coral.data.features import FeatureSource
+from coral.data.features import FeatureBatch, FeatureSource
 from coral.drafter import checkpoint, eagle
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.errors import CoralError
@@ -26,8 +26,9 @@ class TrainTarget(checkpoint.TargetLike, FeatureSource, Protocol):
     def head_bias(self) -> Tensor | None: ...
 
 
-def new_drafter(target: TrainTarget, config: TrainConfig) -> Drafter:
-    """A drafter as `config.drafter` says, with weights that are a function of the seed.
+def new_drafter(target: TrainTarget, config: TrainConfig, batch: FeatureBatch) -> Drafter:
+    """A drafter as `config.drafter` says, with weights that are a function of the seed and of how large
+    embeddings and features are, of which `batch` is a sample.
 
     Raises:
         CoralError: a layer or drafter to start from that does not exist or does not fit.
@@ -46,10 +47,8 @@ def new_drafter(target: TrainTarget, config: TrainConfig) -> Drafter:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random_generator(config.seed, 0).initial_seed())
         drafter = Drafter(wanted)
-    # Id 0, often padding that no text holds, is left out.
-    some = torch.linspace(1, target.vocab_size - 1, 64, device=target.device).long()[None]
-    embeddings = target.embed(some).cpu() * wanted.embedding_scale
-    drafter.balance_inputs(embeddings, target.features(some).cpu())
+    embeddings = batch.embeddings.cpu() * wanted.embedding_scale
+    drafter.balance_inputs(embeddings, batch.features.cpu())
     if options.init_layer is not None:
         layers = target.model.get_decoder().layers
         if parallel.is_sharded(target):

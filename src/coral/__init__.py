@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 # How long a thread of a team spins before it sleeps; libgomp reads it when torch loads it. Its own default is
 # many milliseconds, which a thread spends waiting for one that a busy neighbour keeps off its core.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# oneDNN, and torch's binding of it, keep the code made for each shape of a product: megabytes each, a thousand
-# of them. Batches of training have a shape each, so memory would grow for hundreds of updates. Both are read at
-# the first product.
+# oneDNN, and torch's binding of it, keep the code made for each shape of a product: megabytes each,
+# a thousand of them. Training's batches have a shape each, so memory would grow for hundreds
+# of updates. Both are read at the first product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 

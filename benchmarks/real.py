@@ -1,4 +1,4 @@
-"""A real LLM by Hugging Face, llama.cpp, vLLM and us: `python benchmarks/real.py OUTPUT --target FILE.gguf`.
+"""A real LLM by Hugging Face, llama.cpp, vLLM and us: `python benchmarks/real.py OUTPUT [--target FILE]`.
 
 One run on one machine: the same prompts as the same token ids, greedy, the same number of tokens, texts end
 where the target ends them. Every method is a process of its own. It loads, writes a text that is not
@@ -28,6 +28,7 @@ from real_clients import ClientFailed, Records, ask
 from real_methods import chosen, every_method
 from real_table import PLAIN, Method, by_method, differences, rows, speed, table
 
+from coral import models
 from coral.api import read_name
 from coral.bench import suites
 from coral.errors import CoralError
@@ -56,7 +57,9 @@ def main() -> int:
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument("--target", type=Path, required=True, help="a GGUF file")
+    parser.add_argument(
+        "--target", type=Path, help="a GGUF file; else SmolLM2 and the drafter of the package"
+    )
     parser.add_argument(
         "--directory", type=Path, help="its weights in bfloat16; else `coral convert` makes it"
     )
@@ -84,11 +87,13 @@ def run(options: argparse.Namespace) -> int:
         CoralError: an environment or a file that is not there, no such method, or another run's output.
     """
     quiet_transformers()
+    if options.target is None:
+        options.target, options.drafter = models.fetch(), options.drafter or str(models.DRAFTER)
     methods = chosen(every_method(options), options.only)
     pythons = environments(options, {method.engine for method in methods})
     digest = file_digest(options.target)
-    models, methods = weights(options, methods, pythons, digest)
-    directory = models["directory"]
+    paths, methods = weights(options, methods, pythons, digest)
+    directory = paths["directory"]
     if any(method.name == "vllm_drafter" for method in methods):
         export(options)
     prompts, eos_ids = first_turns(directory, options)
@@ -115,7 +120,7 @@ def run(options: argparse.Namespace) -> int:
             missing = {p: ids for p, ids in prompts.items() if (method.name, number, p) not in log.texts}
             if not missing or method.name in failed:
                 continue
-            job = {**method.settings, "model": str(models[method.model]), "prompts": missing}
+            job = {**method.settings, "model": str(paths[method.model]), "prompts": missing}
             try:
                 for line in client(method.engine, method.name, job):
                     kind = "text" if "prompt" in line else "client"
@@ -161,14 +166,14 @@ def weights(
     stem = options.models.absolute() / f"{options.target.stem}-{digest[:12]}"
     convert: list[str | Path] = [sys.executable, "-m", "coral", "convert", options.target]
     directory = options.directory or made(Path(f"{stem}-bf16"), [*convert, "{}"])
-    models = {"directory": directory.absolute(), "file": options.target.absolute()}
+    paths = {"directory": directory.absolute(), "file": options.target.absolute()}
     if all(method.engine != "llama" for method in methods):
-        return models, methods
+        return paths, methods
     requant: list[str | Path] = [pythons["llama"], HERE / "requant.py", options.target]
     for name in {method.model for method in methods} & {"bf16", "q8_0"}:
-        models[name] = made(Path(f"{stem}-{name}.gguf"), [*requant, "{}", name.upper()])
+        paths[name] = made(Path(f"{stem}-{name}.gguf"), [*requant, "{}", name.upper()])
     own = subprocess.run(requant, capture_output=True, text=True, check=True).stdout.strip()
-    return models, [replace(method, precision=method.precision or own) for method in methods]
+    return paths, [replace(method, precision=method.precision or own) for method in methods]
 
 
 def made(path: Path, command: Sequence[str | Path]) -> Path:

@@ -26,7 +26,7 @@ def ask(
 
     Args:
         log: where what the client prints goes, behind what is there.
-        threads: of OpenMP; vLLM binds its own to the first so many cores.
+        threads: of OpenMP and numba; vLLM binds its own to the first so many cores.
 
     Raises:
         ClientFailed: it ended with an error.
@@ -40,6 +40,7 @@ def ask(
         "VLLM_CPU_OMP_THREADS_BIND": cores,
         **as_started(),
         "OMP_NUM_THREADS": str(threads),
+        "NUMBA_NUM_THREADS": str(threads),  # vLLM's n-gram; numba's own number would become that of OpenMP
     }
     log.parent.mkdir(parents=True, exist_ok=True)
     readable, writable = os.pipe()

@@ -84,7 +84,7 @@ MISTAKES = {
     "generate --target no/such hi": "check the name",
     GENERATE + "--drafter /nowhere hi": "there is no drafter directory /nowhere; check the path",
     GENERATE + "--drafter {full} hi": "is not a CORAL drafter",
-    "generate --target {other} --drafter {drafter} hi": "use that target, or train a drafter for this one",
+    "generate --target {other} --drafter {drafter} hi": "has other weights (its LM head's cosine with theirs is ",
     "generate --target {large} --drafter {drafter} hi": "has vocab_size 270, but the target",
     "data prepare /nowhere.jsonl --tokenizer {target} --output {out}": "/nowhere.jsonl does not exist; name",
     "data prepare {good_jsonl} --tokenizer /nowhere --output {out}": "no tokenizer directory /nowhere; check",
@@ -105,7 +105,9 @@ MISTAKES = {
     # content
     GENERATE + "[]": "the prompt is empty; write something",
     GENERATE + "[long]": "the prompt has 604 tokens, but the target's context is 512; shorten it",
-    "data prepare {unusable_jsonl} --tokenizer {target} --output {out}": "dropped: 1 x unreadable JSON",
+    "data prepare {unusable_jsonl} --tokenizer {target} --output {out}": (
+        "2 records dropped: 1 x unreadable JSON"
+    ),
     "data prepare {unusable_jsonl} --tokenizer {target} --output {out} --preview": "usable conversation: 2",
     REGENERATE.replace(
         "{good_jsonl}", "{unusable_jsonl}"

@@ -122,7 +122,12 @@ def answer_padded(turns: Turns, write: WritePadded, batch_size: int) -> Answer:
     """Answers from `write` in batches of prompts of similar length.
 
     The order is fixed before anything is written: windows of the input, each sorted by length.
+
+    Raises:
+        CoralError: `batch_size` is below 1.
     """
+    if batch_size < 1:
+        raise CoralError("batch_size must be at least 1.")
 
     def converse(asked: list[tuple[Job, list[int]]]) -> None:
         """Answer turn after turn, until no job has another turn that can be asked."""

@@ -105,9 +105,8 @@ MISTAKES = {
     # content
     GENERATE + "[]": "the prompt is empty; write something",
     GENERATE + "[long]": "the prompt has 604 tokens, but the target's context is 512; shorten it",
-    "data prepare {unusable_jsonl} --tokenizer {target} --output {out}": (
-        "2 records dropped: 1 x unreadable JSON"
-    ),
+    "data prepare {unusable_jsonl} --tokenizer {target} --output {out}": "2 records dropped: 1 x unreadable "
+    "JSON",
     "data prepare {unusable_jsonl} --tokenizer {target} --output {out} --preview": "usable conversation: 2",
     REGENERATE.replace(
         "{good_jsonl}", "{unusable_jsonl}"

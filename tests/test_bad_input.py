@@ -84,7 +84,7 @@ MISTAKES = {
     "generate --target no/such hi": "check the name",
     GENERATE + "--drafter /nowhere hi": "there is no drafter directory /nowhere; check the path",
     GENERATE + "--drafter {full} hi": "is not a CORAL drafter",
-    "generate --target {other} --drafter {drafter} hi": "has other weights (its LM head's cosine with theirs is ",
+    "generate --target {other} --drafter {drafter} hi": "has other weights (its LM head's cosine with theirs",
     "generate --target {large} --drafter {drafter} hi": "has vocab_size 270, but the target",
     "data prepare /nowhere.jsonl --tokenizer {target} --output {out}": "/nowhere.jsonl does not exist; name",
     "data prepare {good_jsonl} --tokenizer /nowhere --output {out}": "no tokenizer directory /nowhere; check",

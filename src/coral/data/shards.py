@@ -269,16 +269,19 @@ def _measure(dataset: Rows, bytes_per_feature: int, console: Console | None) -> 
 
 def _tensors(target: ShardTarget, dataset: Rows, rows: range, dtype: str) -> dict[str, Tensor]:
     """What a shard holds of these rows, on the CPU."""
-    batch = feature_batch(target, dataset, rows)
+    batch = feature_batch(target, dataset, rows, joined=target.device.type == "cpu")
     tensors: dict[str, Tensor] = {}
-    for i, row in enumerate(rows):
+    i = begin = 0
+    for row in rows:
         length = used_length(dataset[row]["loss_mask"])
+        place = i, slice(begin, begin + length)
         tensors |= {
-            f"{row}.input_ids": batch.input_ids[i, :length].to("cpu", torch.int32),
-            f"{row}.loss_mask": batch.loss_mask[i, :length].cpu(),
+            f"{row}.input_ids": batch.input_ids[place].to("cpu", torch.int32),
+            f"{row}.loss_mask": batch.loss_mask[place].cpu(),
             f"{row}.document_starts": torch.as_tensor(dataset[row]["document_starts"], dtype=torch.int32),
         }
-        features = batch.features[i, :length]
+        features = batch.features[place]
+        i, begin = (i, begin + length) if len(batch.input_ids) < len(rows) else (i + 1, 0)
         if dtype == "fp8":
             quantised, scales = fp8.quantise(features)
             tensors |= {f"{row}.quantised": quantised.cpu(), f"{row}.scales": scales.cpu()}

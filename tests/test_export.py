@@ -300,6 +300,18 @@ def test_only_an_older_export_is_replaced(target, tmp_path):
 # The command line.
 
 
+@pytest.mark.parametrize(
+    ("named", "directory"),
+    [("models/Qwen2.5-0.5B.Q8_0.gguf", "Qwen2.5-0.5B.Q8_0-hf"), ("org/Qwen2.5-GGUF:Q4_K_M", "Qwen2.5-GGUF-Q4_K_M-hf")],
+)  # fmt: skip
+def test_a_gguf_target_is_converted_before_it_is_served(coral, models, tmp_path, named, directory):
+    """Stops a command that no engine can run: they load Hugging Face directories."""
+    drafter, output = models / "drafter", tmp_path / "e"
+    lines = run(coral, "export", drafter, "--to", "vllm", "--output", output, "--target", named)
+    assert lines[-2].split() == ["coral", "convert", named, directory]
+    assert lines[-1].split()[:3] == ["vllm", "serve", directory]
+
+
 def test_export_prints_the_command(coral, models, target, tmp_path):
     """Stops: a command with a placeholder, or with a path that means another directory elsewhere."""
     out = tmp_path / "for vllm"

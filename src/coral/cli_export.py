@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -54,6 +55,7 @@ def export(
     from coral import models
     from coral.drafter import checkpoint
     from coral.export import write
+    from coral.gguf.names import is_gguf
 
     format = write.find(to)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -68,7 +70,10 @@ def export(
         known = None if target == models.SMOLLM2.name else target  # which is at hand, or fetched
         loaded = options.load_target(known, "auto", None, revision, trust_remote_code)
     asked = None if dtype == "auto" else getattr(torch, dtype)
-    done = write.export(directory, to, output, served=target, target=loaded, dtype=asked, head=head)
+    convert = is_gguf(target)  # engines serve Hugging Face directories
+    name = Path(target).name.replace(":", "-")
+    served = f"{name[:-5] if name.lower().endswith('.gguf') else name}-hf" if convert else target
+    done = write.export(directory, to, output, served=served, target=loaded, dtype=asked, head=head)
     print(f"drafter for {to}: {output}")
     if done.token_map is not None:
         print(f"static head: written as the token map {done.token_map}")
@@ -87,7 +92,13 @@ def export(
             "no token map: for drafting with fewer ids, run `coral train-head "
             f"{drafter} --data DATA --kind static`, and export again"
         )
-    print(f"serve it with:\n{done.command}" if done.command else f"no engine serves a {to} directory")
+    if not done.command:
+        print(f"no engine serves a {to} directory")
+        return
+    print("serve it with:")
+    if convert:
+        print(f"coral convert {shlex.quote(target)} {shlex.quote(served)}")
+    print(done.command)
 
 
 def import_(

@@ -52,6 +52,13 @@ def find(source: str | Path, revision: str | None = None) -> list[Path] | None:
     return _download(quant[1], chosen, revision, files, there)
 
 
+def is_gguf(source: str | Path) -> bool:
+    """Whether `source` names a GGUF file, as far as that shows without asking the hub."""
+    if (path := Path(source)).is_dir():
+        return not (path / "config.json").is_file() and any(path.glob("*.[gG][gG][uU][fF]"))
+    return str(source).lower().endswith(".gguf") or bool(_QUANT.fullmatch(str(source)))
+
+
 def hint(source: str | Path, revision: str | None = None) -> str:
     """What to say about a hub id that is no Hugging Face model: the GGUF files that it holds, if any."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):

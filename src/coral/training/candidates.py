@@ -8,7 +8,7 @@ softmaxes included, and their ratios, which the losses are made of, are consiste
 sampled softmax (Jean et al., arXiv 1412.2007). To count an id w times is to add log w to its logit, so the
 candidates are a head of fewer rows with a bias, and a drafter that equals its target still has no slope.
 
-The target's whole head is multiplied once for every fourth row, without gradient, whatever the number of draft
+The target's whole head is multiplied once, for some of the rows, without gradient, whatever the number of draft
 steps.
 
 Shapes: R trained rows, V vocabulary, C candidates, h hidden size.
@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MASS_EVERY = 4
-"""Of so many rows one says which ids hold most of the probability: the estimates are without bias whatever is
-certain, and the whole head is most of what a batch costs."""
+SURVEYED = 256
+"""Rows of a batch, about, that meet the whole head and so say which ids hold most of the probability. The
+estimates are without bias whatever is certain, and the whole head would be most of what a batch costs."""
 
 
 class Candidates(NamedTuple):
@@ -62,7 +62,8 @@ def choose(
     """
     vocabulary, device = len(head_weight), features.device
     mass = torch.zeros(vocabulary, device=device)
-    for rows in features[::MASS_EVERY].split(chunk):
+    every = max(1, len(features) // SURVEYED)
+    for rows in features[::every].split(chunk):
         logits = rows.to(head_weight.dtype) @ head_weight.t()
         logits = logits if head_bias is None else logits.add_(head_bias)
         p = torch.softmax(logits, -1, out=logits)

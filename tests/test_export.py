@@ -302,8 +302,8 @@ def test_only_an_older_export_is_replaced(target, tmp_path):
 
 @pytest.mark.parametrize(
     ("named", "directory"),
-    [("models/Qwen2.5-0.5B.Q8_0.gguf", "Qwen2.5-0.5B.Q8_0-hf"), ("org/Qwen2.5-GGUF:Q4_K_M", "Qwen2.5-GGUF-Q4_K_M-hf")],
-)  # fmt: skip
+    [("models/Q2.5-0.5B.Q8_0.gguf", "Q2.5-0.5B.Q8_0-hf"), ("org/Q2.5-GGUF:Q4_K_M", "Q2.5-GGUF-Q4_K_M-hf")],
+)
 def test_a_gguf_target_is_converted_before_it_is_served(coral, models, tmp_path, named, directory):
     """Stops a command that no engine can run: they load Hugging Face directories."""
     drafter, output = models / "drafter", tmp_path / "e"

@@ -8,8 +8,7 @@ softmaxes included, and their ratios, which the losses are made of, are consiste
 sampled softmax (Jean et al., arXiv 1412.2007). To count an id w times is to add log w to its logit, so the
 candidates are a head of fewer rows with a bias, and a drafter that equals its target still has no slope.
 
-The target's whole head is multiplied once, for some of the rows, without gradient, whatever the number of draft
-steps.
+The target's whole head is multiplied once, for some of the rows, whatever the number of draft steps.
 
 Shapes: R trained rows, V vocabulary, C candidates, h hidden size.
 """

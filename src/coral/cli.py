@@ -18,10 +18,13 @@ from coral.cli_export import export, import_
 from coral.cli_gguf import cache, convert
 from coral.cli_heads import train_head
 from coral.cli_hub import push
-from coral.cli_tune import tune
+from coral.cli_tune import expect, tune
 from coral.errors import CoralError
 from coral.memory import keep_freed_memory, seconds_alive, uncollected
 from coral.waiting import waiting
+
+_LONG = 300.0
+"""Seconds of training after which what was gained is worth half a minute of measuring."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -197,6 +200,8 @@ def train(
     )
     if not outcome.finished:
         raise typer.Exit(2)  # the loop has said so, and what to do
+    if outcome.seconds >= _LONG and prompts and not shard_target and os.environ.get("RANK", "0") == "0":
+        expect(loaded, output, prompts[:4])
 
 
 # Help lists commands in this order.

@@ -100,6 +100,25 @@ def tune(
             print(f"not written down; to use it: --tree {found.best.budget}")
 
 
+def expect(target: Target, drafter: Path, prompts: list[list[int]]) -> None:
+    """Say what a drafter that was just trained gains here, by tuning on a few prompts."""
+    from coral.api import make_proposer
+    from coral.forward import suits
+    from coral.tuning.run import tune as run
+
+    found = run(
+        target,
+        lambda target: make_proposer(target, drafter, head="full"),
+        prompts,
+        max_new_tokens=48,
+        compile=suits(target),
+    )
+    print(
+        f"expect {found.predicted:.2f}x (tau {found.best.tau:.2f}) here with --tree {found.best.budget} and "
+        "the full head; a head from `coral train-head` costs less, and `coral tune` writes the tree down"
+    )
+
+
 def _prompts(target: Target, rows: PreparedData | None) -> list[list[int]]:
     from coral.bench.suites import Prompt, render
     from coral.tuning.prompts import PROMPTS

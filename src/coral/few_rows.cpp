@@ -4,7 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "few_rows.h"
+#include "attention.h"
 
 namespace {
 
@@ -79,7 +79,7 @@ Tensor attend_all(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
         block.outputs[block.count++] = y + ((b * n + i) * heads + head) * size;
       }
       kAttend<T>[block.count - 1](block, ks + pair * num_keys * size, vs + pair * num_keys * size, num_keys, size,
-                                  float(scale));
+                                  float(scale), false);
     }
   });
   return output;

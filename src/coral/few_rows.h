@@ -1,4 +1,4 @@
-// Products and attention of a few rows, float32 or bfloat16, on the CPU; few_rows.py says what for.
+// Products of a few rows, float32 or bfloat16, on the CPU; few_rows.py says what for.
 //
 // All arithmetic is float32: bfloat16 numbers are widened when they are read, and results are rounded once.
 // A row's sums are made in one order, whatever rows stand beside it or between those it attends to: in a
@@ -19,7 +19,6 @@ constexpr int64_t kParts = kPanel / kLanes;         // vectors that hold a panel
 constexpr int64_t kBlock = 256;                     // inputs at a time: at most 16 KiB of a panel
 constexpr int64_t kStride = kBlock + kPanel;        // between rows; a power of two would crowd the L1 cache
 constexpr int64_t kTile = kLanes == 16 ? 16 : 4;    // rows whose sums the registers hold
-constexpr int64_t kQueries = kLanes == 16 ? 8 : 4;  // rows that attend together
 
 constexpr int64_t kFar = 16384, kNear = 512;  // bytes between weights that are fetched and those in use
 
@@ -168,101 +167,5 @@ void convert(const From* from, const Offset* offsets, int64_t count, To* to) {
     store(offsets ? load(from + i) + load(offsets + i) : load(from + i), to + i);
   for (; i < count; i++) to[i] = To(float(from[i]) + (offsets ? float(offsets[i]) : 0));
 }
-
-// What one block of at most kQueries rows, all on the same key/value head, reads and writes.
-template <typename T>
-struct Block {
-  int64_t count = 0;
-  const float* queries[kQueries];
-  const bool* allowed[kQueries];
-  T* outputs[kQueries];
-};
-
-// Columns c to c + C * kLanes of the outputs: values [end, size] weighed by `weights` [end, abreast(R)], over the sum
-// of these. Key after key: keys between those that a row sees, other branches of a tree, add zeros.
-template <int64_t R, int64_t C, typename T>
-void add_values(const Block<T>& block, const float* weights, const T* values, int64_t end, int64_t size, int64_t c) {
-  Vec sums[R][C], all(0);
-  for (int64_t key = 0; key < end; key++) {
-    all = all + Vec::loadu(weights + key * abreast(R));  // the first R count
-#pragma GCC unroll 4
-    for (int64_t part = 0; part < C; part++) {
-      const Vec value = load(values + key * size + c + part * kLanes);
-#pragma GCC unroll 8
-      for (int64_t r = 0; r < R; r++)
-        sums[r][part] = at::vec::fmadd(value, Vec(weights[key * abreast(R) + r]), sums[r][part]);
-    }
-  }
-  float whole[kLanes];
-  all.store(whole);
-#pragma GCC unroll 8
-  for (int64_t r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int64_t part = 0; part < C; part++)
-      store(sums[r][part] * Vec(whole[r] > 0 ? 1 / whole[r] : 0), block.outputs[r] + c + part * kLanes);
-}
-
-// Keys and values [num_keys, size]; a row that may attend to nothing becomes 0. The scores of a key stand side by
-// side, row after row, so that a vector holds those of a few keys.
-template <typename T, int64_t R>
-void attend_block(const Block<T>& block, const T* keys, const T* values, int64_t num_keys, int64_t size,
-                  float scale) {
-  constexpr int64_t rows = abreast(R), together = kLanes / rows;  // keys of a vector
-  int64_t end = 0, known = num_keys;  // one behind the last key that any row attends to; the first that one does not
-  for (int64_t r = 0; r < R; r++) {
-    const bool *begin = block.allowed[r], *last = begin + num_keys;
-    while (last > begin + end && !last[-1]) last--;
-    end = last - begin;
-    const void* unseen = std::memchr(begin, 0, num_keys);
-    if (unseen) known = std::min<int64_t>(known, static_cast<const bool*>(unseen) - begin);
-  }
-  std::vector<float> weights((end + together) * rows);
-  Vec most(std::numeric_limits<float>::lowest());  // for a row that sees nothing, too
-  for (int64_t first = 0; first < end; first += together) {
-    std::array<Vec, kLanes> sums;
-#pragma GCC unroll 16
-    for (auto& sum : sums) sum = Vec(0);
-    for (int64_t c = 0; c < size; c += kLanes)
-#pragma GCC unroll 16
-      for (int64_t j = 0; j < together; j++) {
-        const Vec part = load(keys + std::min(first + j, end - 1) * size + c);
-#pragma GCC unroll 8
-        for (int64_t r = 0; r < R; r++)
-          sums[j * rows + r] = at::vec::fmadd(part, Vec::loadu(block.queries[r] + c), sums[j * rows + r]);
-      }
-    Vec scores = totals(sums) * Vec(scale);
-    if (first + together > known) {
-      float some[kLanes];
-      scores.store(some);
-      for (int64_t j = 0; j < together; j++)
-        for (int64_t r = 0; r < R; r++)
-          if (first + j >= end || !block.allowed[r][first + j]) some[j * rows + r] = kNever;
-      scores = Vec::loadu(some);
-    }
-    scores.store(weights.data() + first * rows);
-    most = at::vec::maximum(most, scores);
-  }
-  float highest[kLanes];
-  most.store(highest);
-  for (int64_t j = 1; j < together; j++)
-    for (int64_t r = 0; r < rows; r++) highest[r] = std::max(highest[r], highest[j * rows + r]);
-  for (int64_t j = 1; j < together; j++) std::copy_n(highest, rows, highest + j * rows);
-  for (int64_t first = 0; first < end; first += together) {
-    float* some = weights.data() + first * rows;
-    (Vec::loadu(some) - Vec::loadu(highest)).exp_u20().store(some);
-  }
-  constexpr int64_t most_parts = 4 * R <= kLanes ? 4 : 2;
-  int64_t c = 0;
-  for (; c + most_parts * kLanes <= size; c += most_parts * kLanes)
-    add_values<R, most_parts>(block, weights.data(), values, end, size, c);
-  for (; c < size; c += kLanes) add_values<R, 1>(block, weights.data(), values, end, size, c);
-}
-
-template <typename T, int64_t... R>
-constexpr auto attend_each_count(std::integer_sequence<int64_t, R...>) {
-  return std::array{attend_block<T, R + 1>...};
-}
-template <typename T>
-constexpr auto kAttend = attend_each_count<T>(std::make_integer_sequence<int64_t, kQueries>{});
 
 }  // namespace

@@ -4,7 +4,7 @@
 // between operations are float32; with bfloat16 rows each operation rounds its results as the model does.
 // n: rows of all sequences, h: hidden size, d: head size.
 
-#include "tiles.h"
+#include "attention.h"
 #include "packing.h"
 
 #include <memory>
@@ -357,7 +357,7 @@ struct Forward {
       for (int64_t i = 0; i < block.count; i++) block.allowed[i] += from;
       kAttend<T>[block.count - 1](block, stored(s, 2 * l, task.kv_head) + from * d,
                                   stored(s, 2 * l + 1, task.kv_head) + from * d, s.length + s.count - from, d,
-                                  job.scale);
+                                  job.scale, job.tiles);
     }
   }
 };

@@ -5,18 +5,19 @@
 // n: rows of all sequences, h: hidden size, d: head size.
 
 #include "attention.h"
+#include "blocks.h"
 #include "packing.h"
 
 #include <memory>
 
 namespace {
 
-// A packed weight [outputs, inputs], as few_rows.py writes it.
+// A packed weight [outputs, inputs], as packing.py writes it.
 struct Matrix {
-  const void* panels;
+  void* panels;
   const float* bias;  // or none
   int64_t inputs, outputs;
-  bool narrow;  // bfloat16, not float32
+  int64_t kind;  // 0: float32, 1: bfloat16, others: blocks of a GGUF file, which rows of bfloat16 are multiplied with
 };
 
 struct Layer {
@@ -57,6 +58,28 @@ struct Job {
   const Sequence* sequences;
   void *features, *logits;  // [n, h]; [n, V] or none
 };
+
+// Rows times some inputs of some panels, into `to` [n, outputs].
+template <typename CopyRow>
+void multiply(const Matrix& matrix, bool tiles, Range panels, Range inner, int64_t n, const CopyRow& copy_row,
+              float* to) {
+  const auto with = [&](const auto* weights) {
+    multiply_panels(weights, panels, inner, n, matrix.inputs, matrix.outputs, copy_row, to);
+  };
+  const auto* narrow = static_cast<const BFloat16*>(matrix.panels);
+  if (matrix.kind > 1)
+    return with_blocks(matrix.kind, matrix.panels, [&](const auto* weights) {
+#ifdef CORAL_TILES
+      if (tiles)
+        return multiply_block_panels_by_tiles(weights, panels, inner, n, matrix.inputs, matrix.outputs, copy_row, to);
+#endif
+      multiply_block_panels(weights, panels, inner, n, matrix.inputs, matrix.outputs, copy_row, to);
+    });
+#ifdef CORAL_TILES
+  if (tiles) return multiply_panels_by_tiles(narrow, panels, inner, n, matrix.inputs, matrix.outputs, copy_row, to);
+#endif
+  matrix.kind ? with(narrow) : with(static_cast<const float*>(matrix.panels));
+}
 
 // To the nearest number that T holds, of two as near to the even one.
 template <typename T>
@@ -205,25 +228,11 @@ struct Forward {
     return rounded<T>(matrix.bias ? sum + Vec::loadu(matrix.bias + output, count) : sum);
   }
 
-  template <typename CopyRow>
-  void multiply(const Matrix& matrix, Range panels, Range inner, const CopyRow& copy_row, float* to) const {
-    const auto with = [&](const auto* weights) {
-      multiply_panels(weights, panels, inner, n, matrix.inputs, matrix.outputs, copy_row, to);
-    };
-#ifdef CORAL_TILES
-    if (job.tiles) {
-      const auto* weights = static_cast<const BFloat16*>(matrix.panels);
-      return multiply_panels_by_tiles(weights, panels, inner, n, matrix.inputs, matrix.outputs, copy_row, to);
-    }
-#endif
-    matrix.narrow ? with(static_cast<const BFloat16*>(matrix.panels)) : with(static_cast<const float*>(matrix.panels));
-  }
-
   // This thread's part of a product; finish(row, output, count) is called for all of its sums, a vector at a time.
   template <typename CopyRow, typename Finish>
   void product(const Matrix& matrix, const CopyRow& copy_row, float* to, int64_t unit, const Finish& finish) {
     const Range mine = share((matrix.outputs + kPanel - 1) / kPanel, unit);
-    multiply(matrix, mine, {0, matrix.inputs}, copy_row, to);
+    multiply(matrix, job.tiles, mine, {0, matrix.inputs}, n, copy_row, to);
     const int64_t end = std::min(mine.end * kPanel, matrix.outputs);
     for (int64_t r = 0; r < n; r++)
       for (int64_t j = mine.begin * kPanel; j < end; j += kLanes) finish(r, j, std::min(kLanes, end - j));
@@ -268,11 +277,13 @@ struct Forward {
     store(rounded<T>(Vec::loadu(place, count) + change), place, count);
   }
 
-  // SiLU(gate) * up, or GELU by tanh: gate / (1 + exp(-2 u)) is gate / 2 * (1 + tanh(u)); both panels of a pair are this thread's. Then this thread's part of `down`: what it has just
-  // made, with all outputs, so that no thread waits for another's numbers, or fetches them.
+  // SiLU(gate) * up, or GELU by tanh: gate / (1 + exp(-2 u)) is gate / 2 * (1 + tanh(u)); both panels
+  // of a pair are this thread's.
+  // Then this thread's part of `down`: what it has just made, whole blocks, with all outputs, so that no thread waits
+  // for another's numbers, or fetches them.
   void feed_forward(const Layer& layer) {
     const Matrix &both = layer.gate_up, &down = layer.down;
-    normalised_product(layer.norm, both, sums.get(), 2, [&](int64_t r, int64_t j, int64_t count) {
+    normalised_product(layer.norm, both, sums.get(), 4, [&](int64_t r, int64_t j, int64_t count) {
       if (j / kPanel % 2) return;
       const float* row = &sums[r * both.outputs];
       const Vec gate = result(both, row, j, count), up = result(both, row, j + kPanel, count);
@@ -281,13 +292,13 @@ struct Forward {
       const int64_t output = j / (2 * kPanel) * kPanel + j % kPanel;
       store(rounded<T>(active * up), &inner[r * down.inputs + output]);
     });
-    const Range pairs = share(both.outputs / (2 * kPanel), 1), made{pairs.begin * kPanel, pairs.end * kPanel};
+    const Range pairs = share(both.outputs / (2 * kPanel), 2), made{pairs.begin * kPanel, pairs.end * kPanel};
     float* part = &parts[omp_get_thread_num() * n * h];
     if (made.begin == made.end) std::fill_n(part, n * h, 0.f);
     const auto copy_row = [&](int64_t r, int64_t k, int64_t depth, float* to) {
       std::copy_n(&inner[r * down.inputs + k], depth, to);
     };
-    multiply(down, {0, h / kPanel}, made, copy_row, part);
+    multiply(down, job.tiles, {0, h / kPanel}, made, n, copy_row, part);
   }
 
   void add_parts(const Matrix& down, const float* norm) {
@@ -363,6 +374,16 @@ struct Forward {
 };
 
 }  // namespace
+
+// Rows [n, inputs] with a matrix, without its bias, into `sums` [n, outputs].
+extern "C" void coral_multiply(const Matrix* matrix, const float* rows, int64_t n, bool tiles, int64_t threads,
+                               float* sums) {
+  const auto copy_row = [&](int64_t r, int64_t k, int64_t depth, float* to) {
+    std::copy_n(rows + r * matrix->inputs + k, depth, to);
+  };
+#pragma omp parallel num_threads(threads)
+  multiply(*matrix, tiles, share((matrix->outputs + kPanel - 1) / kPanel, 1), {0, matrix->inputs}, n, copy_row, sums);
+}
 
 extern "C" void coral_forward(const Job* job) {
   if (job->narrow)

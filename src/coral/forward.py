@@ -22,7 +22,7 @@ from coral import sampler
 from coral.cpp import build
 from coral.few_rows import DTYPES, LANES, MOST_ROWS, PANEL
 from coral.packed import PackedLinear
-from coral.packing import pack_once
+from coral.packing import pack_blocks, pack_once
 from coral.support import rotations, windowed
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class _Matrix(Structure):
         ("bias", c_void_p),
         ("inputs", c_int64),
         ("outputs", c_int64),
-        ("narrow", c_bool),
+        ("kind", c_int64),
     )
 
 
@@ -150,6 +150,8 @@ class NativeForward:
         sampler.load()  # else sampling would take as long as the forward
         self._library, self._run, self._decoder = library, library.coral_forward, decoder
         self._owned: list[Tensor] = [target.embedding_weight]  # what the pointers below lead to
+        self._blocks, parameters = target.blocks, target.model.named_parameters()
+        self._names = {id(parameter): name for name, parameter in parameters}
         self._met = Counter[Any]()
         self._gemma = config.model_type == "gemma3_text"
         kinds = config.layer_types if self._gemma else [None] * len(decoder.layers)
@@ -180,7 +182,7 @@ class NativeForward:
         self._vocab_size = target.vocab_size
         # Of many rows, too: not with vectors of eight numbers.
         wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-        self._most_rows = sys.maxsize if wide else MOST_ROWS
+        self._most_rows = sys.maxsize if wide or target.blocks else MOST_ROWS
         self._job = _Job(
             hidden=target.hidden_size,
             heads=attention.q_proj.out_features // head_size,
@@ -278,12 +280,18 @@ class NativeForward:
             return torch.stack([part.unflatten(0, (-1, PANEL)) for part in parts], 1).flatten(0, 2)
 
         weights = [linear.weight.detach() for linear in linears]
-        self._owned.append(pack_once(self._library, weights, interleaved, self._met))
+        if self._blocks is None:
+            packed = pack_once(self._library, weights, interleaved, self._met)
+            kind = int(packed.dtype == torch.bfloat16)
+        else:
+            names = [self._names[id(linear.weight)] for linear in linears]
+            kind, packed = pack_blocks(self._library, *self._blocks.packed(names), interleaved)
+        self._owned.append(packed)
         return _Matrix(
-            panels=self._owned[-1].data_ptr(),
+            panels=packed.data_ptr(),
             inputs=weights[0].shape[1],
             outputs=sum(map(len, weights)),
-            narrow=self._owned[-1].dtype == torch.bfloat16,
+            kind=kind,
             bias=None if linears[0].bias is None else self._vector(joined([each.bias for each in linears])),
         )
 

@@ -1,4 +1,4 @@
-// Weights on their way into the panels of few_rows.h; packing.py binds it, and says how they lie there.
+// Weights on their way into the panels of few_rows.h and blocks.h; packing.py binds it, and says how they lie there.
 
 #include <cstring>
 
@@ -59,6 +59,26 @@ void pack(const Parts& parts, int64_t threads, Packed* to) {
     }
 }
 
+// Blocks of a GGUF file's rows; `parts.inputs` are bytes.
+template <typename Weights>
+void pack_blocks(const Parts& parts, int64_t threads, Weights* to) {
+  using Stored = typename Weights::Stored;
+  int64_t outputs = 0;
+  for (int64_t i = 0; i < parts.count; i++) outputs += parts.rows[i];
+  const int64_t panels = (outputs + kPanel - 1) / kPanel, blocks = parts.inputs / sizeof(Stored);
+#pragma omp parallel for num_threads(threads)
+  for (int64_t p = 0; p < panels; p++)
+    for (int64_t start = 0; start < blocks; start += kBlocks) {
+      const int64_t depth = std::min(kBlocks, blocks - start);
+      Weights* panel = to + panels * start + p * depth;
+      std::memset(static_cast<void*>(panel), 0, depth * sizeof(Weights));
+      for (int64_t j = 0; j < kPanel; j++)
+        if (const char* row = row_of<char>(parts, p * kPanel + j))
+          for (int64_t b = 0; b < depth; b++)
+            panel[b].take(reinterpret_cast<const Stored*>(row)[start + b], j);
+    }
+}
+
 // Whether bfloat16 can hold all of so many float32 numbers.
 bool are_narrow(const uint32_t* numbers, int64_t count, int64_t threads) {
   uint32_t lost = 0;
@@ -85,6 +105,11 @@ extern "C" void coral_pack(const Parts* parts, bool from_narrow, bool narrow, in
     pack<BFloat16, float>(*parts, threads, static_cast<BFloat16*>(to));
   else
     pack<float, float>(*parts, threads, static_cast<float*>(to));
+}
+
+// To `to`, blocks of this kind.
+extern "C" void coral_pack_blocks(const Parts* parts, int64_t kind, int64_t threads, void* to) {
+  with_blocks(kind, to, [&](auto* blocks) { pack_blocks(*parts, threads, blocks); });
 }
 
 // A number that equal contents share, and others do not unless by an accident of one in 2^64.

@@ -39,6 +39,7 @@ from coral.support import alike, check_supported, context_length, eos_ids, slidi
 if TYPE_CHECKING:
     from coral.decoding.state import Committed, State
     from coral.decoding.tree import DraftTree
+    from coral.gguf.blocks import Blocks
 
 _ATTENTION = ("sdpa", "eager")  # kernels that take an arbitrary mask; "sdpa" is loaded as our grouped form
 _PREFILL_CHUNK = 512
@@ -49,6 +50,7 @@ class Target:
 
     Args:
         freeze: take the model out of training mode and its parameters out of autograd, for good.
+        blocks: of the GGUF file that the model is of: decoding then multiplies with these, always natively.
 
     Attributes:
         model, tokenizer, config: the Hugging Face objects (tokenizer may be None when none was given).
@@ -68,6 +70,7 @@ class Target:
         name: str | None = None,
         revision: str | None = None,
         freeze: bool = True,
+        blocks: Blocks | None = None,
     ) -> None:
         check_supported(model.config)
         if model.config._attn_implementation not in (*_ATTENTION, GROUPED_SDPA):
@@ -98,7 +101,13 @@ class Target:
         self.window = sliding_window(model.config)
         self.sizes: tuple[int, ...] = ()
         self._decode: Any = None
-        self._native: NativeForward | None = None
+        self.blocks = blocks
+        self._native = None if blocks is None else NativeForward.of(self)
+        if blocks is not None and self._native is None:
+            raise CoralError(
+                "packed blocks are multiplied natively, which needs a CPU, a C++ compiler and a family and sizes "
+                "that `coral generate --compile` runs natively; use dtype auto."
+            )
 
     @classmethod
     def load(
@@ -116,7 +125,8 @@ class Target:
         """Load a target from a directory, a hub id, a GGUF file (see `gguf.names`), or take a loaded model.
 
         Args:
-            dtype: "auto" (as stored; of a GGUF file bfloat16), "float32", "bfloat16" or "float16".
+            dtype: "auto" (as stored; of a GGUF file bfloat16), "float32", "bfloat16", "float16", or "packed":
+                a GGUF file's own blocks, multiplied with bfloat16 rows.
             device_map: placement of the parts by accelerate, for a model that does not fit on one device:
                 "auto" or another strategy, or a device for each part. Layers may be offloaded.
             attention: "sdpa" or "eager".
@@ -126,11 +136,12 @@ class Target:
         """
         if isinstance(source, PreTrainedModel):
             return cls(source, tokenizer, revision=revision)
-        if dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise CoralError(f"dtype {dtype!r} is not known; use auto, float32, bfloat16 or float16.")
+        if dtype not in ("auto", "float32", "bfloat16", "float16", "packed"):
+            raise CoralError(f"dtype {dtype!r} is not known; use auto, float32, bfloat16, float16 or packed.")
         if attention not in _ATTENTION:
             raise CoralError(f"attention {attention!r} takes no arbitrary mask; use sdpa or eager.")
         place = name = str(source)
+        blocks = gguf.blocks(source, revision) if dtype == "packed" else None
         if (converted := gguf.directory(source, dtype, revision, Console(stderr=True))) is not None:
             place, dtype, revision = str(converted), "auto", None
             tokenizer = tokenizer or gguf.load_tokenizer(converted, name)
@@ -166,7 +177,8 @@ class Target:
                 f"cannot load the target {name!r}: {reason}; check its files and the device."
             ) from error
         pack_linears(model)
-        return cls(model, tokenizer, name=name, revision=revision or getattr(config, "_commit_hash", None))
+        revision = revision or getattr(config, "_commit_hash", None)
+        return cls(model, tokenizer, name=name, revision=revision, blocks=blocks)
 
     @property
     def device(self) -> torch.device:
@@ -176,6 +188,11 @@ class Target:
     @property
     def dtype(self) -> torch.dtype:
         return self.head_weight.dtype
+
+    @property
+    def precision(self) -> str:
+        """What decoding computes in: "packed", or the dtype."""
+        return str(self.dtype).removeprefix("torch.") if self.blocks is None else "packed"
 
     @property
     def pads(self) -> bool:
@@ -200,7 +217,8 @@ class Target:
         """
         target = copy(self)
         target.sizes = tuple(sorted(set(rows)))
-        target._native = NativeForward.of(self)
+        if self.blocks is None:
+            target._native = NativeForward.of(self)
         if target._native is None:
             target._decode = compiled(self._forward_and_score, self.device, inputs=5)
         return target

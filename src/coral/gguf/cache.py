@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
+    from coral.gguf.blocks import Blocks
+
 VERSION = 1
 """Of what a conversion writes; another one is made again."""
 _RECORD = "coral.json"
@@ -63,7 +65,7 @@ def directory(
     unless it was before. None: it names no GGUF file.
 
     Args:
-        dtype: of the weights; "auto" is bfloat16.
+        dtype: of the weights; "auto" is bfloat16, and so is "packed": see `blocks`.
         console: shows a bar while it is converted.
 
     Raises:
@@ -71,13 +73,26 @@ def directory(
     """
     if (paths := names.find(source, revision)) is None:
         return None
-    dtype = "bfloat16" if dtype == "auto" else dtype
+    dtype = "bfloat16" if dtype in ("auto", "packed") else dtype
     entry = root() / f"{_digest(paths)[:16]}-{dtype}-v{VERSION}"
     if not (entry / _RECORD).is_file():
         _make(entry, paths, {"source": str(source), "dtype": dtype}, console)
     with suppress(OSError):  # a cache that cannot be written to
         os.utime(entry / _RECORD)
     return entry
+
+
+def blocks(source: str | Path, revision: str | None = None) -> Blocks:
+    """The matrices of the GGUF file that `source` names, in its own blocks.
+
+    Raises:
+        CoralError: it names no GGUF file, or see `Blocks`.
+    """
+    from coral.gguf.blocks import Blocks
+
+    if (paths := names.find(source, revision)) is None:
+        raise CoralError(f"{source} is no GGUF file, so it has no blocks to keep packed; use dtype auto.")
+    return Blocks(paths)
 
 
 def _make(entry: Path, paths: Sequence[Path], record: dict[str, str], console: Console | None) -> None:

@@ -125,7 +125,7 @@ def write_weights(
 
 def _values(file: File, name: str, tensor: Tensor, config: PreTrainedConfig) -> Iterator[TorchTensor]:
     """The tensor as the model has it, in float32, in pieces of whole rows."""
-    order = _order(file, name, config)
+    order = order_of_rows(file, name, config)
     # Of a bias, a row is one value.
     whole = None if order is None else tensor.packed().reshape(len(order), -1)[order]
     count, step = tensor.rows if whole is None else len(whole), max(1, _CHUNK // tensor.shape[-1])
@@ -143,7 +143,7 @@ def _values(file: File, name: str, tensor: Tensor, config: PreTrainedConfig) -> 
         yield torch.from_numpy(values - 1 if file.architecture == "gemma3" and "norm" in name else values)
 
 
-def _order(file: File, name: str, config: PreTrainedConfig) -> Any:
+def order_of_rows(file: File, name: str, config: PreTrainedConfig) -> Any:
     """Files of Llama hold the rows of query and key so that the two of a rotated pair are neighbours, where
     Hugging Face has them half a head apart. None: the rows are in order.
     """

@@ -24,6 +24,17 @@ inline Vec load(const c10::Half* numbers) {
   return wide;
 }
 
+// While it lives, numbers below the smallest normal one count as zero, as they do in the matrix unit.
+class Flushed {
+#ifdef __SSE__
+  const unsigned before = _mm_getcsr();
+
+ public:
+  Flushed() { _mm_setcsr(before | 0x8040); }
+  ~Flushed() { _mm_setcsr(before); }
+#endif
+};
+
 inline Vec widened(const int8_t* numbers) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers))));
@@ -39,6 +50,7 @@ inline Vec widened(const int8_t* numbers) {
 // Q8_0: 32 inputs of the 16 outputs of a panel, input after input.
 struct Bytes {
   static constexpr bool kOffsets = false;
+  static constexpr int64_t kFew = 2;  // rows that vectors multiply faster than tiles
   struct Stored {  // of one output, in the file
     c10::Half scale;
     int8_t numbers[kBlockInputs];
@@ -70,11 +82,19 @@ struct Bytes {
 #endif
 };
 
+// The bits of a whole number from -8 to 15 as bfloat16.
+constexpr uint16_t narrow_bits(int number) {
+  if (!number) return 0;
+  const int size = number < 0 ? -number : number, exponent = size > 7 ? 3 : size > 3 ? 2 : size > 1;
+  return (number < 0 ? 0x8000 : 0) | (127 + exponent) << 7 | (size << (7 - exponent) & 0x7F);
+}
+
 // Q4_1 and Q4_0: each word holds four numbers of an output, of every second input; those of 16 outputs and of even and
 // odd inputs stand in turn, as in a tile. In Q4_0 8 stands for 0.
 template <bool Offsets>
 struct Nibbles {
   static constexpr bool kOffsets = Offsets;
+  static constexpr int64_t kFew = 1;
   static constexpr int64_t kScales = Offsets ? 2 : 1, kZero = Offsets ? 0 : 8, kTogether = 4;
   struct Stored {
     c10::Half scales[kScales];
@@ -84,6 +104,25 @@ struct Nibbles {
   c10::Half scales[kPanel], offsets[Offsets ? kPanel : 0];
   uint16_t words[kBlockPairs / kTogether][kPanel][2];
 
+#ifdef CPU_CAPABILITY_AVX512
+  // Of all values, twice: the fifth bit of an index is another number's.
+  alignas(64) static constexpr std::array<uint16_t, kTileInputs> kValues = [] {
+    std::array<uint16_t, kTileInputs> values{};
+    for (size_t i = 0; i < values.size(); i++) values[i] = narrow_bits(int(i % 16) - int(kZero));
+    return values;
+  }();
+
+  // Of both inputs of a pair and all outputs, as bfloat16.
+  __m512i numbers(int64_t pair) const {
+    const __m512i all = _mm512_loadu_si512(words[pair / kTogether]);
+    return _mm512_permutexvar_epi16(_mm512_srli_epi16(all, 4 * (pair % kTogether)), _mm512_load_si512(&kValues));
+  }
+
+  std::array<Vec, 2> load_pair(int64_t pair, int64_t) const {
+    const __m512i both = numbers(pair), odd = _mm512_and_si512(both, _mm512_set1_epi32(0xFFFF0000));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), _mm512_castsi512_ps(odd)};
+  }
+#else
   std::array<Vec, 2> load_pair(int64_t pair, int64_t part) const {
     const Ints all = Ints::loadu(words[pair / kTogether][part * kLanes]);
     const auto number = [&](int64_t shift) {
@@ -91,6 +130,7 @@ struct Nibbles {
     };
     return {number(4 * (pair % kTogether)), number(16 + 4 * (pair % kTogether))};
   }
+#endif
 
   void take(const Stored& stored, int64_t output) {
     scales[output] = stored.scales[0];
@@ -104,18 +144,9 @@ struct Nibbles {
 
 #ifdef CORAL_TILES
   void expand(BFloat16* tile) const {
-    alignas(64) BFloat16 values[kTileInputs];  // twice: an index's fifth bit is another number's
-    for (int64_t i = 0; i < kTileInputs; i++) values[i] = BFloat16(float(i % 16 - kZero));
-    const __m512i table = _mm512_load_si512(values);
-#pragma GCC unroll 4
-    for (int64_t group = 0; group < kBlockPairs / kTogether; group++) {
-      const __m512i all = _mm512_loadu_si512(words[group]);
-#pragma GCC unroll 4
-      for (int64_t i = 0; i < kTogether; i++) {
-        const __m512i some = _mm512_permutexvar_epi16(_mm512_srli_epi16(all, 4 * i), table);
-        _mm512_store_si512(tile + (group * kTogether + i) * kTileInputs, some);
-      }
-    }
+#pragma GCC unroll 16
+    for (int64_t pair = 0; pair < kBlockPairs; pair++)
+      _mm512_store_si512(tile + pair * kTileInputs, numbers(pair));
   }
 #endif
 };
@@ -126,6 +157,16 @@ inline void sum_blocks(const float* row, int64_t depth, float* to) {
     Vec sum(0);
     for (int64_t c = 0; c < kBlockInputs; c += kLanes) sum = sum + load(row + k + c);
     to[k / kBlockInputs] = total(sum);
+  }
+}
+
+// Blocks on their way, as in few_rows.h.
+template <typename Weights>
+void fetch_block(const Weights* now, int64_t beside = 0) {
+#pragma GCC unroll 16
+  for (size_t byte = 0; byte < sizeof(Weights); byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(now + beside) + kFar + byte, 0, 2);
+    __builtin_prefetch(reinterpret_cast<const char*>(now + 1) + byte);
   }
 }
 
@@ -144,6 +185,7 @@ void multiply_blocks(const Weights* panels, int64_t apart, const float* rows, co
       sums[m][p] = first ? Vec(0) : Vec::loadu(out + m * stride + p * kLanes, real[p]);
   }
   for (int64_t b = 0; b < count; b++, rows += kBlockInputs * abreast(M)) {
+    for (int64_t p = 0; p < P; p++) fetch_block(panels + p * apart + b, (P - 1) * apart);
     Vec even[M][parts], odd[M][parts];
 #pragma GCC unroll 16
     for (int64_t m = 0; m < M; m++)
@@ -206,6 +248,7 @@ constexpr auto kMultiplyBlocks = each_block_count<Weights>(std::make_integer_seq
 template <typename Weights, typename CopyRow>
 void multiply_block_panels(const Weights* weights, Range mine, Range inner, int64_t n, int64_t inputs, int64_t width,
                            const CopyRow& copy_row, float* sums) {
+  const Flushed flushed;
   const int64_t panels = (width + kPanel - 1) / kPanel;
   alignas(64) float rows[kBlockRows * kStride], totals[kBlockRows * kBlocks];
   for (int64_t block = inner.begin / kBlock * kBlock; block < inner.end; block += kBlock) {
@@ -239,41 +282,44 @@ void with_blocks(int64_t kind, void* weights, const F& f) {
 #ifdef CORAL_TILES
 constexpr int64_t kTiledRows = 64;  // rows for which numbers are expanded once
 
-// A panel on its way through the matrix unit, and up to 16 rows behind each other.
-struct Expanded {
-  alignas(64) BFloat16 tiles[kBlocks][kTileWeights];
-  alignas(64) float sums[kBlocks][kTileRows * kPanel];
-};
+typedef BFloat16 Tiles[kBlocks][kTileWeights];           // a panel's
+typedef float Sums[kBlocks][kTileRows * kPanel];  // of each block, row after row
 
-// The sums of a block in a tile; gcc takes tiles by literals.
-#define CORAL_SUM_TILE(SUMS, ROWS, NUMBERS, block)                       \
-  _tile_zero(SUMS);                                                      \
-  _tile_loadd(ROWS, rows + (block) * kBlockInputs, kBlock * sizeof(BFloat16)); \
-  _tile_loadd(NUMBERS, panel.tiles[block], 64);                          \
-  _tile_dpbf16ps(SUMS, ROWS, NUMBERS);                                   \
-  _tile_stored(SUMS, panel.sums[block], kPanel * sizeof(float))
+// gcc takes tiles by literals.
+#define CORAL_SUM_TILE(SUMS, ROWS, NUMBERS)                                       \
+  _tile_zero(SUMS);                                                               \
+  _tile_loadd(ROWS, rows + b * kBlockInputs, kBlock * sizeof(BFloat16));          \
+  _tile_loadd(NUMBERS, tiles[b], 64);                                             \
+  _tile_dpbf16ps(SUMS, ROWS, NUMBERS);                                            \
+  _tile_stored(SUMS, sums[b], kPanel * sizeof(float))
 
-// Sums of each block, of as many rows as the first shape has, or the second.
-CORAL_USES_TILES inline void sum_tiles(Expanded& panel, const BFloat16* rows, int64_t count, bool second) {
-  for (int64_t b = 0; b < count; b += 2) {
-    const bool two = b + 1 < count;
-    if (second) {
-      CORAL_SUM_TILE(2, 5, 6, b);
-      if (two) {
-        CORAL_SUM_TILE(3, 5, 7, b + 1);
+// Sums of each block, of as many rows as the first shape has, or the second. Meanwhile the panel that comes next, if
+// any, is expanded, since a tile is not loaded before its stores are through.
+template <bool Second, typename Weights>
+CORAL_USES_TILES void sum_tiles(const Tiles& tiles, const BFloat16* rows, int64_t count, Sums& sums,
+                                const Weights* next, Tiles& next_tiles) {
+  for (int64_t b = 0; b < count; b++) {
+    if (next) {
+      fetch_block(next + b);
+      next[b].expand(next_tiles[b]);
+    }
+    if constexpr (Second) {
+      if (b % 2) {
+        CORAL_SUM_TILE(3, 5, 7);
+      } else {
+        CORAL_SUM_TILE(2, 5, 6);
       }
+    } else if (b % 2) {
+      CORAL_SUM_TILE(1, 4, 7);
     } else {
-      CORAL_SUM_TILE(0, 4, 6, b);
-      if (two) {
-        CORAL_SUM_TILE(1, 4, 7, b + 1);
-      }
+      CORAL_SUM_TILE(0, 4, 6);
     }
   }
 }
 
 // The sums of blocks, scaled, added to those of up to R rows in `out`, unless they are the first.
 template <typename Weights, int64_t R>
-void add_sums(const Weights* blocks, const Expanded& panel, const float* totals, float* out, int64_t stride,
+void add_sums(const Weights* blocks, const Sums& block_sums, const float* totals, float* out, int64_t stride,
               __mmask16 real, int64_t rows, int64_t count, bool first) {
   __m512 sums[R];
 #pragma GCC unroll 16
@@ -283,7 +329,7 @@ void add_sums(const Weights* blocks, const Expanded& panel, const float* totals,
     const __m512 scales = load(blocks[b].scales);
 #pragma GCC unroll 16
     for (int64_t r = 0; r < R; r++)
-      sums[r] = _mm512_fmadd_ps(scales, _mm512_load_ps(panel.sums[b] + r * kPanel), sums[r]);
+      sums[r] = _mm512_fmadd_ps(scales, _mm512_load_ps(block_sums[b] + r * kPanel), sums[r]);
     if constexpr (Weights::kOffsets) {
       const __m512 offsets = load(blocks[b].offsets);
 #pragma GCC unroll 16
@@ -305,12 +351,14 @@ template <typename Weights, typename CopyRow>
 CORAL_USES_TILES void multiply_block_panels_by_tiles(const Weights* weights, Range mine, Range inner, int64_t n,
                                                      int64_t inputs, int64_t width, const CopyRow& copy_row,
                                                      float* sums) {
+  const Flushed flushed;
   const int64_t panels = (width + kPanel - 1) / kPanel;
   alignas(64) float row[kBlock];
   alignas(64) BFloat16 rows[kTiledRows * kBlock];
   float totals[(kTiledRows + kTileRows) * kBlocks] = {};
-  Expanded panel;
-  std::memset(panel.sums, 0, sizeof panel.sums);
+  alignas(64) Tiles tiles[2];
+  alignas(64) Sums block_sums;
+  std::memset(block_sums, 0, sizeof block_sums);
   for (int64_t block = inner.begin / kBlock * kBlock; block < inner.end; block += kBlock) {
     const int64_t apart = std::min(kBlock, inputs - block) / kBlockInputs;
     const int64_t k = std::max(block, inner.begin), depth = std::min(block + kBlock, inner.end) - k;
@@ -326,17 +374,17 @@ CORAL_USES_TILES void multiply_block_panels_by_tiles(const Weights* weights, Ran
       const Weights* begin = weights + panels * block / kBlockInputs + (k - block) / kBlockInputs;
       for (int64_t p = mine.begin; p < mine.end; p++) {
         const Weights* now = begin + p * apart;
-        for (int64_t b = 0; b < blocks; b++) {
-          const char* far = reinterpret_cast<const char*>(now + b) + kFar;
-          for (size_t line = 0; line < sizeof(Weights); line += 64) __builtin_prefetch(far + line, 0, 2);
-          now[b].expand(panel.tiles[b]);
-        }
+        Tiles &own = tiles[p % 2], &others = tiles[(p + 1) % 2];
+        if (p == mine.begin)
+          for (int64_t b = 0; b < blocks; b++) now[b].expand(own[b]);
         const __mmask16 real = (1u << std::min(kPanel, width - p * kPanel)) - 1;
         for (int64_t i = 0; i < count; i += kTileRows) {
           const int64_t some = std::min(kTileRows, count - i);
-          sum_tiles(panel, rows + i * kBlock, blocks, some < kTileRows);
+          const Weights* next = i == 0 && p + 1 < mine.end ? now + apart : nullptr;
+          const auto multiply = some < kTileRows ? sum_tiles<true, Weights> : sum_tiles<false, Weights>;
+          multiply(own, rows + i * kBlock, blocks, block_sums, next, others);
           const int64_t size = some > 8 ? 4 : some > 4 ? 3 : some > 2 ? 2 : some - 1;
-          kAddSums<Weights>[size](now, panel, totals + i * kBlocks, sums + (top + i) * width + p * kPanel, width, real,
+          kAddSums<Weights>[size](now, block_sums, totals + i * kBlocks, sums + (top + i) * width + p * kPanel, width, real,
                                   some, blocks, k == inner.begin);
         }
       }

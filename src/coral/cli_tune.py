@@ -79,6 +79,8 @@ def tune(
     rows = shards.load(data) if data is not None else None
     loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows)
     if deepen:
+        if loaded.blocks is not None:
+            raise CoralError("appended layers have no packed blocks; leave out --deepen, or use dtype auto.")
         deepen_(loaded.model, deepen)
     compile = suits(loaded) if compile is None else compile
     place = tuned.Place.of(loaded, kind, compile)

@@ -69,7 +69,7 @@ def run(max_new_tokens: int, dtype: str, budget: Budget | None) -> None:
         quiet_transformers()
         pair = load(source, drafter, dtype=dtype, budget=budget)
     console.print(
-        f"{pair.target.name} in {str(pair.target.dtype).removeprefix('torch.')}. ",
+        f"{pair.target.name} in {pair.target.precision}. ",
         Text.assemble("Green underlined", style="green underline"),
         Text(" text (in brackets without colour) was drafted and accepted.\n"),
         sep="",

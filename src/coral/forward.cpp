@@ -70,7 +70,7 @@ void multiply(const Matrix& matrix, bool tiles, Range panels, Range inner, int64
   if (matrix.kind > 1)
     return with_blocks(matrix.kind, matrix.panels, [&](const auto* weights) {
 #ifdef CORAL_TILES
-      if (tiles)
+      if (tiles && n > std::remove_pointer_t<decltype(weights)>::kFew)
         return multiply_block_panels_by_tiles(weights, panels, inner, n, matrix.inputs, matrix.outputs, copy_row, to);
 #endif
       multiply_block_panels(weights, panels, inner, n, matrix.inputs, matrix.outputs, copy_row, to);

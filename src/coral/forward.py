@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from coral import sampler
 from coral.cpp import build
+from coral.errors import CoralError
 from coral.few_rows import DTYPES, LANES, MOST_ROWS, PANEL
 from coral.packed import PackedLinear
 from coral.packing import pack_blocks, pack_once
@@ -209,6 +210,16 @@ class NativeForward:
         """None for a target that it does not suit."""
         library = _library() if suits(target) else None
         return None if library is None else cls(library, target)
+
+    @classmethod
+    def packed(cls, target: Target) -> NativeForward:
+        """For a target that has blocks. Raises CoralError where it does not suit, or the blocks do not."""
+        if (native := cls.of(target)) is None:
+            raise CoralError(
+                f"{target.name} cannot stay packed: blocks are multiplied natively, on a CPU, with a C++ compiler, "
+                "for Llama, Mistral, Qwen2, Qwen3 and Gemma 3; use dtype auto."
+            )
+        return native
 
     def verify(
         self, states: Sequence[State], trees: Sequence[DraftTree]

@@ -27,7 +27,7 @@ from coral.attention import GROUPED_SDPA
 from coral.cache import KVCache, pack, pack_masks
 from coral.compiled import compiled, fix, fixed_cache
 from coral.device import upload
-from coral.errors import CoralError
+from coral.errors import CoralError, first_line
 from coral.files import refuse_missing
 from coral.forward import NativeForward
 from coral.gguf import cache as gguf
@@ -50,7 +50,7 @@ class Target:
 
     Args:
         freeze: take the model out of training mode and its parameters out of autograd, for good.
-        blocks: of the GGUF file that the model is of: decoding then multiplies with these, always natively.
+        blocks: those of the model's GGUF file, with which decoding multiplies, always natively.
 
     Attributes:
         model, tokenizer, config: the Hugging Face objects (tokenizer may be None when none was given).
@@ -58,6 +58,7 @@ class Target:
         head_weight: [V, h]; head_bias: [V] or None; embedding_weight: [V, h].
         context_length: the longest sequence that is decoded exactly.
         eos_ids: ids that end a text.
+        precision: "packed", or the name of the dtype.
         window: the sliding window of the layers that have one; None where none has.
         sizes: numbers of rows for which verification is compiled; see `compiled`.
     """
@@ -101,13 +102,8 @@ class Target:
         self.window = sliding_window(model.config)
         self.sizes: tuple[int, ...] = ()
         self._decode: Any = None
-        self.blocks = blocks
-        self._native = None if blocks is None else NativeForward.of(self)
-        if blocks is not None and self._native is None:
-            raise CoralError(
-                "packed blocks are multiplied natively, which needs a CPU, a C++ compiler and a family and sizes "
-                "that `coral generate --compile` runs natively; use dtype auto."
-            )
+        self.blocks, self.precision = blocks, "packed" if blocks else str(self.dtype).removeprefix("torch.")
+        self._native = None if blocks is None else NativeForward.packed(self)
 
     @classmethod
     def load(
@@ -125,8 +121,7 @@ class Target:
         """Load a target from a directory, a hub id, a GGUF file (see `gguf.names`), or take a loaded model.
 
         Args:
-            dtype: "auto" (as stored; of a GGUF file bfloat16), "float32", "bfloat16", "float16", or "packed":
-                a GGUF file's own blocks, multiplied with bfloat16 rows.
+            dtype: "auto" (as stored; of GGUF bfloat16), "float32", "bfloat16", "float16", "packed" (blocks).
             device_map: placement of the parts by accelerate, for a model that does not fit on one device:
                 "auto" or another strategy, or a device for each part. Layers may be offloaded.
             attention: "sdpa" or "eager".
@@ -155,7 +150,7 @@ class Target:
             config = AutoConfig.from_pretrained(place, **common)
         except (OSError, ValueError, KeyError) as error:
             raise CoralError(
-                f"cannot read a model config from {name!r}: {_first_line(error).rstrip('.')}; check the name."
+                f"cannot read a model config from {name!r}: {first_line(error)}; check the name."
                 f"{hint(name, revision)}"
             ) from error
         check_supported(config)
@@ -172,9 +167,8 @@ class Target:
             if device_map is None and device is not None:
                 model = model.to(device)
         except (OSError, ValueError, RuntimeError, AssertionError) as error:  # torch asserts that it has CUDA
-            reason = _first_line(error).rstrip(".")
             raise CoralError(
-                f"cannot load the target {name!r}: {reason}; check its files and the device."
+                f"cannot load the target {name!r}: {first_line(error)}; check its files and the device."
             ) from error
         pack_linears(model)
         revision = revision or getattr(config, "_commit_hash", None)
@@ -188,11 +182,6 @@ class Target:
     @property
     def dtype(self) -> torch.dtype:
         return self.head_weight.dtype
-
-    @property
-    def precision(self) -> str:
-        """What decoding computes in: "packed", or the dtype."""
-        return str(self.dtype).removeprefix("torch.") if self.blocks is None else "packed"
 
     @property
     def pads(self) -> bool:
@@ -217,8 +206,7 @@ class Target:
         """
         target = copy(self)
         target.sizes = tuple(sorted(set(rows)))
-        if self.blocks is None:
-            target._native = NativeForward.of(self)
+        target._native = self._native if self.blocks else NativeForward.of(self)
         if target._native is None:
             target._decode = compiled(self._forward_and_score, self.device, inputs=5)
         return target
@@ -239,15 +227,12 @@ class Target:
 
     @torch.no_grad()
     def features(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
-        """Features of whole rows, without a cache, for training.
+        """Features [B, L, h] of whole rows, in the model's dtype, without a cache, for training.
 
         Args:
             input_ids: [B, L] int64.
             document_starts: [B, L] bool, True where a packed document begins; positions restart there and
                 attention does not look across. None: one document a row.
-
-        Returns:
-            [B, L, h] in the model's dtype.
         """
         rows = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
         if document_starts is None and (self.window is None or len(rows[0]) <= self.window):
@@ -412,7 +397,3 @@ class Target:
             return allowed[:, None]
         zero = torch.zeros((), dtype=self.dtype, device=allowed.device)
         return torch.where(allowed, zero, torch.finfo(self.dtype).min)[:, None]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

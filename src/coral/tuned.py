@@ -43,7 +43,7 @@ class Place:
         return cls(
             device_name(target.device),
             torch.get_num_threads() if target.device.type == "cpu" else 0,
-            str(target.dtype).removeprefix("torch."),
+            target.precision,
             compiled,
             target.config.num_hidden_layers,
             head,

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from coral.bench.costs import dtype_name
 from coral.data.prepared import vocabulary_digest
 from coral.errors import CoralError
 from coral.target import Target
@@ -22,7 +21,9 @@ def load_assistant(source: str | Path, target: Target) -> PreTrainedModel:
         CoralError: it cannot be loaded, or has another vocabulary than the target.
     """
     try:
-        loaded = Target.load(source, dtype=dtype_name(target), device=str(target.device))
+        loaded = Target.load(
+            source, dtype=str(target.dtype).removeprefix("torch."), device=str(target.device)
+        )
     except CoralError as error:
         raise CoralError(f"the assistant {source} cannot be used: {error}") from error
     sizes, tokenizers = {loaded.vocab_size, target.vocab_size}, (loaded.tokenizer, target.tokenizer)

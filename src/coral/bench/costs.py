@@ -72,17 +72,13 @@ def measure(
     timed = verify_seconds(target, sorted(sizes), longest)
     plain = plain_bytes(target.model)
     return Costs(
-        dtype=dtype_name(target),
+        dtype=target.precision,
         plain=name,
         plain_seconds=per_token,
         step_seconds=timed[rows] if chosen is target else verify_seconds(chosen, [rows], longest)[rows],
         verify_seconds=timed,
         c={drafter: draft / plain for drafter, draft in drafts.items()},
     )
-
-
-def dtype_name(target: Target) -> str:
-    return str(target.dtype).removeprefix("torch.")
 
 
 class RefusedTree(DraftTree):

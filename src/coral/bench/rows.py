@@ -26,7 +26,8 @@ class Record:
     """One turn of one prompt, written by one method.
 
     kind: plain, drafter or peer. coupled: drafting shared the sampler's noise (no meaning at temperature 0).
-    verdict: equal, near_tie or wrong against plain decoding; None where the random numbers are not ours.
+    verdict: equal, near_tie or wrong against plain decoding; None where the random numbers or the
+    weights are not ours.
     """
 
     dtype: str

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from coral import models
 from coral.bench import suites as suites_
 from coral.bench.assistant import load_assistant
-from coral.bench.costs import dtype_name, measure, plain_variants
+from coral.bench.costs import measure, plain_variants
 from coral.bench.deepen import deepen as deepen_
 from coral.bench.deepen import plain_bytes
 from coral.bench.environment import commit, environment
@@ -152,6 +152,10 @@ def bench(
                 loaded = _load(target, dtype, device)
             suites_.check(suites, loaded.vocab_size, loaded.tokenizer)
             helper = None if assistant is None else load_assistant(assistant, loaded)
+            if deepen and loaded.blocks is not None:
+                raise CoralError(
+                    "appended layers have no packed blocks; leave out --deepen, or use dtype auto."
+                )
             width = deepen_(loaded.model, deepen, cost_ratio) if deepen else None
             results["environment"] = environment(loaded.device)
             results["target"] = {
@@ -160,7 +164,7 @@ def bench(
                 "layers": loaded.config.num_hidden_layers,
                 "appended_ffn_width": width,
             }
-            dtype_, few = dtype_name(loaded), _first_prompts(loaded, prompts)
+            dtype_, few = loaded.precision, _first_prompts(loaded, prompts)
             trees = log.trees.get(dtype_)  # a bench that goes on keeps its trees
             if trees is None:
                 trees = _choose_trees(loaded, drafters, budget, head, compile)
@@ -252,7 +256,7 @@ def _measure_apart(
     """
     target = [*targets.values()][-1]
     trained = {name: p for name, make in made.items() if (p := _trained(make(target, False)))}
-    if dtype_name(target) not in log.costs:
+    if target.precision not in log.costs:
         drafts = {name: num_bytes(p.drafter) + p.head.num_bytes for name, p in trained.items()}
         drafts |= {} if assistant is None else {"hf_assisted": plain_bytes(assistant)}
         log.add(measure(targets, drafts, [suite[0] for suite in prompts][:3], most_rows))
@@ -302,7 +306,7 @@ def _conversation(
     references: tuple[Logits, Logits] | None,
 ) -> Iterator[str | None]:
     """Every turn by every method. Yields None after each text, or once why the rest is left out."""
-    dtype = dtype_name(target)
+    dtype = target.precision
     answers: list[str] = []
     for turn in range(prompt.num_turns):
         ids = suites_.render(target.tokenizer, prompt, answers)
@@ -317,7 +321,9 @@ def _conversation(
             if record is None:
                 written = method.write(ids, sampling, sequence_id, length, eos_ids)
                 verdict: Verdict | None = None
-                if sampling.temperature == 0 or not method.name.startswith("hf_"):
+                # transformers draws other noise, and its weights are rounded where ours are packed.
+                foreign = method.name.startswith("hf_")
+                if not foreign or (sampling.temperature == 0 and target.blocks is None):
                     reference = written.tokens if plain is None else plain
                     verdict = compare(ids, reference, written.tokens, sampling, sequence_id, references)
                 asked: dict[str, Any] = dict(zip(KEY, key, strict=True))

@@ -46,6 +46,18 @@ def write(pair: library.Pair, prompt: str, **options: object) -> tuple[list[int]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_text_of_packed_weights_is_their_plain_text(temperature: float) -> None:
+    """Stops blocks of the real file (Q4_1, and Q8_0 in the head) that trees multiply otherwise than plain steps."""
+    pair = library.load(dtype="packed", fallback=False)
+    assert pair.target.precision == "packed"
+    plain = library.load(pair.target)
+    for prompt in PROMPTS:
+        ids, tau = write(pair, prompt, temperature=temperature, seed=3)
+        assert ids == write(plain, prompt, temperature=temperature, seed=3)[0]
+        assert len(ids) > 20 and tau > 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_text_is_plain_text_and_drafts_are_accepted(pair: library.Pair, temperature: float) -> None:
     """Stops a drafter that was trained for nothing or for other features, and text that depends on it."""
     plain, taus = library.load(pair.target), []

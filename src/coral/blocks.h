@@ -282,15 +282,15 @@ void with_blocks(int64_t kind, void* weights, const F& f) {
 #ifdef CORAL_TILES
 constexpr int64_t kTiledRows = 64;  // rows for which numbers are expanded once
 
-typedef BFloat16 Tiles[kBlocks][kTileWeights];           // a panel's
+typedef BFloat16 Tiles[kBlocks][kTileWeights];    // a panel's numbers
 typedef float Sums[kBlocks][kTileRows * kPanel];  // of each block, row after row
 
 // gcc takes tiles by literals.
-#define CORAL_SUM_TILE(SUMS, ROWS, NUMBERS)                                       \
-  _tile_zero(SUMS);                                                               \
-  _tile_loadd(ROWS, rows + b * kBlockInputs, kBlock * sizeof(BFloat16));          \
-  _tile_loadd(NUMBERS, tiles[b], 64);                                             \
-  _tile_dpbf16ps(SUMS, ROWS, NUMBERS);                                            \
+#define CORAL_SUM_TILE(SUMS, ROWS, NUMBERS)                              \
+  _tile_zero(SUMS);                                                      \
+  _tile_loadd(ROWS, rows + b * kBlockInputs, kBlock * sizeof(BFloat16)); \
+  _tile_loadd(NUMBERS, tiles[b], 64);                                    \
+  _tile_dpbf16ps(SUMS, ROWS, NUMBERS);                                   \
   _tile_stored(SUMS, sums[b], kPanel * sizeof(float))
 
 // Sums of each block, of as many rows as the first shape has, or the second. Meanwhile the panel that comes next, if

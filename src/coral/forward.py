@@ -216,8 +216,8 @@ class NativeForward:
         """For a target that has blocks. Raises CoralError where it does not suit, or the blocks do not."""
         if (native := cls.of(target)) is None:
             raise CoralError(
-                f"{target.name} cannot stay packed: blocks are multiplied natively, on a CPU, with a C++ compiler, "
-                "for Llama, Mistral, Qwen2, Qwen3 and Gemma 3; use dtype auto."
+                f"{target.name} cannot stay packed: that needs a CPU, a C++ compiler and a Llama, Mistral, "
+                "Qwen2, Qwen3 or Gemma 3; use dtype auto."
             )
         return native
 

@@ -39,8 +39,8 @@ Drafter = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="auto (as stored; of a GGUF file bfloat16), float32, bfloat16, float16, or packed: a GGUF file's own "
-        "blocks, unrounded (Q8_0, Q4_1 and Q4_0, on a CPU)."
+        help="auto (as stored; of a GGUF file bfloat16), float32, bfloat16, float16, or packed: a GGUF "
+        "file's own blocks, unrounded (Q8_0, Q4_1 and Q4_0, on a CPU)."
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="Device, for example cuda. Default: where it fits.")]

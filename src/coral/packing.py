@@ -25,7 +25,7 @@ BLOCKS = {
     GGMLQuantizationType.Q4_1: (3, 20, 320),
     GGMLQuantizationType.Q4_0: (4, 18, 288),
 }
-"""What native products read as it is: its kind in blocks.h, bytes of a block of one output, and of sixteen."""
+"""What native products read as it is: its kind in blocks.h, bytes of a block of one output, of sixteen."""
 
 
 class _Parts(Structure):

@@ -18,7 +18,7 @@ from coral.packing import BLOCKS
 
 
 class Blocks:
-    """The matrices that a forward multiplies with, by the names of the model's parameters; read when asked for.
+    """The matrices that a forward multiplies with, by the names of the model's parameters; read when needed.
 
     Args:
         paths: the files of one model.
@@ -41,8 +41,8 @@ class Blocks:
         kinds = {self._placed[name].type for name in self.names}
         if unknown := sorted(kind.name for kind in kinds - BLOCKS.keys()):
             raise CoralError(
-                f"{self._file.name} holds matrices in {', '.join(unknown)}, which cannot be multiplied as they "
-                f"are; only {', '.join(kind.name for kind in BLOCKS)} can. Use dtype auto, or another file."
+                f"{self._file.name} holds matrices in {', '.join(unknown)}, which cannot stay packed; only "
+                f"{', '.join(kind.name for kind in BLOCKS)} can. Use dtype auto, or another file."
             )
 
     def packed(self, names: Sequence[str]) -> tuple[GGMLQuantizationType, list[Tensor]]:
@@ -55,9 +55,10 @@ class Blocks:
             raise CoralError(f"{self._file.name} holds no matrix {foreign[0]}; use dtype auto.")
         kinds = {self._placed[name].type for name in names}
         if len(kinds) > 1:
+            found = ", ".join(sorted(kind.name for kind in kinds))
             raise CoralError(
-                f"{self._file.name} holds {', '.join(names)} in {', '.join(sorted(k.name for k in kinds))}, but "
-                "they are multiplied together; use dtype auto, or another file."
+                f"{self._file.name} holds {', '.join(names)} in {found}, but they are multiplied together, "
+                "so they cannot stay packed; use dtype auto, or another file."
             )
         return kinds.pop(), [self._rows(name) for name in names]
 

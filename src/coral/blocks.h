@@ -5,10 +5,6 @@
 // to that of the blocks before, then the offset times the sum of the row's inputs. So vectors and tiles, and any number
 // of rows, make the same sums.
 
-#pragma once
-
-#include "tiles.h"
-
 #include <c10/util/Half.h>
 
 namespace {

@@ -91,8 +91,8 @@ def ways(library: CDLL) -> list[bool]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("outputs, inputs, rows", [(16, 32, 1), (77, 288, 2), (48, 544, 17), (40, 512, 70)])
 def test_products_are_the_slow_ones_bit_for_bit(library, kind, outputs, inputs, rows) -> None:
-    """Stops a weight that lands elsewhere, is rounded or has another scale, sums in another order by tiles than
-    by vectors, panels and tiles that are not full, and a row that depends on those beside it.
+    """Stops a weight that lands elsewhere, is rounded or has another scale, sums in another order by tiles
+    than by vectors, panels and tiles that are not full, and a row that depends on those beside it.
     """
     torch.manual_seed(rows)
     weights = np.random.default_rng(rows).standard_normal((outputs, inputs)).astype(np.float32)
@@ -198,7 +198,7 @@ def test_what_cannot_stay_packed_is_refused(tmp_path, monkeypatch) -> None:
     model = tiny_model("llama", **SIZES)
     other = write_gguf(tmp_path / "Q5_0.gguf", model, quantised="Q5_0")
     with pytest.raises(
-        CoralError, match="Q5_0.gguf holds matrices in Q5_0, which cannot stay packed; only Q8_0"
+        CoralError, match=r"Q5_0\.gguf holds matrices in Q5_0, which cannot stay packed; only Q8_0"
     ):
         Target.load(other, dtype="packed")
     model.save_pretrained(tmp_path / "plain")

@@ -47,7 +47,7 @@ def write(pair: library.Pair, prompt: str, **options: object) -> tuple[list[int]
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_text_of_packed_weights_is_their_plain_text(temperature: float) -> None:
-    """Stops blocks of the real file (Q4_1, in the head Q8_0) that trees multiply otherwise than plain steps."""
+    """Stops blocks of the real file (Q4_1, a head in Q8_0) that trees multiply otherwise than plain steps."""
     pair = library.load(dtype="packed", fallback=False)
     assert pair.target.precision == "packed"
     plain = library.load(pair.target)

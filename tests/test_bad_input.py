@@ -128,7 +128,7 @@ MISTAKES = {
     GENERATE + "--tree 1,x hi": "write it as TOP_K,MAX_DEPTH,NUM_NODES",
     GENERATE + "--tree 4,4,15,2 hi": "MIN_GAIN is from 0 to 1",
     GENERATE + "--tree 0,1,1 hi": "is out of range",
-    GENERATE + "--dtype float8 hi": "use auto, float32, bfloat16 or float16",
+    GENERATE + "--dtype float8 hi": "use auto, float32, bfloat16, float16 or packed",
     GENERATE + "--device teapot hi": "device string: teapot; check its files and the device",
     TRAIN + "--set loss.regresion=1": "unknown key loss.regresion; did you mean loss.regression",
     TRAIN + "--set steps=many": "steps",

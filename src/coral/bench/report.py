@@ -221,7 +221,7 @@ def _name(row: dict[str, Any]) -> str:
 
 def _output(row: dict[str, Any]) -> str:
     if row["identical"] is None:
-        return "other random numbers"
+        return "other weights" if row["dtype"] == "packed" else "other random numbers"
     if row["wrong"]:
         return f"**{row['wrong']} wrong**"
     return "identical" + (f" ({row['near_tie']} near ties)" if row["near_tie"] else "")

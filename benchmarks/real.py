@@ -8,8 +8,9 @@ comes, and the same command goes on where it was stopped. `real.sh` makes the en
 
 llama.cpp reads the file as it is, and as BF16 and Q8_0 made from it (`requant.py`). The others read the
 dequantised weights in bfloat16, from a directory that `coral convert` writes. So BF16 means the same weights
-everywhere, and only there texts are compared with those of our plain decoding. Writes OUTPUT/records.jsonl,
-OUTPUT/results.json, OUTPUT/results.md and the clients' logs.
+everywhere, and only there texts are compared with those of our plain decoding. Ours also decode with the
+file's own blocks, packed; those texts are compared with plain decoding of the same blocks. Writes
+OUTPUT/records.jsonl, OUTPUT/results.json, OUTPUT/results.md and the clients' logs.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from typing import Any
 from publish import header, reproduce, save
 from real_clients import ClientFailed, Records, ask
 from real_methods import chosen, every_method
-from real_table import PLAIN, Method, by_method, differences, rows, speed, table
+from real_table import PACKED, PLAIN, Method, by_method, differences, rows, speed, table
 
 from coral import models
 from coral.api import read_name
@@ -141,6 +142,12 @@ def run(options: argparse.Namespace) -> int:
             verdicts[name].append(line["verdict"])
     print(write_table(options.output, results, methods, log, verdicts))
     wrong = [name for name in verdicts if name in ("ngram", "coral", "coral_lookup")]
+    found = rows(methods, [*log.texts.values()], verdicts)
+    wrong += [
+        row["method"]
+        for row in found
+        if row["method"].endswith(PACKED) and any(at is not None for at in row["first_differences"].values())
+    ]
     if wrong:
         print(f"error: not the text of plain decoding: {', '.join(wrong)}", file=sys.stderr)
     return int(bool(failed or wrong))
@@ -168,7 +175,7 @@ def weights(
     directory = options.directory or made(Path(f"{stem}-bf16"), [*convert, "{}"])
     paths = {"directory": directory.absolute(), "file": options.target.absolute()}
     if all(method.engine != "llama" for method in methods):
-        return paths, methods
+        return paths, [replace(method, precision=method.precision or "the file's") for method in methods]
     requant: list[str | Path] = [pythons["llama"], HERE / "requant.py", options.target]
     for name in {method.model for method in methods} & {"bf16", "q8_0"}:
         paths[name] = made(Path(f"{stem}-{name}.gguf"), [*requant, "{}", name.upper()])
@@ -231,7 +238,7 @@ def differing(
     found = []
     for method in methods:
         own = written.get(method.name, {})
-        parted = differences(own, written.get(PLAIN, {})) if method.same_weights else {}
+        parted = differences(own, written.get(PLAIN, {})) if method.reference == PLAIN else {}
         for prompt in (prompt for prompt, at in parted.items() if at is not None):
             plain = next(texts[prompt].tokens for texts in written[PLAIN].values() if prompt in texts)
             others = (texts[prompt].tokens for texts in own.values() if prompt in texts)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from fnmatch import fnmatch
 
-from real_table import HF, PLAIN, Method
+from real_table import HF, PACKED, PLAIN, Method
 
 from coral.errors import CoralError
 
@@ -23,8 +23,14 @@ VLLM_NGRAM = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 def every_method(options: argparse.Namespace) -> list[Method]:
     """All that there are for this drafter. What vLLM drafts with is to lie in OUTPUT/vllm-drafter."""
 
-    def ours(name: str, label: str, drafter: str | None) -> Method:
-        return Method(name, f"**{label}**", "ours", "directory", "BF16", {"drafter": drafter})
+    def ours(name: str, label: str, drafter: str | None) -> list[Method]:
+        """With dequantised weights, and with the file's own blocks."""
+        label, settings = f"**{label}**", {"drafter": drafter}
+        packed = settings | {"dtype": "packed"}
+        return [
+            Method(name, label, "ours", "directory", "BF16", settings),
+            Method(name + PACKED, label, "ours", "file", "", packed),
+        ]
 
     def transformers(name: str, label: str, **options: int) -> Method:
         return Method(name, f"Hugging Face{label}", "transformers", "directory", "BF16", {"options": options})
@@ -50,14 +56,15 @@ def every_method(options: argparse.Namespace) -> list[Method]:
     ):
         config = config and config | {"num_speculative_tokens": options.draft_tokens}
         methods.append(Method(name, label, "vllm", "directory", "BF16", {"speculative": config}))
-    methods += [ours(PLAIN, "plain", None), ours("ngram", "n-gram", "ngram")]
+    mine = [ours(PLAIN, "plain", None), ours("ngram", "n-gram", "ngram")]
     if options.drafter is None:
-        return [method for method in methods if method.name != "vllm_drafter"]
-    return [
-        *methods,
-        ours("coral", "CORAL", options.drafter),
-        ours("coral_lookup", "CORAL and lookup", f"{options.drafter}+ngram"),
-    ]
+        methods = [method for method in methods if method.name != "vllm_drafter"]
+    else:
+        mine += [
+            ours("coral", "CORAL", options.drafter),
+            ours("coral_lookup", "CORAL and lookup", f"{options.drafter}+ngram"),
+        ]
+    return [*methods, *(one for one, _ in mine), *(packed for _, packed in mine)]
 
 
 def chosen(methods: Sequence[Method], only: str) -> list[Method]:

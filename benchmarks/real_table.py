@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 HF, PLAIN, LLAMA = "hf_generate", "plain", "llama_bf16"
+PACKED = "_packed"  # ends the names of ours that decode with the file's own blocks
 BASES = {HF: "over HF `generate`", PLAIN: "over our plain", LLAMA: "over llama.cpp, BF16"}
 
 
@@ -33,9 +34,11 @@ class Method:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def same_weights(self) -> bool:
-        """Whether these are our target's, so that texts compare."""
-        return self.precision == "BF16"
+    def reference(self) -> str | None:
+        """The method of the same weights whose texts these are to equal."""
+        if self.name.endswith(PACKED):
+            return PLAIN + PACKED
+        return PLAIN if self.precision == "BF16" else None
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def rows(
         if method.name not in written:
             continue
         own = written[method.name]
-        parted = differences(own, written.get(PLAIN, {})) if method.same_weights else {}
+        parted = differences(own, written.get(method.reference or "", {}))
         found.append(
             {
                 "method": method.name,

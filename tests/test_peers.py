@@ -116,10 +116,17 @@ def test_methods_and_their_names(tmp_path: Path) -> None:
     options = argparse.Namespace(drafter="d+static", draft_tokens=4, output=tmp_path)
     methods = every_method(options)
     assert len({m.name for m in methods}) == len(methods)
-    assert methods[-1].settings == {"drafter": "d+static+ngram"}
+    by_name = {m.name: m for m in methods}
+    assert by_name["coral_lookup"].settings == {"drafter": "d+static+ngram"}
+    packed = by_name["coral_packed"]
+    assert (packed.model, packed.settings) == ("file", {"drafter": "d+static", "dtype": "packed"})
+    assert packed.reference == "plain_packed" and by_name["coral"].reference == PLAIN
+    assert by_name["llama_q8_0"].reference is None
     assert {m.model for m in methods if m.engine == "llama"} == {"bf16", "q8_0", "file"}
     alone = every_method(argparse.Namespace(drafter=None, draft_tokens=4, output=tmp_path))
-    assert {m.name for m in methods} - {m.name for m in alone} == {"coral", "coral_lookup", "vllm_drafter"}
+    assert {m.name for m in methods} - {m.name for m in alone} == {
+        "coral", "coral_lookup", "vllm_drafter", "coral_packed", "coral_lookup_packed",
+    }  # fmt: skip
     assert [m.name for m in chosen(methods, "plain, vllm*")] == [
         "vllm",
         "vllm_ngram",

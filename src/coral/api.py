@@ -52,6 +52,7 @@ def load(
     Args:
         target: directory, hub id, loaded model, or None for SmolLM2-135M-Instruct, which is fetched once, and
             the drafter that the package has for it.
+        dtype: see `Target.load`; without a target "auto" keeps the file's blocks packed where that can be.
         drafter: drafter directory or hub id ("me/drafter", pinned as "me/drafter@REVISION"), "ngram" (prompt
             lookup, no training), both in one tree as "DIRECTORY+ngram", a drafter that is already loaded, or
             None for plain decoding.
@@ -78,7 +79,7 @@ def load(
             "attention": attention,
         }
         if target is None:
-            target = models.load(**loading)
+            target = models.load_to_write(**loading)
         else:
             loading |= {"revision": revision, "trust_remote_code": trust_remote_code}
             target = Target.load(target, **loading)

@@ -77,7 +77,7 @@ def tune(
     directory = checkpoint.own_directory(source) if write else checkpoint.locate(source)
     kind = heads.resolve(directory, head)
     rows = shards.load(data) if data is not None else None
-    loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows)
+    loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows, to_write=True)
     if deepen:
         if loaded.blocks is not None:
             raise CoralError("appended layers have no packed blocks; leave out --deepen, or use dtype auto.")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urljoin
 from urllib.request import Request, urlopen
 
-from coral import waiting
+from coral import cpp, waiting
 from coral.errors import CoralError
 from coral.files import user_caches
 
@@ -89,17 +89,28 @@ def fetch(model: Model = SMOLLM2) -> Path:
     return path
 
 
-def load(**loading: Any) -> Target:
-    """The model as a target, named as on the hub; `loading`: see `Target.load`.
+def load(*, dtype: str = "auto", **loading: Any) -> Target:
+    """The model as a target, named as on the hub; see `Target.load`.
 
     Raises:
         CoralError: it cannot be fetched, or loaded.
     """
     from coral.target import Target
 
-    target = Target.load(fetch(), **loading)
+    target = Target.load(fetch(), dtype=dtype, **loading)
     target.name = SMOLLM2.name
     return target
+
+
+def load_to_write(*, dtype: str = "auto", **loading: Any) -> Target:
+    """As `load`; "auto" keeps the file's blocks packed where the machine can, which is the fastest form."""
+    on_cpu = loading.get("device") in (None, "cpu") and loading.get("device_map") is None
+    if dtype == "auto" and on_cpu and cpp.has_compiler():
+        try:
+            return load(dtype="packed", **loading)
+        except CoralError:  # no native forward here, or a GPU that "auto" goes to
+            pass
+    return load(dtype=dtype, **loading)
 
 
 def _download(model: Model, into: Path) -> None:

@@ -40,7 +40,8 @@ Dtype = Annotated[
     str,
     typer.Option(
         help="auto (as stored; of a GGUF file bfloat16), float32, bfloat16, float16, or packed: a GGUF "
-        "file's own blocks, unrounded (Q8_0, Q4_1 and Q4_0, on a CPU)."
+        "file's own blocks, unrounded (Q8_0, Q4_1 and Q4_0, on a CPU), as auto is in generate, demo and "
+        "tune without --target."
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="Device, for example cuda. Default: where it fits.")]
@@ -163,8 +164,12 @@ def load_target(
     trust_remote_code: bool,
     rows: PreparedData | None = None,
     device_map: str | None = None,
+    to_write: bool = False,
 ) -> Target_:
     """The target that a command works on, by default SmolLM2; `rows` must have been prepared for it.
+
+    Args:
+        to_write: load the default as `coral generate` does.
 
     Raises:
         CoralError: it cannot be loaded, or the data is for another tokenizer.
@@ -177,7 +182,7 @@ def load_target(
     placed: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": device_map}
     with waiting(f"Loading {target or models.SMOLLM2.name}"):
         if target is None:
-            loaded = models.load(**placed)
+            loaded = (models.load_to_write if to_write else models.load)(**placed)
         else:
             loaded = Target_.load(target, revision=revision, trust_remote_code=trust_remote_code, **placed)
     if rows is not None:

@@ -192,12 +192,7 @@ def make_proposer(
 
 def _fitted(drafter: Drafter, target: Target) -> Drafter:
     """A loaded drafter in the target's dtype and on its device; copied where that changes it."""
-    sizes = drafter.config.vocab_size, drafter.config.hidden_size
-    if sizes != (target.vocab_size, target.hidden_size):
-        raise CoralError(
-            f"the drafter is for a target of vocabulary and hidden size {sizes}, but {target.name} has "
-            f"{(target.vocab_size, target.hidden_size)}; use a drafter that was trained for this target."
-        )
+    drafter.config.check_sizes(target)
     weight, wanted = drafter.fc.weight, target.head_weight
     if (weight.dtype, weight.device) == (wanted.dtype, wanted.device):
         return drafter

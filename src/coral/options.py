@@ -98,11 +98,6 @@ def read_budget(tree: str | None) -> Budget | None:
         raise CoralError(
             f"cannot read --tree {tree!r}; write it as TOP_K,MAX_DEPTH,NUM_NODES or with ,MIN_GAIN."
         ) from None
-    if min(top_k, num_nodes) < 1 or max_depth < 0 or not 0 <= min_gain <= 1:
-        raise CoralError(
-            f"--tree {tree!r} is out of range; TOP_K and NUM_NODES are at least 1, MAX_DEPTH is at least 0, "
-            "MIN_GAIN is from 0 to 1."
-        )
     return Budget(top_k, max_depth, num_nodes, min_gain)
 
 

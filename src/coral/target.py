@@ -15,24 +15,18 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coral.attention import GROUPED_SDPA
 from coral.cache import KVCache, pack, pack_masks
 from coral.compiled import compiled, fix, fixed_cache
 from coral.device import upload
 from coral.errors import CoralError
-from coral.files import refuse_missing
 from coral.forward import NativeForward
 from coral.gguf import cache as gguf
-from coral.gguf.names import hint
 from coral.graphs import steady
+from coral.ids import check_ids, outer_weights
+from coral.loading import load_config, load_model, load_tokenizer
 from coral.packed import pack_linears
 from coral.support import alike, check_supported, context_length, eos_ids, sliding_window
 
@@ -93,6 +87,7 @@ class Target:
         self.head_bias: Tensor | None = getattr(head, "bias", None)
         embedding: Any = model.get_input_embeddings()
         self.embedding_weight: Tensor = embedding.weight
+        self._outer = outer_weights(model)
         self.context_length = context_length(model.config)
         self.eos_ids = eos_ids(model, tokenizer)
         self.window = sliding_window(model.config)
@@ -134,37 +129,19 @@ class Target:
         if (converted := gguf.directory(source, dtype, revision, Console(stderr=True))) is not None:
             place, dtype, revision = str(converted), "auto", None
             tokenizer = tokenizer or gguf.load_tokenizer(converted, name)
-        refuse_missing(place, "target")
-        if Path(place).exists() and not (Path(place) / "config.json").is_file():
-            raise CoralError(
-                f"{name} holds neither config.json nor a GGUF file, so it is no model; check the path."
-            )
         common = {"revision": revision, "trust_remote_code": trust_remote_code}
-        try:
-            config = AutoConfig.from_pretrained(place, **common)
-        except (OSError, ValueError, KeyError) as error:
-            raise CoralError(
-                f"cannot read a model config from {name!r}: {_first_line(error).rstrip('.')}; check the name."
-                f"{hint(name, revision)}"
-            ) from error
-        check_supported(config)
-        try:
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(place, **common)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                place,
-                config=config,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                attn_implementation=GROUPED_SDPA if attention == "sdpa" else attention,
-                device_map=device_map,
-                **common,
-            )
-            if device_map is None and device is not None:
-                model = model.to(device)
-        except (OSError, ValueError, RuntimeError, AssertionError) as error:  # torch asserts that it has CUDA
-            reason = _first_line(error).rstrip(".")
-            raise CoralError(
-                f"cannot load the target {name!r}: {reason}; check its files and the device."
-            ) from error
+        config = load_config(place, name, **common)
+        tokenizer = tokenizer or load_tokenizer(place, name, **common)
+        model = load_model(
+            place,
+            name,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=GROUPED_SDPA if attention == "sdpa" else attention,
+            device_map=device_map,
+            device=device,
+            **common,
+        )
         pack_linears(model)
         return cls(model, tokenizer, name=name, revision=revision or getattr(config, "_commit_hash", None))
 
@@ -211,6 +188,11 @@ class Target:
             return None
         return next((size for size in self.sizes if size >= counts[0]), None)
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether the model got another embedding or LM head, or other numbers for them, since it was wrapped."""
+        return outer_weights(self.model) != self._outer
+
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the embedding as stored, [...] int64 -> [..., h]; see `DrafterConfig.embedding_scale`."""
         return F.embedding(ids.to(self.embedding_weight.device), self.embedding_weight).to(self.device)
@@ -256,12 +238,17 @@ class Target:
 
     @torch.inference_mode()
     def prefill(self, states: Sequence[State]) -> list[Committed]:
-        """Read every token but the last (the first root) into each cache, in chunks, without logits."""
+        """Read every token but the last (the first root) into each cache, in chunks, without logits.
+
+        Raises:
+            CoralError: see `ids.check_ids`.
+        """
         from coral.decoding.state import Committed
 
         committed = []
         for state in states:
             start, end = state.cache.length, len(state.tokens) - 1
+            check_ids(self, state.tokens[start:])
             pieces = [torch.empty(0, self.hidden_size, dtype=self.dtype, device=self.device)]
             for begin in range(start, end, _PREFILL_CHUNK):
                 pieces.append(self._read(state.cache, state.tokens[begin : min(begin + _PREFILL_CHUNK, end)]))
@@ -394,7 +381,3 @@ class Target:
             return allowed[:, None]
         zero = torch.zeros((), dtype=self.dtype, device=allowed.device)
         return torch.where(allowed, zero, torch.finfo(self.dtype).min)[:, None]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -229,6 +229,7 @@ def load(
     config, file = DrafterConfig(**ours["drafter"]), directory / "model.safetensors"
     if target is not None:
         check_target(directory, TargetRecord(**ours["target"]), TargetRecord.of(target))
+        config.check_sizes(target)
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:

@@ -21,8 +21,8 @@ demo: install  ## SmolLM2, which is fetched once, and our drafter at work
 test: install  ## CPU, no network, under three minutes
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-test-real: install  ## with SmolLM2, which is fetched once; skipped where that cannot be
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m real -rs
+test-real: install  ## with SmolLM2, which is fetched once; skipped where that cannot be; and what takes minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "real or slow" -rs
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -59,8 +59,15 @@ def load_model(place: str, name: str, *, device: str | None, **loading: Any) -> 
     Raises:
         CoralError: weights are missing, left over, of other shapes or damaged, or the device refuses them.
     """
+    model: Any
+    found: dict[str, Any]
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(place, **loading, output_loading_info=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            place,
+            **loading,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
+        )
         if loading.get("device_map") is None and device is not None:
             model = model.to(device)
     except Exception as error:  # as above; torch asserts that it has CUDA

@@ -244,8 +244,14 @@ def _main() -> None:
             print(error.format_message())  # the help
             sys.exit(2)
         context = getattr(error, "ctx", None)
+        hint = ""
+        option = getattr(error, "option_name", None)
+        if type(error).__name__ == "NoSuchOption" and any(
+            " " in word and word.startswith(str(option)) for word in sys.argv
+        ):
+            hint = "write -- before a prompt that begins with a dash; "
         what = error.format_message().replace(". Did", ", did").rstrip(".?\n")
-        _fail(f"{what[:1].lower()}{what[1:]}; see `{context.command_path if context else 'coral'} --help`.")
+        _fail(f"{what[:1].lower()}{what[1:]}; {hint}see `{context.command_path if context else 'coral'} --help`.")
 
 
 def _fail(message: str) -> NoReturn:

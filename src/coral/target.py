@@ -101,10 +101,10 @@ class Target:
         source: str | Path | PreTrainedModel,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        dtype: str = "auto",
+        dtype: str | torch.dtype | None = "auto",
         device: str | None = None,
         device_map: str | dict[str, Any] | None = None,
-        attention: str = "sdpa",
+        attention: str | None = "sdpa",
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> Target:
@@ -121,6 +121,8 @@ class Target:
         """
         if isinstance(source, PreTrainedModel):
             return cls(source, tokenizer, revision=revision)
+        dtype = str(dtype or "auto").removeprefix("torch.")
+        attention = attention or "sdpa"
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise CoralError(f"dtype {dtype!r} is not known; use auto, float32, bfloat16 or float16.")
         if attention not in _ATTENTION:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from coral.errors import CoralError
+from coral.prompts import readable
 
 Stop = str | Sequence[str] | None
 """Stop strings: one, several, or none."""
@@ -55,6 +56,7 @@ def stop_strings(stop: Stop) -> tuple[str, ...]:
             raise CoralError(f"a stop string is {string!r}; give a string, or several in a list.")
         if not string:
             raise CoralError("a stop string is empty; leave it out, or write the text to stop before.")
+        readable(string, "a stop string")
     return strings
 
 

@@ -90,7 +90,9 @@ def test_a_lost_shard_and_an_index_that_lies(target: Path) -> None:
     path.write_text(json.dumps({"metadata": {}, "weight_map": index}))
     assert load(target)
     save_file(
-        {name: tensors[name] for name in names[10:]}, target / "model-2.safetensors", metadata={"format": "pt"}
+        {name: tensors[name] for name in names[10:]},
+        target / "model-2.safetensors",
+        metadata={"format": "pt"},
     )
     with pytest.raises(CoralError, match=re.escape(names[9])):
         load(target)
@@ -132,8 +134,12 @@ def test_what_is_no_model_is_named(target: Path, tmp_path: Path) -> None:
     assert load(snapshot)
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"model_type": 3}', '{"num_attention_heads": 0}', "\x00\xff"])
+@pytest.mark.parametrize(
+    "file", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+)
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '{"model_type": 3}', '{"num_attention_heads": 0}', "\x00\xff"]
+)
 def test_foreign_files_that_are_damaged(target: Path, file: str, content: str) -> None:
     """Stops a traceback of transformers or tokenizers, which raise what they like."""
     (target / file).write_bytes(content.encode("latin-1"))

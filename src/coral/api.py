@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from coral.drafter.drafter import Drafter
 
 
-
 def load(
     target: str | Path | PreTrainedModel | Target | None = None,
     drafter: str | Path | Drafter | None = None,

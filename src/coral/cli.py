@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import sys
 import time
@@ -213,6 +214,11 @@ app.command()(cache)
 
 def main() -> None:
     """Run the command line: a user's mistake is one sentence on standard error and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a terminal without UTF-8 shows question marks, not a traceback
+            stream.reconfigure(errors="replace")
     try:
         _main()
     finally:
@@ -251,7 +257,9 @@ def _main() -> None:
         ):
             hint = "write -- before a prompt that begins with a dash; "
         what = error.format_message().replace(". Did", ", did").rstrip(".?\n")
-        _fail(f"{what[:1].lower()}{what[1:]}; {hint}see `{context.command_path if context else 'coral'} --help`.")
+        _fail(
+            f"{what[:1].lower()}{what[1:]}; {hint}see `{context.command_path if context else 'coral'} --help`."
+        )
 
 
 def _fail(message: str) -> NoReturn:

@@ -19,6 +19,8 @@ from uuid import uuid4
 from coral.errors import CoralError
 from coral.locks import locked
 
+POINTER = "is a git-lfs pointer, not the file itself (run `git lfs pull` there)"
+_LFS = b"version https://git-lfs"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -116,6 +118,15 @@ def refuse_missing(source: str | Path, what: str) -> None:
     is_path = isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
     if is_path and not Path(source).exists():
         raise CoralError(f"there is no {what} directory {text}; check the path.")
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether a file stands for one that git-lfs has not fetched."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(_LFS)) == _LFS
+    except OSError:
+        return False
 
 
 @contextmanager

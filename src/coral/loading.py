@@ -14,13 +14,12 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from coral.errors import CoralError
-from coral.files import refuse_missing
+from coral.files import POINTER, is_pointer, refuse_missing
 from coral.gguf.names import hint
 from coral.support import check_supported
 
 _BUFFERS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|self_attn\.(masked_)?bias$")
 """Tensors that older checkpoints hold although they follow from the config."""
-_POINTER = b"version https://git-lfs"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "tokenizer.json", "tokenizer.model")
 
 
@@ -95,17 +94,8 @@ def pointer(directory: Path) -> str | None:
         return None
     for file in (file for pattern in _WEIGHTS for file in sorted(directory.glob(pattern))):
         if is_pointer(file):
-            return f"{file.name} is a git-lfs pointer, not the file itself (run `git lfs pull` there)"
+            return f"{file.name} {POINTER}"
     return None
-
-
-def is_pointer(file: Path) -> bool:
-    """Whether a file stands for one that git-lfs has not fetched."""
-    try:
-        with file.open("rb") as opened:
-            return opened.read(len(_POINTER)) == _POINTER
-    except OSError:
-        return False
 
 
 def few(names: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ from coral import hub, json_file
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.drafter.likeness import Likeness, check_target
 from coral.errors import CoralError
-from coral.files import atomic_directory, replaceable
+from coral.files import POINTER, atomic_directory, is_pointer, replaceable
 from coral.json_file import STRICT, Size
 
 FORMAT_VERSION = 1
@@ -233,7 +233,8 @@ def load(
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise CoralError(f"{file} cannot be read ({error}); copy the drafter again.") from error
+        why = POINTER if is_pointer(file) else f"cannot be read ({error})"
+        raise CoralError(f"{file} {why}; copy the drafter again.") from error
     check_tensors(file, _shapes(directory, config), tensors)
     stored = tensors["fc.weight"].dtype
     if odd := [name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES]:

@@ -40,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("odd", [-5, -1, 270, 999_999, 2**63 - 1])
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_ids_outside_the_vocabulary_are_named(place: Path, native: bool, odd: int, at: int) -> None:
-    """Stops a segmentation fault, and text that foreign memory wrote. The last id, the root, is one of them."""
+    """Stops a segmentation fault, and text that foreign memory wrote; the last id, the root, is one."""
     pair = load(place, compile=native)
     assert (pair.target._native is not None) is native
     ids = [5, 6, 7]

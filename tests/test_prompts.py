@@ -82,7 +82,10 @@ def test_a_dtype_of_torch(models: Path, dtype: Any) -> None:
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.binary(max_size=4)
 ANY = st.recursive(
     PLAIN,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "input_ids", "x"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "input_ids", "x"]), inner)
+    ),
     max_leaves=6,
 )  # fmt: skip
 

@@ -253,7 +253,7 @@ class Pair:
         tokens = self.encode(prompt, chat)
         strings = stop_strings(stop)
         length = self._check_length(tokens, max_new_tokens)
-        drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        drawn: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         return State(
             tokens,
             length,

@@ -258,7 +258,8 @@ def _main() -> None:
             hint = "write -- before a prompt that begins with a dash; "
         what = error.format_message().replace(". Did", ", did").rstrip(".?\n")
         _fail(
-            f"{what[:1].lower()}{what[1:]}; {hint}see `{context.command_path if context else 'coral'} --help`."
+            f"{what[:1].lower()}{what[1:]}; {hint}see "
+            f"`{context.command_path if context else 'coral'} --help`."
         )
 
 

@@ -49,7 +49,9 @@ def atomic_directory(path: Path, ours: Sequence[str] = ("*",)) -> Iterator[Path]
             if path.exists():
                 _carry_over(path, aside, ours)
             aside.chmod(mode)
+            _settle(aside)
             _replace(aside, path)
+            _flush(path.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -96,7 +98,9 @@ def atomic_bytes(path: Path, content: bytes) -> None:
             aside.write_bytes(content)
             if path.exists():
                 shutil.copymode(path, aside)
+            _flush(aside)
             aside.replace(path)
+            _flush(path.parent)
         finally:
             with suppress(OSError):  # the parent may be a file
                 aside.unlink(missing_ok=True)
@@ -156,6 +160,30 @@ def _carry_over(old: Path, new: Path, ours: Sequence[str]) -> None:
                 os.link(source, target, follow_symlinks=False)
             except OSError:  # a file system without links
                 shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _settle(directory: Path) -> None:
+    """Have all of a directory on the disk, so that it is whole after a loss of power, once it is renamed."""
+    for folder, _, files in os.walk(directory):
+        for name in (*files, "."):
+            _flush(Path(folder, name))
+
+
+def _flush(path: Path) -> None:
+    """Have a file or the names in a directory on the disk, where the file system can."""
+    if path.is_symlink():
+        return
+    try:
+        opened = os.open(path, os.O_RDONLY)
+    except OSError:  # not for this user to read
+        return
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF, errno.EROFS):
+            raise  # a disk that is full, or broken
+    finally:
+        os.close(opened)
 
 
 def _replace(new: Path, path: Path) -> None:

@@ -93,8 +93,8 @@ def suits(target: Target) -> bool:
     """Whether a target can be run here. Not so: another family, or code that is not transformers' own; rotary
     frequencies that follow the length or turn a part of a head; eager attention in bfloat16, which rounds
     within; another device, number format or activation; sizes that do not fill vectors or differ between
-    layers; layers that are not plain linear ones; no memory for copies; no C++ compiler, or one that does not know this processor's
-    vectors.
+    layers; layers that are not plain linear ones; no memory for copies; no C++ compiler, or one that does not
+    know this processor's vectors.
     """
     config, decoder = target.config, target.decoder
     if (

@@ -25,7 +25,8 @@ def outer_weights(model: Any) -> list[Any]:
     if weights[0].shape != weights[1].shape:
         raise CoralError(
             f"the model's embedding has shape {tuple(weights[0].shape)}, but its LM head "
-            f"{tuple(weights[1].shape)}; both need a row for each token id: resize both, or use another model."
+            f"{tuple(weights[1].shape)}; both need a row for each token id: resize both, or use another "
+            "model."
         )
     return [(id(weight), weight.data_ptr(), weight.dtype) for weight in weights]
 

@@ -60,8 +60,9 @@ def load_model(place: str, name: str, *, device: str | None, **loading: Any) -> 
     """
     model: Any
     found: dict[str, Any]
+    auto: Any = AutoModelForCausalLM
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = auto.from_pretrained(
             place,
             **loading,
             output_loading_info=True,
@@ -82,8 +83,8 @@ def load_model(place: str, name: str, *, device: str | None, **loading: Any) -> 
     told = [f"{what} {few(keys)}" for what, names in wrong.items() if (keys := _counted(names))]
     if told:
         raise CoralError(
-            f"the weights of {name!r} are not those that its config.json describes: it {', and '.join(told)}, so "
-            "its text would be another one; download it again, or use another checkpoint."
+            f"the weights of {name!r} are not those that its config.json describes: it "
+            f"{', and '.join(told)}, so its text would be another one; download it again, or use another checkpoint."
         )
     return model
 

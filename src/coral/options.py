@@ -161,6 +161,7 @@ def load_target(
         CoralError: it cannot be loaded, or the data is for another tokenizer.
     """
     from coral import models
+    from coral.data.chat_format import end_answers
     from coral.data.prepared import check
     from coral.target import Target as Target_
 
@@ -171,6 +172,7 @@ def load_target(
             loaded = models.load(**placed)
         else:
             loaded = Target_.load(target, revision=revision, trust_remote_code=trust_remote_code, **placed)
+    end_answers(loaded)
     if rows is not None:
         check(rows.info, loaded.vocab_size, loaded.tokenizer)
     return loaded

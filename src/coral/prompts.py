@@ -36,7 +36,8 @@ def read(prompt: Any) -> str | list[int] | list[dict[str, str]]:
     listed = _listed(prompt)
     if not isinstance(listed, list):
         raise CoralError(
-            f"the prompt is {type(prompt).__name__}; give a text, chat messages, or the token ids of one prompt."
+            f"the prompt is {type(prompt).__name__}; give a text, chat messages, or the token ids of one "
+            "prompt."
         )
     if not listed:
         raise CoralError(_EMPTY)
@@ -64,8 +65,8 @@ def readable(text: str, what: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise CoralError(
-            f"{what} is no readable text: its character {error.start + 1} is half of one, or a byte that is no "
-            "UTF-8; write it in UTF-8."
+            f"{what} is no readable text: its character {error.start + 1} is half of one, or a byte that is "
+            "no UTF-8; write it in UTF-8."
         ) from None
     return text
 

@@ -192,7 +192,7 @@ class Target:
 
     @property
     def is_stale(self) -> bool:
-        """Whether the model got another embedding or LM head, or other numbers for them, since it was wrapped."""
+        """Whether the model got another embedding or LM head since it was wrapped."""
         return outer_weights(self.model) != self._outer
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor
 from coral.device import CPU, has_queue, upload
 from coral.errors import CoralError
 
-
 _BOUNDS = {"top_k": (1, 256), "max_depth": (0, 256), "num_nodes": (1, 4096)}
 
 

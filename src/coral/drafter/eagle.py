@@ -76,8 +76,8 @@ def build(stored: Stored, target: EagleTarget) -> Drafter:
 
     Raises:
         CoralError: a tensor that is missing, left over or of another shape; a bias that is not zero, but for
-            fc's; another hidden size, embedding or LM head than the target's; a rotary type that changes with the
-            length.
+            fc's; another hidden size, embedding or LM head than the target's; a rotary type that changes
+            with the length.
     """
     file, tensors = stored.file, dict(stored.tensors)
     _drop_biases(file, tensors)
@@ -218,7 +218,7 @@ def _empty_drafter(
 def _check_rows(
     file: Path, name: str, stored: Tensor, target: EagleTarget, own_rows: Callable[[Tensor], Tensor]
 ) -> None:
-    """Refuse an embedding or LM head that is not the target's, but for the rounding of float16 and bfloat16."""
+    """Refuse an embedding or LM head that is not the target's, but for how float16 and bfloat16 round."""
     if stored.shape != (target.vocab_size, target.hidden_size):
         raise CoralError(
             f"{file}: {name} has shape {tuple(stored.shape)}, but the target {target.name} has "
@@ -230,6 +230,6 @@ def _check_rows(
         other += int((~stored[ids].float().isclose(own, rtol=2**-7, atol=1e-6)).any(dim=1).sum())
     if other:
         raise CoralError(
-            f"{file}: {other} of {target.vocab_size} rows of {name} are not those of the target {target.name}, "
-            "which the drafter is to use; use the target that it was trained for."
+            f"{file}: {other} of {target.vocab_size} rows of {name} are not those of the target "
+            f"{target.name}, which the drafter is to use; use the target that it was trained for."
         )

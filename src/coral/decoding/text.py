@@ -50,6 +50,8 @@ def stop_strings(stop: Stop) -> tuple[str, ...]:
     Raises:
         CoralError: one is empty, or no string.
     """
+    if stop is not None and not isinstance(stop, list | tuple | str | set | frozenset):
+        raise CoralError(f"stop is {stop!r}; give a string, or several in a list.")
     strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
     for string in strings:
         if not isinstance(string, str):

@@ -24,11 +24,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import attack_inputs
 import attack_native
@@ -57,7 +57,7 @@ class Outcome(NamedTuple):
 
 
 def attack(kind: str, seed: int, first: int, tries: int | None, seconds: float) -> Outcome:
-    """Tries of one kind until the time is over, or so many. A try's randomness is of the seed, kind and number."""
+    """Tries of one kind until the time is over, or so many. A try draws from seed, kind and number."""
     shared = mmap.mmap(-1, _STATE.size)
     failures: list[str] = []
     begin, at = time.monotonic(), first
@@ -70,7 +70,7 @@ def attack(kind: str, seed: int, first: int, tries: int | None, seconds: float) 
             if worker == 0:
                 _work(kind, seed, last, begin + seconds, shared, Path(place), log)
             why = _watch(worker, shared)
-            at, running = _STATE.unpack(shared[:])
+            at, _ = _STATE.unpack(shared[:])
             if why is None:
                 break
             told = log.read_text(errors="replace") if log.exists() else ""
@@ -79,15 +79,14 @@ def attack(kind: str, seed: int, first: int, tries: int | None, seconds: float) 
     return Outcome(at - first, failures)
 
 
-def _work(
-    kind: str, seed: int, last: int, end: float, shared: mmap.mmap, place: Path, log: Path
-) -> None:
+def _work(kind: str, seed: int, last: int, end: float, shared: mmap.mmap, place: Path, log: Path) -> None:
     """In the worker: tries until one fails. Never returns."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(place)
     quiet = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
+    sys.stdout = sys.stderr = os.fdopen(quiet, "w", buffering=1)
     try:
         (place / "work").mkdir()
         number, _ = _STATE.unpack(shared[:])
@@ -136,7 +135,7 @@ def main() -> None:
     kinds = [kind for kind in KINDS if not asked.only or any(kind.startswith(only) for only in asked.only)]
     if not kinds:
         parser.error(f"no kind is called {asked.only}; there are {', '.join(KINDS)}")
-    seed = int.from_bytes(os.urandom(4)) if asked.seed is None else asked.seed
+    seed = int.from_bytes(os.urandom(4), "big") if asked.seed is None else asked.seed
     torch.set_num_threads(1)  # a fork has no other threads
     logging.disable_progress_bar()
     logging.set_verbosity_error()

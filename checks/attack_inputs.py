@@ -7,6 +7,7 @@ import gzip
 import json
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ _SAID: list[Any] = [
                   {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
                   {"role": "assistant", "content": "d", "finished": False}]},
     {"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two\n\nthree"}]},
-    {"conversations": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "system": "s"},
+    {"conversations": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
+     "system": "s"},
     {"messages": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "q"}]},
     {"prompt": "why", "completion": "because"},
     {"prompt": [{"role": "user", "content": "why"}], "completion": [{"role": "assistant", "content": "so"}]},
@@ -33,8 +35,8 @@ _SAID: list[Any] = [
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "part"}]},
                   {"role": "assistant", "content": [{"type": "text", "text": "whole"}]}]},
 ]  # fmt: skip
-_TEXTS = ["", " ", "\n", "<think>\nhm\n</think>\n\nyes", "<|im_end|>", "<s>", "é\u0301", "\ud800", "\x00", "a" * 3000,
-          "{{ messages }}", "{% raise %}", "👩‍👩‍👧", "\u202e", "</s>"]  # fmt: skip
+_TEXTS = ["", " ", "\n", "<think>\nhm\n</think>\n\nyes", "<|im_end|>", "<s>", "é\u0301", "\ud800", "\x00",
+          "a" * 3000, "{{ messages }}", "{% raise %}", "👩‍👩‍👧", "\u202e", "</s>"]  # fmt: skip
 
 
 def mutated(record: Any, draw: random.Random) -> Any:
@@ -55,7 +57,9 @@ def mutated(record: Any, draw: random.Random) -> Any:
         elif isinstance(container, list):
             container.insert(draw.randrange(len(container) + 1), copy.deepcopy(draw.choice(container)))
         else:
-            container[draw.choice(["role", "content", "from", "value", "messages", "text", key])] = container[key]
+            container[draw.choice(["role", "content", "from", "value", "messages", "text", key])] = container[
+                key
+            ]
     return record
 
 
@@ -82,10 +86,8 @@ def records(place: Path) -> Try:
 
     def once(draw: random.Random) -> None:
         if draw.random() < 0.1:
-            try:
+            with suppress(CoralError):
                 in_file(draw)
-            except CoralError:
-                pass
             return
         record = mutated(draw.choice(_SAID), draw)
         try:
@@ -131,10 +133,8 @@ def files(place: Path) -> Try:
             name, reader = FILES[kind]
             content = damaged(whole[kind], draw)
             if draw.random() < 0.2 and content.strip():
-                try:
+                with suppress(ValueError, IndexError):  # no JSON any more
                     content = damaged(content, draw)
-                except (ValueError, IndexError):  # no JSON any more
-                    pass
         before = (place / name).read_bytes()
         try:
             (place / name).write_bytes(content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,22 @@ from coral.target import Target
 Try = Callable[[random.Random], None]
 
 _NUMBERS = [-(2**63), -(2**31), -5, -1, 0, 1, 2, 3, 7, 269, 270, 271, 1000, 4096, 4097, 2**31, 2**63, 2**70]
-_OTHERS = [None, True, 1.0, 1.5, float("nan"), float("inf"), "1", "", b"x", [], [1], {}, torch.tensor(3), "\udcff"]
+_OTHERS = [
+    None,
+    True,
+    1.0,
+    1.5,
+    float("nan"),
+    float("inf"),
+    "1",
+    "",
+    b"x",
+    [],
+    [1],
+    {},
+    torch.tensor(3),
+    "\udcff",
+]
 _SIZES = {"hidden_size": 32, "head_dim": 16, "intermediate_size": 48}  # that fill vectors
 
 
@@ -49,7 +65,9 @@ def boundary(place: Path) -> Try:
         elif draw.random() < 0.3:
             prompt = number(draw)
         written = [i for cycle in draw.choice(pairs).generate(prompt, max_new_tokens=3) for i in cycle.tokens]
-        assert all(type(i) is int and 0 <= i < vocabulary for i in [*prompt, *written] if not isinstance(i, str))
+        assert all(
+            type(i) is int and 0 <= i < vocabulary for i in [*prompt, *written] if not isinstance(i, str)
+        )
 
     def options(draw: random.Random) -> None:
         names = ["max_new_tokens", "temperature", "top_k", "top_p", "seed", "sequence_id", "stop"]
@@ -66,13 +84,17 @@ def boundary(place: Path) -> Try:
             sizes[draw.randrange(3)] = number(draw)
         budget = Budget(*sizes, draw.choice([0, 0.1, 1, -1, float("nan"), 2, "x"]))
         pair = draw.choice(pairs)
-        for count, _ in enumerate(Pair(pair.target, pair.proposer, budget).generate([5, 6, 7], max_new_tokens=4)):
+        for count, _ in enumerate(
+            Pair(pair.target, pair.proposer, budget).generate([5, 6, 7], max_new_tokens=4)
+        ):
             assert count < 5
 
     def drafters(draw: random.Random) -> None:
         sizes = ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
                  "vocab_size", "num_layers"]  # fmt: skip
-        changed = {name: draw.choice([-1, 0, 1, 2, 3, 4, 8, 16, 31, 32, 48, 270]) for name in draw.sample(sizes, 2)}
+        changed = {
+            name: draw.choice([-1, 0, 1, 2, 3, 4, 8, 16, 31, 32, 48, 270]) for name in draw.sample(sizes, 2)
+        }
         if min(changed.values()) < 1:
             return  # which the schema of the file refuses, a kind of its own
         try:
@@ -96,10 +118,8 @@ def boundary(place: Path) -> Try:
     ways = [ids, options, trees, drafters, resized]
 
     def once(draw: random.Random) -> None:
-        try:
+        with suppress(CoralError):
             draw.choices(ways, [4, 3, 3, 1, 0.2])[0](draw)
-        except CoralError:
-            pass
 
     return once
 
@@ -124,7 +144,12 @@ def texts(place: Path) -> Try:
                 parameter.mul_(draw.choice([1, 5]))
         head = draw.choice([None, *HEADS.values()])
         feature = Feature(drafter, target, None if head is None else head(target), draw.random() < 0.5)
-        kinds = [feature, NGram(), Merged(feature, NGram()), Bushes([text], target.vocab_size, draw.randrange(99))]
+        kinds = [
+            feature,
+            NGram(),
+            Merged(feature, NGram()),
+            Bushes([text], target.vocab_size, draw.randrange(99)),
+        ]
         return draw.choice(kinds)
 
     def once(draw: random.Random) -> None:
@@ -141,7 +166,8 @@ def texts(place: Path) -> Try:
 
         def written(proposer: Any, budget: Budget, count: int) -> list[list[int]]:
             states = [
-                new_state(target, prompt, new, sampling, sequence_id=row + i, eos_ids=eos) for i in range(count)
+                new_state(target, prompt, new, sampling, sequence_id=row + i, eos_ids=eos)
+                for i in range(count)
             ]
             for _ in generate(target, proposer, states, budget):
                 pass

@@ -11,8 +11,10 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from tiny_pair import save_target
 
@@ -22,6 +24,21 @@ from coral.drafter import checkpoint
 from coral.target import Target
 
 Try = Callable[[random.Random], None]
+
+
+class Child(NamedTuple):
+    """A process that runs a command, and where what it says can be read."""
+
+    process: int
+    reads: int
+
+    def end(self) -> tuple[int, str]:
+        """Wait for its end: its exit code, or -signal, and what it said."""
+        with os.fdopen(self.reads, "rb") as told:
+            said = told.read().decode(errors="replace")
+        _, status = os.waitpid(self.process, 0)
+        assert "Traceback" not in said, said[-3000:]
+        return os.waitstatus_to_exitcode(status), said
 
 
 class Commands:
@@ -41,7 +58,7 @@ class Commands:
         self.lines = {
             "prepare": f"data prepare {place}/said.jsonl --tokenizer {place}/target --output {self.out}/data "
             "--held-out 1",
-            "train": f"{train} --updates 3 --set limits.checkpoint_minutes=0.00001 --set batch_size=2",
+            "train": f"{train} --updates 3 --set reports.checkpoint_minutes=0 --set batch_size=2",
             "regenerate": f"data regenerate {place}/said.jsonl {common} --output {self.out}/r.jsonl "
             "--max-new-tokens 4 --batch-size 2",
             "features": f"data features {place}/data {common} --output {self.out}/f --shard-rows 2",
@@ -49,32 +66,31 @@ class Commands:
             "--max-new-tokens 4 --drafter ngram",
         }
 
-    def fork(self, name: str, log: Path, largest: int | None = None) -> int:
-        """Start a command; its process id. `largest`: bytes of a file, as on a disk that is full."""
+    def start(self, name: str, largest: int | None = None) -> Child:
+        """Start a command. `largest`: no file may grow beyond so many bytes, as on a disk that is full."""
+        reads, writes = os.pipe()  # which no limit of files concerns
         if child := os.fork():
-            return child
+            os.close(writes)
+            return Child(child, reads)
+        code = 70
         try:
-            opened = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(opened, 1)
-            os.dup2(opened, 2)
+            os.dup2(writes, 1)
+            os.dup2(writes, 2)
             sys.argv = ["coral", *self.lines[name].split()]
             if largest is not None:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-            code = 0
             try:
                 main()
+                code = 0
             except SystemExit as end:
                 code = int(end.code or 0)
+            except BaseException:
+                traceback.print_exc()
             sys.stdout.flush()
             sys.stderr.flush()
+        finally:
             os._exit(code)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(70)
 
     def whole(self, name: str) -> bool:
         """Whether the output is there and complete; raises AssertionError or CoralError if it is torn."""
@@ -94,10 +110,10 @@ class Commands:
             return (self.out / "f").exists() and shards.load(self.out / "f") is not None
         return (self.out / "bench" / "results.json").exists()
 
-    def finish(self, name: str, log: Path) -> None:
+    def finish(self, name: str) -> None:
         """The same command again: it ends well, and its output is whole."""
-        code = ended(self.fork(name, log))
-        assert code == 0, f"{name} does not go on: exit code {code}\n{log.read_text()[-1500:]}"
+        code, said = self.start(name).end()
+        assert code == 0, f"{name} does not go on: exit code {code}\n{said[-1500:]}"
         assert self.whole(name), f"the output of {name} is not whole"
         stray = [path.name for path in self.out.rglob(".*") if re.search(r"\.(new|old)-", path.name)]
         assert not stray, f"left behind: {stray}"
@@ -107,22 +123,9 @@ class Commands:
         self.out.mkdir()
 
 
-def ended(child: int) -> int:
-    """The exit code of a process; -signal if one ended it."""
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
-
-
-def sentence(log: Path) -> None:
-    """Raise AssertionError where a command said more than it should."""
-    said = log.read_text(errors="replace")
-    assert "Traceback" not in said, said[-3000:]
-
-
 def kills(place: Path) -> Try:
     """A command is killed at a random moment, up to three times; what was there is whole, and it goes on."""
     commands = Commands(place)
-    log = place / "log"
     seconds: dict[str, float] = {}
 
     def once(draw: random.Random) -> None:
@@ -130,20 +133,20 @@ def kills(place: Path) -> Try:
         name = draw.choice([*commands.lines])
         if name not in seconds:
             begin = time.monotonic()
-            commands.finish(name, log)
+            commands.finish(name)
             seconds[name] = time.monotonic() - begin
             commands.clean()
         was_whole = False
         for _ in range(draw.randrange(1, 4)):
-            child = commands.fork(name, log)
+            child = commands.start(name)
             time.sleep(draw.random() * 1.1 * seconds[name])
-            os.kill(child, signal.SIGKILL)
-            ended(child)
+            os.kill(child.process, signal.SIGKILL)
+            child.end()
             if name in ("prepare", "train"):
                 now = commands.whole(name)
                 assert now or not was_whole, f"a kill lost the output of {name}"
                 was_whole = now
-        commands.finish(name, log)
+        commands.finish(name)
 
     return once
 
@@ -155,18 +158,15 @@ def pairs(place: Path) -> Try:
     def once(draw: random.Random) -> None:
         commands.clean()
         name = draw.choice([*commands.lines])
-        logs = [place / "log 1", place / "log 2"]
         children = []
-        for log in logs:
-            children.append(commands.fork(name, log))
+        for _ in range(2):
+            children.append(commands.start(name))
             time.sleep(draw.choice([0, 0, 0.05, 0.3]))
-        codes = [ended(child) for child in children]
-        told = [log.read_text(errors="replace") for log in logs]
-        for code, log, said in zip(codes, logs, told, strict=True):
-            sentence(log)
+        outcomes = [child.end() for child in children]
+        for code, said in outcomes:
             assert code in (0, 2), f"{name}: exit code {code}\n{said[-1500:]}"
-            assert code == 0 or "is being written by process" in said, said[-1500:]
-        assert 0 in codes, f"{name}: neither wrote\n{told}"
+            assert code == 0 or "is being written by" in said, said[-1500:]
+        assert 0 in dict(outcomes), f"{name}: neither wrote\n{outcomes}"
         assert commands.whole(name)
 
     return once
@@ -175,19 +175,16 @@ def pairs(place: Path) -> Try:
 def full_disks(place: Path) -> Try:
     """No file may grow beyond some size: a sentence, what was there stays, and with room it goes on."""
     commands = Commands(place)
-    log = place / "log"
 
     def once(draw: random.Random) -> None:
         commands.clean()
         name = draw.choice([*commands.lines])
         had = draw.random() < 0.5 and name in ("prepare", "train")
         if had:
-            commands.finish(name, log)
-        code = ended(commands.fork(name, log, largest=draw.choice([0, 1, 100, 700, 2000, 9000, 20000])))
-        sentence(log)
-        said = log.read_text(errors="replace")
+            commands.finish(name)
+        code, said = commands.start(name, largest=draw.choice([0, 1, 100, 700, 2000, 9000, 20000])).end()
         assert code in (0, 2), f"{name}: exit code {code}\n{said[-1500:]}"
         assert not had or commands.whole(name), f"a full disk lost the output of {name}"
-        commands.finish(name, log)
+        commands.finish(name)
 
     return once

@@ -84,7 +84,8 @@ def load_model(place: str, name: str, *, device: str | None, **loading: Any) -> 
     if told:
         raise CoralError(
             f"the weights of {name!r} are not those that its config.json describes: it "
-            f"{', and '.join(told)}, so its text would be another one; download it again, or use another checkpoint."
+            f"{', and '.join(told)}, so its text would be another one; download it again, or use "
+            "another checkpoint."
         )
     return model
 

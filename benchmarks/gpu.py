@@ -211,7 +211,7 @@ def cycles(name: str, target: Target, context: int, repeats: int) -> list[dict[s
         run = islice(generate(fast, proposer, [state], budget), WARM_UPS + repeats)
         return median([cycle.seconds for (cycle,) in run][WARM_UPS:])
 
-    plain = timed(Plain(), Budget(1, 0, 0))
+    plain = timed(Plain(), Budget(1, 0, 1))
     found = [{"shape": name, "tree": "plain step", "head": "", "seconds": plain, "speedup_by_tau": 1.0}]
     for head_name, head in heads_of(target):
         for rows, steps in TREES:

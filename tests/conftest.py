@@ -13,10 +13,13 @@ import pytest
 import torch
 from tiny_pair import save_drafter, save_target
 
+from coral import cpp
 from coral import models as models_
 from coral.cli import main
 
 torch.set_num_threads(1)
+if flags := os.environ.get("CORAL_CXXFLAGS"):  # see test_sanitized.py
+    cpp.FLAGS = tuple(flags.split())
 
 
 @pytest.fixture

@@ -238,7 +238,7 @@ def test_texts_end_where_they_are_to(tmp_path: Path) -> None:
     """Stops a method that writes on behind the end that others keep to, and is paid for it in tokens."""
     target = confident(tmp_path)
     ways = [
-        methods.ours(target, Plain(), Budget(1, 0, 0)),
+        methods.ours(target, Plain(), Budget(1, 0, 1)),
         methods.ours(target, NGram(), Budget(2, 10, 10)),
         methods.hugging_face(target),
         methods.hugging_face(target, prompt_lookup_num_tokens=10),

@@ -1,12 +1,14 @@
 """Every command as a person types it, on tiny models: what it prints, what it writes, how it ends."""
 
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -398,14 +400,96 @@ def test_chat_keeps_the_conversation_and_new_forgets_it(coral, models: Path) -> 
         result = coral(*command, "--drafter", drafter, stdin="one\n\nand two\n/new\none\n")
         assert result.code == 0 and result.err == ""
         head, _, said = result.out.partition("\n")
-        assert head == "Write a message; /new starts over, Ctrl-D ends."
+        assert head == "Write a message; /help lists commands, Ctrl-C stops an answer, Ctrl-D ends."
         assert said == f"> {first}\n> > {second}\n> > {first}\n> \n"
+
+
+def test_chat_commands(coral, models: Path) -> None:
+    """Stops a command that is answered as a message, and a path that is taken for a command."""
+    command = ("generate", "--target", models / "target", "--max-new-tokens", 4)
+    result = coral(*command, stdin="/help\n/rest\n/quit\nhi\n")
+    told = "/reset starts over, /quit leaves (or Ctrl-D); anything else is a message."
+    first, second = result.out.replace("\n", " ").split(told)[:2]
+    assert result.code == 0 and first.endswith("> ") and second.endswith("> /rest is no command. ")
+    for leave in ("/quit", "/exit", "/bye", "exit", "quit"):
+        assert coral(*command, stdin=f"{leave}\nhi\n").out.endswith("ends.\n> ")
+    greeting = coral(*command, stdin="/etc/passwd\n").out
+    assert greeting.endswith("> " + coral(*command, "/etc/passwd").out + "> \n")
+    once = coral(*command, stdin="hi\n").out
+    for reset in ("/reset", "/new", "/clear"):
+        assert coral(*command, stdin=f"ho\n{reset}\nhi\n").out.endswith(once.partition("\n")[2])
+
+
+def test_ctrl_c_stops_an_answer_and_twice_leaves(coral, models: Path, monkeypatch) -> None:
+    """Stops the loss of a conversation with an answer that became too long."""
+    command = ("generate", "--target", models / "target", "--drafter", "plain", "--max-new-tokens", 40)
+    whole = coral(*command, "one").out.rstrip("\n")
+    cycles, before, presses = library.Pair.cycles, signal.getsignal(signal.SIGINT), [1]
+
+    def interrupted(pair: Any, state: Any) -> Any:
+        for number, cycle in enumerate(cycles(pair, state)):
+            for _ in range(presses[0] if number == 2 else 0):
+                signal.raise_signal(signal.SIGINT)
+            yield cycle
+
+    monkeypatch.setattr(library.Pair, "cycles", interrupted)
+    result = coral(*command, stdin="one\n/quit\n")
+    said = result.out.partition("> ")[2].partition("\n")[0]
+    assert result.code == 0 and "Stopped; Ctrl-C again leaves." in result.out
+    assert said and whole.startswith(said) and len(said) < len(whole)
+    presses[0] = 2
+    result = coral(*command, stdin="one\ntwo\n")
+    assert result.code == 2 and "stopped" in result.err and result.out.count("> ") == 1
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_output_that_is_not_utf8(toy: Path, encoding: str) -> None:
+    """Stops a traceback in the middle of an answer, on a terminal that cannot show a character."""
+    command = [
+        sys.executable,
+        "-m",
+        "coral",
+        "generate",
+        "--target",
+        str(toy / "target"),
+        "--raw",
+        "--max-new-tokens",
+    ]
+    done = subprocess.run(
+        [*command, "9", "\u00e9 \u2192 \u65e5\u672c caf\u00e9"],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0 and b"Traceback" not in done.stderr and done.stdout.decode(encoding)
+
+
+def test_a_user_without_a_name_and_a_home(toy: Path, tmp_path: Path) -> None:
+    """Stops a KeyError in a container that runs as a number."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import pwd\ndef none(uid): raise KeyError(uid)\npwd.getpwuid = none\n"
+    )
+    names = {"HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "XDG_CACHE_HOME"}
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    paths = [str(tmp_path), str(Path(library.__file__).parents[1])]
+    command = [sys.executable, "-m", "coral", "generate", "--target", str(toy / "target"), "--no-compile"]
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "3", "hi"],
+        env={**environment, "PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    assert not (tmp_path / "~").exists()
 
 
 def test_chat_survives_a_message_that_is_too_long(coral, models: Path) -> None:
     command = ("generate", "--target", models / "target", "--max-new-tokens", 4)
     result = coral(*command, stdin="x" * 600 + "\nhi\n")
-    assert result.code == 0 and "context is 512; shorten it. /new starts over." in " ".join(
+    assert result.code == 0 and "context is 512; shorten it. /reset starts over." in " ".join(
         result.out.split()
     )
     assert result.out.endswith(coral(*command, "hi").out + "> \n")

@@ -11,6 +11,7 @@ from tiny_training import a_batch, tiny_drafter, tiny_target
 
 from coral.drafter import eagle
 from coral.errors import CoralError
+from coral.export.read import read
 from coral.training.recipe import DrafterOptions, Limits
 from coral.training.start import new_drafter
 
@@ -121,7 +122,7 @@ def odd(**changes):
     ("tensors", "message"),
     [
         (odd(fc__weight=None), "lacks the tensors fc.weight"),
-        (odd(lm_head__weight=torch.ones(31, 16)), "no place for: lm_head.weight; "),
+        (odd(lm_head__weight=torch.ones(31, 16)), "31 of 31 rows of lm_head.weight are not those"),
         (odd(norm=torch.ones(16)), "no place for: layers.0.input_layernorm.weight"),
         (odd(fc__weight=None, d2t=torch.ones(4)), "lacks the tensors fc.weight and holds .*: d2t;"),
         (odd(layers__0__self_attn__q_proj__bias=torch.ones(24)), "q_proj.bias is not zero"),
@@ -199,3 +200,64 @@ def test_training_starts_from_an_eagle_directory(tmp_path):
         new_drafter(target, narrow, a_batch(target))
     with pytest.raises(CoralError, match="there is no drafter directory"):
         new_drafter(target, replace(CONFIG, drafter=DrafterOptions(init_drafter="/nowhere")), a_batch(target))
+
+
+def test_the_layouts_that_others_write_are_read(tmp_path):
+    """Stops a refusal of shards with an index, vLLM's nested config, the target's own head, rotary tables."""
+    expected = eagle.read(write(tmp_path / "plain"), tiny_target()).state_dict()
+    head = tiny_target().head_weight.detach().half().clone()
+    rotary = {"layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    whole = write(tmp_path / "whole", published() | rotary | {"lm_head.weight": head})
+    (whole / "config.json").write_text(json.dumps({"model_type": "eagle", "model": CLAIMS}))
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    (parts / "config.json").write_text(json.dumps(CLAIMS))
+    names = sorted(published())
+    files = {"model-1-of-2.safetensors": names[:3], "model-2-of-2.safetensors": names[3:]}
+    for file, inside in files.items():
+        save_file({name: published()[name].contiguous() for name in inside}, parts / file)
+    index = parts / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {n: file for file, inside in files.items() for n in inside}}))
+    for directory in (whole, parts):
+        found = eagle.read(directory, tiny_target()).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    index.write_text(json.dumps({"weight_map": {"fc.weight": "../elsewhere.safetensors"}}))
+    with pytest.raises(CoralError, match=r"names \.\./elsewhere\.safetensors, which is not beside it"):
+        eagle.read(parts, tiny_target())
+    index.write_text(json.dumps({"weight_map": [1]}))
+    with pytest.raises(CoralError, match="weight_map cannot be read"):
+        eagle.read(parts, tiny_target())
+    other = write(tmp_path / "other", published() | {"lm_head.weight": head + 1})
+    with pytest.raises(CoralError, match=r"31 of 31 rows of lm_head\.weight are not those of the target"):
+        eagle.read(other, tiny_target())
+
+
+def test_what_is_no_eagle_drafter_is_named(tmp_path):
+    """Stops a list of tensors without a place, where one word says what a directory is."""
+    weights, drafter = {"x": torch.ones(1)}, published()
+    kinds = {
+        "an EAGLE-3 drafter": write(tmp_path / "3", drafter | {"d2t": torch.zeros(3)}),
+        "an EAGLE-3": write(tmp_path / "3c", drafter, draft_vocab_size=3),
+        "Medusa heads": write(tmp_path / "m", weights, medusa_num_heads=3),
+        "Medusa": write(tmp_path / "mt", {"medusa_heads.0.0.linear.weight": torch.ones(1)}),
+        "a LoRA adapter": write(tmp_path / "l", {"layers.0.q_proj.lora_A.weight": torch.ones(1)}),
+        "a whole language model": write(tmp_path / "w", {"model.layers.0.mlp.up_proj.weight": torch.ones(1)}),
+    }
+    gguf = tmp_path / "g"
+    gguf.mkdir()
+    (gguf / "model.gguf").write_bytes(b"GGUF")
+    lora = tmp_path / "peft"
+    lora.mkdir()
+    (lora / "adapter_config.json").write_text("{}")
+    hub = tmp_path / "hub"
+    write(hub / "snapshots" / "01")
+    more = {
+        "a GGUF model, not": gguf,
+        "a GGUF model, and": gguf / "model.gguf",
+        "LoRA": lora,
+        "hub's cache": hub,
+    }
+    for what, directory in (kinds | more).items():
+        with pytest.raises(CoralError, match=what):
+            read(directory, tiny_target())

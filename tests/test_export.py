@@ -403,11 +403,11 @@ MISTAKES = {
     "export {drafter} --to speculators --output {out} --target {other}": "has other weights",
     "export {drafter} --to vllm": "missing option '--output'",
     "import {drafter} --target {target} --output {out}": "is a CORAL drafter already",
-    "import {target} --target {target} --output {out}": "lacks the tensors fc.weight",
+    "import {target} --target {target} --output {out}": "holds a whole language model, not a drafter",
     "import /nowhere --target {target} --output {out}": "there is no drafter directory /nowhere",
-    "import {drafter} --target /nowhere --output {out}": "there is no target directory /nowhere",
+    "import {unknown} --target /nowhere --output {out}": "there is no target directory /nowhere",
     "import {target} --target {target} --output {target}": "holds files that are not a drafter; choose",
-    "import {unknown} --target {target} --output {out}": "no place for: lm_head.weight;",
+    "import {unknown} --target {target} --output {out}": "rows of lm_head.weight are not those of the target",
     "import {layers} --target {target} --output {out}": "no transformer_layer_config",
 }
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coral import models, tuned
+from coral import models, prompts, tuned
 from coral.data import chat_format
 from coral.decoding.generate import Proposer, generate
 from coral.decoding.proposers.fallback import Fallback
@@ -20,14 +21,14 @@ from coral.decoding.text import Detokenizer, Stop, cut_at, stop_at, stop_strings
 from coral.decoding.tree import CPU_DEFAULT, DEFAULT, LOOKUP_NODES, Budget
 from coral.errors import CoralError
 from coral.forward import suits
+from coral.prompts import Prompt
 from coral.target import Target
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from coral.drafter.drafter import Drafter
-
-Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 
 def load(
@@ -35,13 +36,13 @@ def load(
     drafter: str | Path | Drafter | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: str = "auto",
+    dtype: str | torch.dtype | None = "auto",
     device: str | None = None,
     device_map: str | dict[str, Any] | None = None,
-    attention: str = "sdpa",
+    attention: str | None = "sdpa",
     budget: Budget | None = None,
     compile: bool | None = None,
-    head: str = "auto",
+    head: str | None = "auto",
     coupled: bool = True,
     fallback: bool = True,
     revision: str | None = None,
@@ -66,6 +67,7 @@ def load(
     Raises:
         CoralError: not found, not supported, or a drafter of another target.
     """
+    head = head or "auto"
     if target is None and drafter is None:
         drafter = models.DRAFTER
     if isinstance(drafter, str):
@@ -193,12 +195,7 @@ def make_proposer(
 
 def _fitted(drafter: Drafter, target: Target) -> Drafter:
     """A loaded drafter in the target's dtype and on its device; copied where that changes it."""
-    sizes = drafter.config.vocab_size, drafter.config.hidden_size
-    if sizes != (target.vocab_size, target.hidden_size):
-        raise CoralError(
-            f"the drafter is for a target of vocabulary and hidden size {sizes}, but {target.name} has "
-            f"{(target.vocab_size, target.hidden_size)}; use a drafter that was trained for this target."
-        )
+    drafter.config.check_sizes(target)
     weight, wanted = drafter.fc.weight, target.head_weight
     if (weight.dtype, weight.device) == (wanted.dtype, wanted.device):
         return drafter
@@ -225,17 +222,17 @@ class Pair:
         """The whole answer as text, special tokens and stop string left out. Options: see `start`."""
         detokenizer = Detokenizer(self.tokenizer)
         pieces = [detokenizer.push(t) for cycle in self.generate(prompt, **options) for t in cycle.tokens]
-        return cut_at("".join(pieces) + detokenizer.rest(), options.get("stop", ()))
+        return cut_at("".join(pieces) + detokenizer.rest(), options.get("stop"))
 
     def start(
         self,
         prompt: Prompt,
         *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        max_new_tokens: int | None = 256,
+        temperature: float | None = 0.0,
+        top_k: int | None = 0,
+        top_p: float | None = 1.0,
+        seed: int | None = 0,
         stop: Stop = (),
         chat: bool = True,
         ignore_eos: bool = False,
@@ -244,7 +241,8 @@ class Pair:
         """The state of a new text.
 
         Args:
-            prompt: a question (or with chat=False a text to go on with), chat messages, or token ids.
+            prompt: a question (or with chat=False a text to go on with), chat messages, or token ids, in any
+                form that `prompts.read` knows. Of the options, None is the default.
             max_new_tokens: the text also ends where the target's context does.
             stop: the text ends before this string, or any of these.
             seed, sequence_id: the same two give the same text, whatever the machine, batch or drafter.
@@ -252,22 +250,22 @@ class Pair:
         Raises:
             CoralError: an empty prompt, one longer than the context, or an option out of range.
         """
+        prompt = prompts.read(prompt)
         tokens = self.encode(prompt, chat)
-        if max_new_tokens < 1:
-            raise CoralError(f"max_new_tokens is {max_new_tokens}, but it must be at least 1.")
         strings = stop_strings(stop)
         length = self._check_length(tokens, max_new_tokens)
+        drawn: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         return State(
             tokens,
             length,
             self.target.new_cache(length + self.budget.num_nodes + 1),
-            Sampling(temperature, top_k, top_p, seed),
+            Sampling(**{name: value for name, value in drawn.items() if value is not None}),
             sequence_id,
             frozenset() if ignore_eos else self._eos_ids(prompt, chat),
             stop_at(self.tokenizer, strings) if strings else None,
         )
 
-    def go_on(self, state: State, prompt: Prompt, *, max_new_tokens: int = 256) -> None:
+    def go_on(self, state: State, prompt: Prompt, *, max_new_tokens: int | None = 256) -> None:
         """Make a finished state ready for a longer conversation; shared keys and values are kept."""
         tokens = self.encode(prompt, chat=True)
         state.go_on(tokens, self._check_length(tokens, max_new_tokens))
@@ -279,17 +277,14 @@ class Pair:
 
     def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
         """Token ids of a prompt: through the tokenizer's chat template, or raw."""
+        prompt = prompts.read(prompt)
         if isinstance(prompt, str):
-            if not prompt.strip():
-                raise CoralError("the prompt is empty; write something to answer or to go on with.")
             if not chat:
                 return [int(i) for i in self.tokenizer(prompt).input_ids]
             prompt = [{"role": "user", "content": prompt}]
-        if len(prompt) == 0:
-            raise CoralError("the prompt is empty; write something to answer or to go on with.")
+        ids: Any = prompt
         if isinstance(prompt[0], int):
-            ids: Any = prompt
-            return [int(i) for i in ids]
+            return list(ids)
         if not self.tokenizer.chat_template:
             raise CoralError(
                 "this target's tokenizer has no chat template; use raw prompts (chat=False, --raw)."
@@ -321,10 +316,13 @@ class Pair:
             raise CoralError("the target was loaded without a tokenizer; pass tokenizer=... or token ids.")
         return self.target.tokenizer
 
-    def _check_length(self, tokens: list[int], max_new_tokens: int) -> int:
+    def _check_length(self, tokens: list[int], max_new_tokens: int | None) -> int:
+        asked = 256 if max_new_tokens is None else max_new_tokens
+        if not isinstance(asked, Integral) or asked < 1:
+            raise CoralError(f"max_new_tokens is {asked!r}, but it must be a whole number from 1 on.")
         context = self.target.context_length
         if len(tokens) >= context:
             raise CoralError(
                 f"the prompt has {len(tokens)} tokens, but the target's context is {context}; shorten it."
             )
-        return min(len(tokens) + max_new_tokens, context)
+        return min(len(tokens) + int(asked), context)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from time import perf_counter
 from typing import Any
@@ -18,6 +20,9 @@ from coral.decoding.state import Cycle
 from coral.decoding.text import Detokenizer, Stop, cut_at, stop_strings
 from coral.errors import CoralError
 
+_RESET = ("/reset", "/new", "/clear")
+_LEAVE = ("/quit", "/exit", "/bye", "exit", "quit")
+_HELP = "/reset starts over, /quit leaves (or Ctrl-D); anything else is a message."
 _DRAFTED = Style(color="green", underline=True)
 
 
@@ -36,11 +41,14 @@ def answer(
 
 
 def converse(pair: Pair, options: dict[str, Any], *, loaded: float | None = None, mark: bool = False) -> None:
-    """A conversation until Ctrl-D: each turn reads only what is new, the rest is still in the KV cache."""
+    """A conversation until Ctrl-D: each turn reads only what is new, the rest is still in the KV cache.
+
+    Ctrl-C stops an answer, which stays in the conversation as far as it came; again, it leaves.
+    """
     pair.encode([{"role": "user", "content": "?"}])  # without a chat template, say so now
     _note(notes.of_model(pair, options))
     console = Console(highlight=False)
-    console.print("Write a message; /new starts over, Ctrl-D ends.", style="dim")
+    console.print("Write a message; /help lists commands, Ctrl-C stops an answer, Ctrl-D ends.", style="dim")
     messages: list[dict[str, str]] = []
     state = None
     while True:
@@ -52,9 +60,14 @@ def converse(pair: Pair, options: dict[str, Any], *, loaded: float | None = None
         except KeyboardInterrupt:
             console.print()  # the terminal shows ^C behind the prompt
             raise
-        if question == "/new":
+        if question in _LEAVE:
+            return
+        if question in _RESET:
             messages, state = [], None
-        if not question or question == "/new":
+        elif re.fullmatch(r"/\w*", question):  # a path or a regular expression is a message
+            known = question in ("/help", "/")
+            console.print(_HELP if known else f"{question} is no command. {_HELP}", style="dim")
+        if not question or question in _RESET or re.fullmatch(r"/\w*", question):
             continue
         asked = [*messages, {"role": "user", "content": question}]
         clock = _Clock()
@@ -64,12 +77,41 @@ def converse(pair: Pair, options: dict[str, Any], *, loaded: float | None = None
             else:
                 pair.go_on(state, asked, max_new_tokens=options["max_new_tokens"])
         except CoralError as error:  # too long for the context, for example: the conversation is not lost
-            console.print(f"{error} /new starts over.", style="yellow")
+            console.print(f"{error} /reset starts over.", style="yellow")
             continue
-        text, cycles = stream(pair, clock.watched(pair.cycles(state)), options["stop"], mark)
+        with _Stop() as stop:
+            watched = stop.watched(clock.watched(pair.cycles(state)))
+            text, cycles = stream(pair, watched, options["stop"], mark)
         messages = [*asked, {"role": "assistant", "content": text}]
-        if loaded is not None:
+        if stop.asked:
+            console.print("Stopped; Ctrl-C again leaves.", style="dim")
+        elif loaded is not None:
             print_stats(pair, cycles, clock, loaded)
+
+
+class _Stop:
+    """While entered, Ctrl-C asks for an end of the answer instead of raising; a second one raises."""
+
+    asked = False
+
+    def __enter__(self) -> _Stop:
+        self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+    def _ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def watched(self, cycles: Iterator[Cycle]) -> Iterator[Cycle]:
+        """The cycles until it is asked for; no cycle is cut."""
+        for cycle in cycles:
+            yield cycle
+            if self.asked:
+                return
 
 
 def stream(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import sys
 import time
@@ -218,6 +219,11 @@ app.command()(cache)
 
 def main() -> None:
     """Run the command line: a user's mistake is one sentence on standard error and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a terminal without UTF-8 shows question marks, not a traceback
+            stream.reconfigure(errors="replace")
     try:
         _main()
     finally:
@@ -249,8 +255,17 @@ def _main() -> None:
             print(error.format_message())  # the help
             sys.exit(2)
         context = getattr(error, "ctx", None)
+        hint = ""
+        option = getattr(error, "option_name", None)
+        if type(error).__name__ == "NoSuchOption" and any(
+            " " in word and word.startswith(str(option)) for word in sys.argv
+        ):
+            hint = "write -- before a prompt that begins with a dash; "
         what = error.format_message().replace(". Did", ", did").rstrip(".?\n")
-        _fail(f"{what[:1].lower()}{what[1:]}; see `{context.command_path if context else 'coral'} --help`.")
+        _fail(
+            f"{what[:1].lower()}{what[1:]}; {hint}see "
+            f"`{context.command_path if context else 'coral'} --help`."
+        )
 
 
 def _fail(message: str) -> NoReturn:

@@ -200,8 +200,6 @@ def _written_by(
         max_new_tokens=max_new_tokens,
         keep_unfinished=keep_unfinished,
     )
-    if (end := turns.chat.end_id) is not None:
-        target.eos_ids |= {end}  # an answer ends where the template's do, whatever the model's config says
     if not suits(target):
 
         def write(prompts: list[list[int]], temperatures: list[float], ids: list[int]) -> list[list[int]]:

@@ -120,9 +120,11 @@ def import_(
     are kept as they are stored.
     """
     from coral.drafter import checkpoint
-    from coral.export.read import read
+    from coral.export.read import read, refuse_foreign
 
+    refuse_foreign(source)
     directory = checkpoint.locate(source)
+    refuse_foreign(directory)
     output = output or Path(f"{Path(source).absolute().name}-coral")
     checkpoint.refuse_foreign(output)
     loaded = options.load_target(target, "auto", None, revision, trust_remote_code)

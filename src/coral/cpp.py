@@ -26,6 +26,8 @@ from coral.files import atomic_bytes, atomic_text, user_caches
 from coral.locks import locked
 
 _CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
+FLAGS: tuple[str, ...] = ()
+"""Of the compiler, beside torch's own: tests build with assertions (-DCORAL_DEBUG) and sanitizers."""
 
 
 def has_compiler() -> bool:
@@ -87,7 +89,7 @@ def build(source: Path) -> CDLL | None:
     import torch
 
     text = _with_headers(source)
-    made_for = torch.__version__, torch.backends.cpu.get_cpu_capability(), text
+    made_for = torch.__version__, torch.backends.cpu.get_cpu_capability(), FLAGS, text
     key = sha256(repr(made_for).encode()).hexdigest()[:16]
     try:
         kept = use_own_cache() / f"{source.stem}-{key}.so"
@@ -131,7 +133,7 @@ def _compile(name: str, text: str) -> CDLL | None:
     if not valid_vec_isa_list():
         return None
     waiting.step(f"Building {name} for this processor, once: half a minute", long=True)
-    library: CDLL = CppCodeCache.load(text, needs_vec_isa=True)
+    library: CDLL = CppCodeCache.load(text, needs_vec_isa=True, extra_flags=FLAGS)
     return library
 
 

@@ -104,7 +104,7 @@ def _write(pair: Pair, max_new_tokens: int, console: Console) -> dict[str, _Row]
             alone = plain.start(prompt, max_new_tokens=max_new_tokens)
             list(plain.cycles(alone))
             rows["plain"].add(alone.written, alone.written, perf_counter() - begin)
-            theirs = generate(pair.encode(prompt), Sampling(), 0, few, pair.target.eos_ids)
+            theirs = generate(pair.encode(prompt), Sampling(), 0, few, alone.eos_ids)
         rows["CORAL"].add(state.written, alone.written, seconds)
         rows["CORAL"].cycles += cycles
         rows["Hugging Face generate"].add(theirs.tokens, alone.written, theirs.seconds)

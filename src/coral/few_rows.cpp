@@ -14,6 +14,8 @@ template <typename Row, typename Weight>
 Tensor multiply_all(const Tensor& input, const Tensor& packed, const std::optional<Tensor>& bias, int64_t width) {
   const Tensor rows = input.contiguous();
   const int64_t n = rows.size(0), inputs = rows.size(1), panels = (width + kPanel - 1) / kPanel;
+  CORAL_ASSERT(packed.numel() == panels * kPanel * (inputs + inputs % int64_t(4 / sizeof(Weight))));
+  CORAL_ASSERT(!bias || bias->numel() == width);
   constexpr bool rounds = !std::is_same_v<Row, float>;  // at the end, so that sums need memory of their own
   Tensor output = at::empty({n, width}, rows.options());
   const Tensor exact = rounds ? at::empty({n, width}, rows.options().dtype(at::kFloat)) : output;

@@ -19,6 +19,8 @@ from uuid import uuid4
 from coral.errors import CoralError
 from coral.locks import locked
 
+POINTER = "is a git-lfs pointer, not the file itself (run `git lfs pull` there)"
+_LFS = b"version https://git-lfs"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -47,7 +49,9 @@ def atomic_directory(path: Path, ours: Sequence[str] = ("*",)) -> Iterator[Path]
             if path.exists():
                 _carry_over(path, aside, ours)
             aside.chmod(mode)
+            _settle(aside)
             _replace(aside, path)
+            _flush(path.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -94,7 +98,9 @@ def atomic_bytes(path: Path, content: bytes) -> None:
             aside.write_bytes(content)
             if path.exists():
                 shutil.copymode(path, aside)
+            _flush(aside)
             aside.replace(path)
+            _flush(path.parent)
         finally:
             with suppress(OSError):  # the parent may be a file
                 aside.unlink(missing_ok=True)
@@ -116,6 +122,15 @@ def refuse_missing(source: str | Path, what: str) -> None:
     is_path = isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
     if is_path and not Path(source).exists():
         raise CoralError(f"there is no {what} directory {text}; check the path.")
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether a file stands for one that git-lfs has not fetched."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(_LFS)) == _LFS
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -145,6 +160,30 @@ def _carry_over(old: Path, new: Path, ours: Sequence[str]) -> None:
                 os.link(source, target, follow_symlinks=False)
             except OSError:  # a file system without links
                 shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _settle(directory: Path) -> None:
+    """Have all of a directory on the disk, so that it is whole after a loss of power, once it is renamed."""
+    for folder, _, files in os.walk(directory):
+        for name in (*files, "."):
+            _flush(Path(folder, name))
+
+
+def _flush(path: Path) -> None:
+    """Have a file or the names in a directory on the disk, where the file system can."""
+    if path.is_symlink():
+        return
+    try:
+        opened = os.open(path, os.O_RDONLY)
+    except OSError:  # not for this user to read
+        return
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF, errno.EROFS):
+            raise  # a disk that is full, or broken
+    finally:
+        os.close(opened)
 
 
 def _replace(new: Path, path: Path) -> None:

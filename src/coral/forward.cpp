@@ -386,6 +386,23 @@ extern "C" void coral_multiply(const Matrix* matrix, const float* rows, int64_t 
 }
 
 extern "C" void coral_forward(const Job* job) {
+  CORAL_ASSERT(job->threads > 0 && job->num_layers > 0 && job->kv_heads > 0 && job->heads % job->kv_heads == 0);
+  CORAL_ASSERT(job->hidden % kLanes == 0 && job->head_size % kLanes == 0 && job->head.inputs == job->hidden);
+  for (int64_t l = 0; l < job->num_layers; l++) {
+    const Layer& layer = job->layers[l];
+    CORAL_ASSERT(layer.qkv.outputs == (job->heads + 2 * job->kv_heads) * job->head_size);
+    CORAL_ASSERT(layer.qkv.inputs == job->hidden && layer.gate_up.inputs == job->hidden);
+    CORAL_ASSERT(layer.o.inputs == job->heads * job->head_size && layer.o.outputs == job->hidden);
+    CORAL_ASSERT(2 * layer.down.inputs == layer.gate_up.outputs && layer.down.outputs == job->hidden);
+  }
+  for (int64_t i = 0; i < job->num_sequences; i++) {
+    const Sequence& s = job->sequences[i];
+    CORAL_ASSERT(s.count > 0 && s.length >= 0 && s.length + s.count <= s.capacity);
+    for (int64_t n = 0; n < s.count; n++) {
+      CORAL_ASSERT(s.ids[n] >= 0 && s.ids[n] < job->head.outputs);
+      CORAL_ASSERT(n == 0 || (s.parents[n] >= 0 && s.parents[n] < n));
+    }
+  }
   if (job->narrow)
     Forward<BFloat16>{*job}.run();
   else

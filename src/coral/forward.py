@@ -93,9 +93,9 @@ class _Job(Structure):
 def suits(target: Target) -> bool:
     """Whether a target can be run here. Not so: another family, or code that is not transformers' own; rotary
     frequencies that follow the length or turn a part of a head; eager attention in bfloat16, which rounds
-    within; another device, number format or activation; sizes that do not fill vectors; layers that are not
-    plain linear ones; no memory for copies; no C++ compiler, or one that does not know this processor's
-    vectors.
+    within; another device, number format or activation; sizes that do not fill vectors or differ between
+    layers; layers that are not plain linear ones; no memory for copies; no C++ compiler, or one that does not
+    know this processor's vectors.
     """
     config, decoder = target.config, target.decoder
     if (
@@ -122,9 +122,25 @@ def suits(target: Target) -> bool:
         and all(type(linear) in (nn.Linear, PackedLinear) for linear in linears)
         and all(size % LANES == 0 for size in (head_size, *(linear.in_features for linear in linears)))
         and all(2 * len(frequencies) == head_size for frequencies in decoder.rotary_emb.buffers())
+        and all(_is_whole(layer, target.hidden_size, head_size) for layer in decoder.layers)
+        and len({layer.self_attn.k_proj.out_features for layer in decoder.layers}) == 1
         and target.embedding_weight.is_contiguous()
         and psutil.virtual_memory().available > 1.2 * sum(linear.weight.nbytes for linear in linears)
         and _library() is not None
+    )
+
+
+def _is_whole(layer: Any, hidden: int, head_size: int) -> bool:
+    """Whether the sizes of a layer go together, which may have been changed since it was made."""
+    a, mlp = layer.self_attn, layer.mlp
+    q, kv, inner = a.q_proj.out_features, a.k_proj.out_features, mlp.down_proj.in_features
+    outputs = (a.v_proj, kv), (a.o_proj, hidden), (mlp.gate_proj, inner), (mlp.up_proj, inner)
+    inputs = *((each, hidden) for each in (a.q_proj, a.k_proj, a.v_proj)), (a.o_proj, q)
+    return (
+        q % head_size == kv % head_size == q % kv == 0
+        and all(each.out_features == size for each, size in (*outputs, (mlp.down_proj, hidden)))
+        and all(each.in_features == size for each, size in (*inputs, (mlp.gate_proj, hidden)))
+        and mlp.up_proj.in_features == hidden
     )
 
 

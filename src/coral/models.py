@@ -89,7 +89,7 @@ def fetch(model: Model = SMOLLM2) -> Path:
     return path
 
 
-def load(*, dtype: str = "auto", **loading: Any) -> Target:
+def load(*, dtype: Any = "auto", **loading: Any) -> Target:
     """The model as a target, named as on the hub; see `Target.load`.
 
     Raises:
@@ -102,10 +102,10 @@ def load(*, dtype: str = "auto", **loading: Any) -> Target:
     return target
 
 
-def load_to_write(*, dtype: str = "auto", **loading: Any) -> Target:
+def load_to_write(*, dtype: Any = "auto", **loading: Any) -> Target:
     """As `load`; "auto" keeps the file's blocks packed where the machine can, which is the fastest form."""
     on_cpu = loading.get("device") in (None, "cpu") and loading.get("device_map") is None
-    if dtype == "auto" and on_cpu and cpp.has_compiler():
+    if dtype in ("auto", None) and on_cpu and cpp.has_compiler():
         try:
             return load(dtype="packed", **loading)
         except CoralError:  # no native forward here, or a GPU that "auto" goes to

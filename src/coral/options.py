@@ -103,11 +103,6 @@ def read_budget(tree: str | None) -> Budget | None:
         raise CoralError(
             f"cannot read --tree {tree!r}; write it as TOP_K,MAX_DEPTH,NUM_NODES or with ,MIN_GAIN."
         ) from None
-    if min(top_k, num_nodes) < 1 or max_depth < 0 or not 0 <= min_gain <= 1:
-        raise CoralError(
-            f"--tree {tree!r} is out of range; TOP_K and NUM_NODES are at least 1, MAX_DEPTH is at least 0, "
-            "MIN_GAIN is from 0 to 1."
-        )
     return Budget(top_k, max_depth, num_nodes, min_gain)
 
 
@@ -175,6 +170,7 @@ def load_target(
         CoralError: it cannot be loaded, or the data is for another tokenizer.
     """
     from coral import models
+    from coral.data.chat_format import end_answers
     from coral.data.prepared import check
     from coral.target import Target as Target_
 
@@ -185,6 +181,7 @@ def load_target(
             loaded = (models.load_to_write if to_write else models.load)(**placed)
         else:
             loaded = Target_.load(target, revision=revision, trust_remote_code=trust_remote_code, **placed)
+    end_answers(loaded)
     if rows is not None:
         check(rows.info, loaded.vocab_size, loaded.tokenizer)
     return loaded

@@ -94,6 +94,7 @@ extern "C" void coral_largest(const void* numbers, bool narrow, int64_t rows, in
 // scores [rows, width]; positions, streams [rows].
 extern "C" void coral_sample(const float* scores, const int64_t* positions, const uint64_t* streams, int64_t rows,
                              int64_t width, int64_t threads, int64_t* ids) {
+  CORAL_ASSERT(rows > 0 && width > 0 && threads > 0);
   const int64_t each = (threads + rows - 1) / rows;  // parts of a row
   std::vector<Rivals> parts(rows * each);
 #pragma omp parallel num_threads(threads)

@@ -15,24 +15,18 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coral.attention import GROUPED_SDPA
 from coral.cache import KVCache, pack, pack_masks
 from coral.compiled import compiled, fix, fixed_cache
 from coral.device import upload
-from coral.errors import CoralError, first_line
-from coral.files import refuse_missing
+from coral.errors import CoralError
 from coral.forward import NativeForward
 from coral.gguf import cache as gguf
-from coral.gguf.names import hint
 from coral.graphs import steady
+from coral.ids import check_ids, outer_weights
+from coral.loading import load_config, load_model, load_tokenizer
 from coral.packed import pack_linears
 from coral.support import alike, check_supported, context_length, eos_ids, sliding_window
 
@@ -97,6 +91,7 @@ class Target:
         self.head_bias: Tensor | None = getattr(head, "bias", None)
         embedding: Any = model.get_input_embeddings()
         self.embedding_weight: Tensor = embedding.weight
+        self._outer = outer_weights(model)
         self.context_length = context_length(model.config)
         self.eos_ids = eos_ids(model, tokenizer)
         self.window = sliding_window(model.config)
@@ -111,10 +106,10 @@ class Target:
         source: str | Path | PreTrainedModel,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        dtype: str = "auto",
+        dtype: str | torch.dtype | None = "auto",
         device: str | None = None,
         device_map: str | dict[str, Any] | None = None,
-        attention: str = "sdpa",
+        attention: str | None = "sdpa",
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> Target:
@@ -131,6 +126,8 @@ class Target:
         """
         if isinstance(source, PreTrainedModel):
             return cls(source, tokenizer, revision=revision)
+        dtype = str(dtype or "auto").removeprefix("torch.")
+        attention = attention or "sdpa"
         if dtype not in ("auto", "float32", "bfloat16", "float16", "packed"):
             raise CoralError(f"dtype {dtype!r} is not known; use auto, float32, bfloat16, float16 or packed.")
         if attention not in _ATTENTION:
@@ -140,36 +137,19 @@ class Target:
         if (converted := gguf.directory(source, dtype, revision, Console(stderr=True))) is not None:
             place, dtype, revision = str(converted), "auto", None
             tokenizer = tokenizer or gguf.load_tokenizer(converted, name)
-        refuse_missing(place, "target")
-        if Path(place).exists() and not (Path(place) / "config.json").is_file():
-            raise CoralError(
-                f"{name} holds neither config.json nor a GGUF file, so it is no model; check the path."
-            )
         common = {"revision": revision, "trust_remote_code": trust_remote_code}
-        try:
-            config = AutoConfig.from_pretrained(place, **common)
-        except (OSError, ValueError, KeyError) as error:
-            raise CoralError(
-                f"cannot read a model config from {name!r}: {first_line(error)}; check the name."
-                f"{hint(name, revision)}"
-            ) from error
-        check_supported(config)
-        try:
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(place, **common)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                place,
-                config=config,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                attn_implementation=GROUPED_SDPA if attention == "sdpa" else attention,
-                device_map=device_map,
-                **common,
-            )
-            if device_map is None and device is not None:
-                model = model.to(device)
-        except (OSError, ValueError, RuntimeError, AssertionError) as error:  # torch asserts that it has CUDA
-            raise CoralError(
-                f"cannot load the target {name!r}: {first_line(error)}; check its files and the device."
-            ) from error
+        config = load_config(place, name, **common)
+        tokenizer = tokenizer or load_tokenizer(place, name, **common)
+        model = load_model(
+            place,
+            name,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=GROUPED_SDPA if attention == "sdpa" else attention,
+            device_map=device_map,
+            device=device,
+            **common,
+        )
         pack_linears(model)
         revision = revision or getattr(config, "_commit_hash", None)
         return cls(model, tokenizer, name=name, revision=revision, blocks=blocks)
@@ -217,6 +197,11 @@ class Target:
             return None
         return next((size for size in self.sizes if size >= counts[0]), None)
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether the model got another embedding or LM head since it was wrapped."""
+        return outer_weights(self.model) != self._outer
+
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the embedding as stored, [...] int64 -> [..., h]; see `DrafterConfig.embedding_scale`."""
         return F.embedding(ids.to(self.embedding_weight.device), self.embedding_weight).to(self.device)
@@ -259,12 +244,17 @@ class Target:
 
     @torch.inference_mode()
     def prefill(self, states: Sequence[State]) -> list[Committed]:
-        """Read every token but the last (the first root) into each cache, in chunks, without logits."""
+        """Read every token but the last (the first root) into each cache, in chunks, without logits.
+
+        Raises:
+            CoralError: see `ids.check_ids`.
+        """
         from coral.decoding.state import Committed
 
         committed = []
         for state in states:
             start, end = state.cache.length, len(state.tokens) - 1
+            check_ids(self, state.tokens[start:])
             pieces = [torch.empty(0, self.hidden_size, dtype=self.dtype, device=self.device)]
             for begin in range(start, end, _PREFILL_CHUNK):
                 pieces.append(self._read(state.cache, state.tokens[begin : min(begin + _PREFILL_CHUNK, end)]))

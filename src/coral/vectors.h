@@ -9,6 +9,16 @@
 #include <cstdint>
 #include <limits>
 
+// Python checks sizes and ids before it calls; a debug build, as the tests make one, checks that it did.
+#ifdef CORAL_DEBUG
+#include <cstdio>
+#include <cstdlib>
+#define CORAL_ASSERT(what) \
+  if (!(what)) std::fprintf(stderr, "%s:%d: not so: %s\n", __func__, __LINE__, #what), std::abort()
+#else
+#define CORAL_ASSERT(what)
+#endif
+
 namespace {
 
 using Vec = at::vec::Vectorized<float>;

@@ -35,6 +35,7 @@ from coral.bench.methods import RESERVED, MakeProposer, Method, all_methods, mak
 from coral.bench.recall import recall_by_depth
 from coral.bench.results import Tree
 from coral.bench.rows import KEY, Record, rows
+from coral.data.chat_format import end_answers
 from coral.decoding.generate import Proposer
 from coral.decoding.proposers.feature import Feature
 from coral.decoding.proposers.merged import Merged
@@ -150,6 +151,7 @@ def bench(
         for dtype in dtypes:
             with waiting("Loading the target"):
                 loaded = _load(target, dtype, device)
+                end_answers(loaded)
             suites_.check(suites, loaded.vocab_size, loaded.tokenizer)
             helper = None if assistant is None else load_assistant(assistant, loaded)
             if deepen and loaded.blocks is not None:

@@ -265,3 +265,9 @@ def end_of_turn(tokenizer: Any) -> int | None:
         return ChatFormat(tokenizer).end_id
     except CoralError:
         return None
+
+
+def end_answers(target: Any) -> None:
+    """Let texts of a target end where answers end in its chat template, too, whatever its config says."""
+    if target.tokenizer is not None and (end := end_of_turn(target.tokenizer)) is not None:
+        target.eos_ids |= {end}

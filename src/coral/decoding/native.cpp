@@ -39,7 +39,7 @@ struct Layer {
 
 // What native.py asks for, in its order; it makes the buffers of the result.
 struct Job {
-  int64_t threads, hidden, heads, kv_heads, head_size, inner, capacity, candidates, num_layers;
+  int64_t threads, hidden, heads, kv_heads, head_size, inner, capacity, candidates, num_layers, num_embedded;
   const Layer* layers;
   Numbers embedding;
   Matrix embedding_fc, feature_fc, head;  // fc in its halves, since one may be far larger than the other
@@ -504,9 +504,16 @@ void rerank(const std::vector<Node>& nodes, Job& job) {
 }  // namespace
 
 extern "C" void coral_grow(Job* job) {
+  CORAL_ASSERT(job->threads > 0 && job->num_layers > 0 && job->kv_heads > 0 && job->heads % job->kv_heads == 0);
+  CORAL_ASSERT(job->hidden % kLanes == 0 && job->head_size % kLanes == 0 && job->inner % kLanes == 0);
+  CORAL_ASSERT(job->candidates > 0 && job->top_k > 0 && job->max_depth > 0 && job->num_nodes > 0);
+  CORAL_ASSERT(job->num_rows > 0 && job->length >= 0);
+  CORAL_ASSERT(job->length + job->num_rows + (job->max_depth - 1) * job->top_k <= job->capacity);
+  for (int64_t i = 0; i < job->num_rows; i++) CORAL_ASSERT(job->ids[i] >= 0 && job->ids[i] < job->num_embedded);
   Draft draft{*job};
   draft.start();
   draft.grow();
+  for (const Node& node : draft.nodes) CORAL_ASSERT(node.id >= 0 && node.id < job->num_embedded);
   rerank(draft.nodes, *job);
   job->depth = draft.depth;
 }

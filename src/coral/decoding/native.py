@@ -47,7 +47,7 @@ class _Job(Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("threads", "hidden", "heads", "kv_heads", "head_size", "inner")),
-        *((name, c_int64) for name in ("capacity", "candidates", "num_layers")),
+        *((name, c_int64) for name in ("capacity", "candidates", "num_layers", "num_embedded")),
         ("layers", c_void_p),
         ("embedding", _Numbers),
         ("embedding_fc", _Matrix),
@@ -97,6 +97,7 @@ class NativeDrafter:
             head_size=config.head_dim,
             inner=config.intermediate_size,
             num_layers=len(layers),
+            num_embedded=target.vocab_size,
             layers=addressof(self._layers),
             embedding=_numbers(target.embedding_weight),
             embedding_fc=embedding_fc,

@@ -20,7 +20,7 @@ from coral.device import has_queue, upload
 from coral.errors import CoralError
 
 _MASK64 = (1 << 64) - 1
-LEAST_TEMPERATURE = 1e-30
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-30, 1e30
 """Logits divided by a smaller one may leave float32's range; the text is that of 0 long before."""
 
 
@@ -46,8 +46,9 @@ class Sampling:
         for name in ("top_k", "seed"):
             if not isinstance(getattr(self, name), Integral):
                 raise CoralError(f"{name} is {getattr(self, name)!r}, but it must be a whole number.")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise CoralError(f"temperature is {self.temperature}, but it must be 0 or more.")
+        if not 0 <= self.temperature <= MOST_TEMPERATURE:
+            raise CoralError(f"temperature is {self.temperature}, but it must be 0 or more, up to 1e30.")
+        object.__setattr__(self, "temperature", float(self.temperature))
         if 0 < self.temperature < LEAST_TEMPERATURE:
             raise CoralError(
                 f"temperature is {self.temperature}, which float32 cannot divide by; use 0, which is greedy, "

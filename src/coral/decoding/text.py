@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from coral.errors import CoralError
+from coral.prompts import readable
 
 Stop = str | Sequence[str] | None
 """Stop strings: one, several, or none."""
@@ -49,12 +50,15 @@ def stop_strings(stop: Stop) -> tuple[str, ...]:
     Raises:
         CoralError: one is empty, or no string.
     """
+    if stop is not None and not isinstance(stop, list | tuple | str | set | frozenset):
+        raise CoralError(f"stop is {stop!r}; give a string, or several in a list.")
     strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
     for string in strings:
         if not isinstance(string, str):
             raise CoralError(f"a stop string is {string!r}; give a string, or several in a list.")
         if not string:
             raise CoralError("a stop string is empty; leave it out, or write the text to stop before.")
+        readable(string, "a stop string")
     return strings
 
 

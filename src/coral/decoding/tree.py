@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from coral.device import CPU, has_queue, upload
+from coral.errors import CoralError
+
+_BOUNDS = {"top_k": (1, 256), "max_depth": (0, 256), "num_nodes": (1, 4096)}
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,25 @@ class Budget:
     nodes it would grow from are reached with less probability together, and no node is sent to the target
     that is less likely.
 
-    The bounds are those of budgets that a file holds.
+    Raises:
+        CoralError: a number is no whole number, or out of bounds: memory and time of a cycle grow with them.
     """
 
-    top_k: Annotated[int, Field(ge=1, le=256)]
-    max_depth: Annotated[int, Field(ge=0, le=256)]
-    num_nodes: Annotated[int, Field(ge=1, le=4096)]
-    min_gain: Annotated[float, Field(ge=0, le=1)] = 0.0
+    top_k: int
+    max_depth: int
+    num_nodes: int
+    min_gain: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in _BOUNDS.items():
+            number = getattr(self, name)
+            if type(number) is not int or not least <= number <= most:
+                raise CoralError(
+                    f"the draft tree's {name} is {number!r}, but it must be a whole number from {least} to "
+                    f"{most}."
+                )
+        if type(self.min_gain) not in (int, float) or not 0 <= self.min_gain <= 1:
+            raise CoralError(f"the draft tree's min_gain is {self.min_gain!r}, but it must be from 0 to 1.")
 
     def __str__(self) -> str:
         """As `--tree` reads it."""

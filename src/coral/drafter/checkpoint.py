@@ -24,7 +24,7 @@ from coral import hub, json_file
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.drafter.likeness import Likeness, check_target
 from coral.errors import CoralError
-from coral.files import atomic_directory, replaceable
+from coral.files import POINTER, atomic_directory, is_pointer, replaceable
 from coral.json_file import STRICT, Size
 
 FORMAT_VERSION = 1
@@ -229,10 +229,12 @@ def load(
     config, file = DrafterConfig(**ours["drafter"]), directory / "model.safetensors"
     if target is not None:
         check_target(directory, TargetRecord(**ours["target"]), TargetRecord.of(target))
+        config.check_sizes(target)
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise CoralError(f"{file} cannot be read ({error}); copy the drafter again.") from error
+        why = POINTER if is_pointer(file) else f"cannot be read ({error})"
+        raise CoralError(f"{file} {why}; copy the drafter again.") from error
     check_tensors(file, _shapes(directory, config), tensors)
     stored = tensors["fc.weight"].dtype
     if odd := [name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES]:

@@ -75,6 +75,16 @@ class DrafterConfig:
                 f"{', '.join(sorted(_FIXED_ROTARY))}, and a number above 0."
             )
 
+    def check_sizes(self, target: Any) -> None:
+        """Raise CoralError unless the drafter reads and predicts what a target has."""
+        for name in ("vocab_size", "hidden_size"):
+            ours, theirs = getattr(self, name), getattr(target, name)
+            if ours != theirs:
+                raise CoralError(
+                    f"the drafter's {name} is {ours}, but {target.name} has {theirs}; use a drafter that was "
+                    "trained for this target."
+                )
+
     @classmethod
     def for_target(cls, target_config: Any, **options: Any) -> "DrafterConfig":
         """A drafter of the target's own width, Llama-style whatever the target's family; `options` override.

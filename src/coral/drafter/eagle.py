@@ -1,11 +1,12 @@
 """Read a plain EAGLE directory, as EAGLE, EAGLE-2 and HASS publish them: config.json beside model.safetensors
-or pytorch_model.bin.
+or pytorch_model.bin, or their parts with an index.
 
 Sizes are those of the tensors; of config.json only what tensors cannot tell is believed: the number of heads,
 the rotary frequencies, the norm's epsilon and the activation.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from coral import json_file
 from coral.drafter.checkpoint import TargetLike, check_names, check_tensors
 from coral.drafter.drafter import Drafter, DrafterConfig
 from coral.errors import CoralError
+from coral.files import POINTER, is_pointer
 
 # Rotary types whose frequencies do not depend on max_position_embeddings, which is set to the
 # target's. Yarn's do unless the length that is stretched is given.
@@ -55,28 +57,31 @@ def open_(directory: Path) -> Stored:
     Raises:
         CoralError: a file that is missing or cannot be read, a tensor that is there twice.
     """
-    file = next((f for f in map(directory.joinpath, _READERS) if f.is_file()), None)
+    file = next((f for f in map(directory.joinpath, _FILES) if f.is_file()), None)
     if file is None or not (directory / "config.json").is_file():
         raise CoralError(
             f"{directory} holds no drafter: neither one of ours (coral/config.json) nor config.json with "
             f"{' or '.join(_READERS)}; check the path."
         )
-    return Stored(file, _read_tensors(file), _read_config(directory / "config.json"))
+    stored: dict[str, Any] = {}
+    for part in _parts(file):
+        stored |= _read_file(part)
+    return Stored(file, _named(file, stored), _read_config(directory / "config.json"))
 
 
 def build(stored: Stored, target: EagleTarget) -> Drafter:
     """The drafter that is stored in the plain EAGLE layout, in its dtype, ready to run with `target`.
 
-    Biases that are zero are dropped, as is an embedding that is the target's.
+    Biases that are zero are dropped, as are an embedding and an LM head that are the target's.
 
     Raises:
         CoralError: a tensor that is missing, left over or of another shape; a bias that is not zero, but for
-            fc's; another hidden size or embedding than the target's; a rotary type that changes with the
-            length.
+            fc's; another hidden size, embedding or LM head than the target's; a rotary type that changes
+            with the length.
     """
     file, tensors = stored.file, dict(stored.tensors)
     _drop_biases(file, tensors)
-    embedding = tensors.pop("embed_tokens.weight", None)
+    embedding, head = tensors.pop("embed_tokens.weight", None), tensors.pop("lm_head.weight", None)
     num_layers = max(1, len({match[1] for name in tensors if (match := re.match(r"layers\.(\d+)\.", name))}))
     bias = "fc.bias" in tensors
     smallest = DrafterConfig(2, 2, 1, 1, 2, 2, num_layers=num_layers, fc_bias=bias)  # has all's names
@@ -84,7 +89,10 @@ def build(stored: Stored, target: EagleTarget) -> Drafter:
     drafter = _empty_drafter(file.with_name("config.json"), stored.config, tensors, target)
     check_tensors(file, {name: t.shape for name, t in drafter.state_dict().items()}, tensors)
     if embedding is not None:
-        _check_embedding(file, embedding, target)
+        _check_rows(file, "embed_tokens.weight", embedding, target, target.embed)
+    if head is not None:
+        weight = target.head_weight
+        _check_rows(file, "lm_head.weight", head, target, lambda ids: weight[ids.to(weight.device)])
     drafter = drafter.to(dtype=tensors["fc.weight"].dtype)
     drafter.load_state_dict(tensors)
     return drafter.eval().requires_grad_(False)
@@ -96,16 +104,41 @@ _READERS: dict[str, Any] = {
 }
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a file, by their names without prefix."""
+_INDEX = ".index.json"
+_FILES = [*_READERS, *(name + _INDEX for name in _READERS)]
+_COMPUTED = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+"""Tensors that follow from config.json."""
+
+
+def _parts(file: Path) -> list[Path]:
+    """The files of tensors that `file` is, or is the index of."""
+    if not file.name.endswith(_INDEX):
+        return [file]
+    again = "copy the drafter again."
+    index: dict[str, Any] = json_file.read(file, dict, again)
+    names = {*json_file.check(index.get("weight_map"), dict[str, str], f"{file}: weight_map", again).values()}
+    if odd := [name for name in names if Path(name).name != name]:
+        raise CoralError(f"{file} names {odd[0]}, which is not beside it; copy the drafter again.")
+    return [file.with_name(name) for name in sorted(names)]
+
+
+def _read_file(file: Path) -> dict[Any, Any]:
+    reader = _READERS["model.safetensors" if file.suffix == ".safetensors" else "pytorch_model.bin"]
     try:
-        stored = dict(_READERS[file.name](file))
+        return dict(reader(file))
     except Exception as error:  # torch and pickle raise many kinds
         reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise CoralError(f"{file} cannot be read ({reason}); copy the drafter again.") from error
+        why = POINTER if is_pointer(file) else f"cannot be read ({reason})"
+        raise CoralError(f"{file} {why}; copy the drafter again.") from error
+
+
+def _named(file: Path, stored: dict[Any, Any]) -> dict[str, Tensor]:
+    """Tensors by their names without prefix, but for those that are computed."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         plain = re.sub(r"^((module|model)\.)+", "", str(name))
+        if _COMPUTED.search(plain):
+            continue
         if not isinstance(tensor, Tensor):
             raise CoralError(f"{file} holds {name!r}, which is no tensor; give a directory of weights alone.")
         if plain in tensors:
@@ -115,8 +148,10 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    """What config.json says of the layers; vLLM's own layout has it under `model`."""
     config: dict[str, Any] = json_file.read(path, dict, "copy the drafter again.")
-    return config
+    inner = config.get("model")
+    return inner if isinstance(inner, dict) else config
 
 
 def _drop_biases(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -180,19 +215,21 @@ def _empty_drafter(
         raise CoralError(f"{path} cannot be read ({error!r}); copy the drafter again.") from error
 
 
-def _check_embedding(file: Path, stored: Tensor, target: EagleTarget) -> None:
-    """Refuse an embedding that is not the target's, but for the rounding of float16 and bfloat16."""
+def _check_rows(
+    file: Path, name: str, stored: Tensor, target: EagleTarget, own_rows: Callable[[Tensor], Tensor]
+) -> None:
+    """Refuse an embedding or LM head that is not the target's, but for how float16 and bfloat16 round."""
     if stored.shape != (target.vocab_size, target.hidden_size):
         raise CoralError(
-            f"{file}: embed_tokens.weight has shape {tuple(stored.shape)}, but the target {target.name} has "
+            f"{file}: {name} has shape {tuple(stored.shape)}, but the target {target.name} has "
             f"{(target.vocab_size, target.hidden_size)}; use the target that the drafter was trained for."
         )
     other = 0
     for ids in torch.arange(target.vocab_size).split(4096):
-        own = target.embed(ids.to(target.device)).float().cpu()
+        own = own_rows(ids.to(target.device)).float().cpu()
         other += int((~stored[ids].float().isclose(own, rtol=2**-7, atol=1e-6)).any(dim=1).sum())
     if other:
         raise CoralError(
-            f"{file}: {other} of {target.vocab_size} rows of embed_tokens.weight are not those of the target "
-            f"{target.name}, whose embedding the drafter is to read; use the target that it was trained for."
+            f"{file}: {other} of {target.vocab_size} rows of {name} are not those of the target "
+            f"{target.name}, which the drafter is to use; use the target that it was trained for."
         )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from coral.drafter import eagle
 from coral.drafter.drafter import Drafter
@@ -16,9 +19,62 @@ def read(directory: Path, target: eagle.EagleTarget) -> Drafter:
     Its tensors decide what it is, and are kept as they are stored.
 
     Raises:
-        CoralError: see `coral.drafter.eagle.open_` and `build`; or a drafter of ours.
+        CoralError: see `coral.drafter.eagle.open_` and `build`; a drafter of ours; or what is none of these,
+            which is named.
     """
-    if (directory / "coral" / "config.json").exists():
-        raise CoralError(f"{directory} is a CORAL drafter already; use it as it is.")
+    refuse_foreign(directory)
     stored = eagle.open_(directory)
+    _refuse(directory, stored.config, stored.tensors)
     return eagle.build(speculators.to_plain(stored) if speculators.is_in(stored) else stored, target)
+
+
+def refuse_foreign(source: str | Path) -> None:
+    """Raise CoralError for what can be told to be no EAGLE drafter before any tensor is read."""
+    place = Path(source)
+    if place.is_file():
+        what = "a GGUF model" if place.suffix.lower() == ".gguf" else "a file"
+        raise CoralError(f"{place} is {what}, and not the directory of a drafter; {_GIVE}.")
+    if not place.is_dir():
+        return
+    if (place / "coral" / "config.json").exists():
+        raise CoralError(f"{place} is a CORAL drafter already; use it as it is.")
+    if (place / "adapter_config.json").is_file():
+        raise CoralError(f"{place} holds a LoRA adapter, which drafts nothing by itself; {_GIVE}.")
+    if found := next(iter(place.glob("snapshots/*/config.json")), None):
+        raise CoralError(f"{place} is a folder of the hub's cache; name the directory {found.parent}.")
+    try:
+        config = json.loads((place / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        config = {}  # which the reader will say
+    _refuse(place, config, [file.name for file in place.iterdir()])
+
+
+_GIVE = "give a drafter in the layout of EAGLE, EAGLE-2 or HASS"
+
+
+def _refuse(directory: Path, config: Any, names: Iterable[str]) -> None:
+    """Name what a config and the names of tensors or files are of, unless it is EAGLE."""
+    config = config if isinstance(config, dict) else {}
+    made = str(config.get("architectures")), str(config.get("speculators_model_type"))
+    inside = {str(name) for name in names}
+
+    def holds(*parts: str) -> bool:
+        return any(part in name for name in inside for part in parts)
+
+    if (
+        "draft_vocab_size" in config
+        or any("eagle3" in each.lower() for each in made)
+        or holds("d2t", "t2d", "midlayer.")
+    ):
+        what = "an EAGLE-3 drafter, which reads several layers of its target, and ours reads one"
+    elif "medusa_num_heads" in config or holds("medusa"):
+        what = "Medusa heads, which draft without the features that ours reads"
+    elif holds("lora_A", "lora_B"):
+        what = "a LoRA adapter, which drafts nothing by itself"
+    elif any(name.lower().endswith(".gguf") for name in inside):
+        what = "a GGUF model, not a drafter"
+    elif holds("layers.0.") and not holds("fc.", "fusion_fc"):
+        what = "a whole language model, not a drafter: it has layers, and no fc that joins features to them"
+    else:
+        return
+    raise CoralError(f"{directory} holds {what}; {_GIVE}.")

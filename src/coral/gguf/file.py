@@ -19,6 +19,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from coral.errors import CoralError
+from coral.files import POINTER, is_pointer
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -137,6 +138,8 @@ def _read_one(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CoralError(f"{path} is no GGUF file: it has {path.stat().st_size} bytes; {again}")
     with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:4] != b"GGUF":
+            if is_pointer(path):
+                raise CoralError(f"{path} {POINTER}.")
             raise CoralError(f"{path} is no GGUF file: it does not begin with GGUF; check the path.")
         cursor = _Cursor(data)
         cursor.at = 4

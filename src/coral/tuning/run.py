@@ -126,7 +126,10 @@ def tune(
         best = fastest([*predictions.values()])
         progress.update(task, description="decoding")
         plain = Plain() if costs.plain_rows == 1 else PlainPadded()
-        chosen = _Decoded(proposer, best[0].budget), _Decoded(plain, Budget(1, 0, costs.plain_rows - 1))
+        chosen = (
+            _Decoded(proposer, best[0].budget),
+            _Decoded(plain, Budget(1, 0, max(1, costs.plain_rows - 1))),
+        )
         meanwhile = list[Costs]()  # the machine may be faster or slower by now than it was at first
         for index, prompt in enumerate([prompts[0], *prompts]):
             for way in chosen:

@@ -38,13 +38,13 @@ from transformers.utils import logging
 
 Try = Callable[[random.Random], None]
 KINDS: dict[str, tuple[Callable[[Path], Try], float]] = {
-    "mutated records": (attack_inputs.records, 2),
+    "mutated records": (attack_inputs.records, 1),
     "mutated files of ours": (attack_inputs.files, 2),
-    "ids, trees and sizes": (attack_native.boundary, 2),
-    "lossless texts": (attack_native.texts, 4),
-    "kills": (attack_outputs.kills, 3),
-    "pairs of processes": (attack_outputs.pairs, 2),
-    "full disks": (attack_outputs.full_disks, 2),
+    "ids, trees and sizes": (attack_native.boundary, 3),
+    "lossless texts": (attack_native.texts, 5),
+    "kills": (attack_outputs.kills, 4),
+    "pairs of processes": (attack_outputs.pairs, 3),
+    "full disks": (attack_outputs.full_disks, 3),
 }
 """How each kind is set up in a directory, and its share of the time."""
 _HANG, _FAILURES = 120, 5  # seconds; tries that fail before a kind is given up

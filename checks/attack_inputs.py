@@ -51,15 +51,14 @@ def mutated(record: Any, draw: random.Random) -> Any:
         if how == 0:
             del container[key]
         elif how == 1:
-            container[key] = draw.choice(ODD)
+            container[key] = copy.deepcopy(draw.choice(ODD))
         elif how == 2:
             container[key] = draw.choice(_TEXTS)
         elif isinstance(container, list):
             container.insert(draw.randrange(len(container) + 1), copy.deepcopy(draw.choice(container)))
         else:
-            container[draw.choice(["role", "content", "from", "value", "messages", "text", key])] = container[
-                key
-            ]
+            name = draw.choice(["role", "content", "from", "value", "messages", "text", key])
+            container[name] = copy.deepcopy(container[key])
     return record
 
 

@@ -76,6 +76,7 @@ class Commands:
         try:
             os.dup2(writes, 1)
             os.dup2(writes, 2)
+            sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))  # noqa: SIM115
             sys.argv = ["coral", *self.lines[name].split()]
             if largest is not None:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -44,7 +44,7 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
         if how == 0:
             del container[key]
         elif how == 1:
-            container[key] = draw.choice(ODD)
+            container[key] = copy.deepcopy(draw.choice(ODD))
         else:
             container[f"{key}x" if isinstance(container, dict) else key] = copy.deepcopy(container[key])
         lines[at] = json.dumps(value).encode() + b"\n"

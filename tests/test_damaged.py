@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_training import tiny_drafter, tiny_target
 
 from coral import config, json_file, tuned
+from coral.card import card
 from coral.data.regenerate import regenerate
 from coral.drafter import checkpoint, heads
 from coral.errors import CoralError
@@ -221,3 +222,25 @@ def test_a_damaged_account_is_refused(tmp_path: Path) -> None:
                 run()
         path.write_bytes(whole)
     assert run() == 2
+
+
+@pytest.mark.parametrize(
+    "group, key, value", [("drafter", "rope_parameters", {"rope_type": {}}), ("metrics", "seconds", None)]
+)
+def test_a_record_with_odd_parts(place: Path, group: str, key: str, value: Any) -> None:
+    """Stops a traceback of a rotary type that is no text, and of a card whose metrics lack the time."""
+    path = place / "coral" / "config.json"
+    whole = path.read_bytes()
+    record = json.loads(whole)
+    record[group][key] = value
+    if value is None:
+        del record[group][key]
+    try:
+        path.write_text(json.dumps(record))
+        if value is None:
+            assert "updates in" not in card(place, "me/drafter")
+        else:
+            with pytest.raises(CoralError, match="is no rotary embedding of a drafter"):
+                checkpoint.load(place)
+    finally:
+        path.write_bytes(whole)

@@ -69,6 +69,13 @@ def test_none_is_the_default(pair: Pair) -> None:
     assert pair.generate_text("hi", **dict.fromkeys(names)) == pair.generate_text("hi")
     with pytest.raises(CoralError, match=r"max_new_tokens is 2\.5, but it must be a whole number"):
         pair.generate_text("hi", max_new_tokens=2.5)
+    with pytest.raises(CoralError, match=r"sequence_id is 1\.5, but it must be a whole number"):
+        pair.generate_text("hi", sequence_id=1.5, temperature=1.0)
+    with pytest.raises(CoralError, match="stop is 3; give a string"):
+        pair.generate_text("hi", stop=3)
+    for temperature in (-1, 2**200, 10**400):
+        with pytest.raises(CoralError, match="temperature is"):
+            pair.generate_text("hi", temperature=temperature)
     with pytest.raises(CoralError, match="a stop string is no readable text"):
         pair.generate_text("hi", stop="\udcff")
 

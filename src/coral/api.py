@@ -254,13 +254,15 @@ class Pair:
         tokens = self.encode(prompt, chat)
         strings = stop_strings(stop)
         length = self._check_length(tokens, max_new_tokens)
+        if not isinstance(sequence_id, Integral):
+            raise CoralError(f"sequence_id is {sequence_id!r}, but it must be a whole number.")
         drawn: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         return State(
             tokens,
             length,
             self.target.new_cache(length + self.budget.num_nodes + 1),
             Sampling(**{name: value for name, value in drawn.items() if value is not None}),
-            sequence_id,
+            int(sequence_id),
             frozenset() if ignore_eos else self._eos_ids(prompt, chat),
             stop_at(self.tokenizer, strings) if strings else None,
         )

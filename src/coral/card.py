@@ -121,7 +121,7 @@ def _training(ours: dict[str, Any], data: str | None) -> str:
             _code("yaml", yaml.safe_dump(recipe, sort_keys=False)),
         ]
     metrics = ours["metrics"] or {}
-    if "updates" in metrics:
+    if {"updates", "seconds"} <= metrics.keys():
         lines.append(f"It was trained for {metrics['updates']} updates in {metrics['seconds']} seconds.")
     return "\n\n".join(lines)
 

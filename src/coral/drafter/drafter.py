@@ -69,7 +69,8 @@ class DrafterConfig:
         if self.hidden_act not in ACT2FN:
             raise CoralError(f"hidden_act {self.hidden_act!r} is not known; use silu, for example.")
         rotary = self.rope_parameters.get("rope_type")
-        if rotary not in _FIXED_ROTARY or not isinstance(theta, int | float) or not 0 < theta < math.inf:
+        known = isinstance(rotary, str) and rotary in _FIXED_ROTARY
+        if not known or not isinstance(theta, int | float) or not 0 < theta < math.inf:
             raise CoralError(
                 f"rope_type {rotary!r} with rope_theta {theta!r} is no rotary embedding of a drafter; use "
                 f"{', '.join(sorted(_FIXED_ROTARY))}, and a number above 0."

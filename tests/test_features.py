@@ -147,11 +147,11 @@ def test_a_stopped_job_goes_on(tmp_path, monkeypatch):
     read = []
     real = shards.feature_batch
 
-    def interrupted(target, dataset, rows):
+    def interrupted(target, dataset, rows, **options):
         read.extend(rows)
         if len(read) == 14:  # in the middle of the third shard
             raise KeyboardInterrupt
-        return real(target, dataset, rows)
+        return real(target, dataset, rows, **options)
 
     monkeypatch.setattr(shards, "feature_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -375,7 +375,7 @@ def test_models_that_are_refused() -> None:
     with pytest.raises(CoralError, match=r"model\.eval\(\)"):
         tiny_model().train().generate(**asked, custom_generate=faster("ngram"))
     wide = drafter_of(tiny_model(vocab_size=40))
-    with pytest.raises(CoralError, match=r"\(40, 16\), but .* has \(31, 16\)"):
+    with pytest.raises(CoralError, match="vocab_size is 40, but llama has 31"):
         tiny_model().generate(**asked, custom_generate=faster(wide))
     with pytest.raises(CoralError, match="a loaded drafter brings none"):
         tiny_model().generate(**asked, custom_generate=faster(drafter_of(tiny_model()), head="static"))

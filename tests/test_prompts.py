@@ -73,7 +73,7 @@ def test_none_is_the_default(pair: Pair) -> None:
         pair.generate_text("hi", sequence_id=1.5, temperature=1.0)
     with pytest.raises(CoralError, match="stop is 3; give a string"):
         pair.generate_text("hi", stop=3)
-    for temperature in (-1, 2**200, 10**400):
+    for temperature in (-1, 10**400):
         with pytest.raises(CoralError, match="temperature is"):
             pair.generate_text("hi", temperature=temperature)
     with pytest.raises(CoralError, match="a stop string is no readable text"):

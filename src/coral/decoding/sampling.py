@@ -8,6 +8,7 @@ resumption or tree shape: accelerated output equals plain output token for token
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -20,7 +21,7 @@ from coral.device import has_queue, upload
 from coral.errors import CoralError
 
 _MASK64 = (1 << 64) - 1
-LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-30, 1e30
+LEAST_TEMPERATURE = 1e-30
 """Logits divided by a smaller one may leave float32's range; the text is that of 0 long before."""
 
 
@@ -46,9 +47,9 @@ class Sampling:
         for name in ("top_k", "seed"):
             if not isinstance(getattr(self, name), Integral):
                 raise CoralError(f"{name} is {getattr(self, name)!r}, but it must be a whole number.")
-        if not 0 <= self.temperature <= MOST_TEMPERATURE:
-            raise CoralError(f"temperature is {self.temperature}, but it must be 0 or more, up to 1e30.")
-        object.__setattr__(self, "temperature", float(self.temperature))
+        if not 0 <= self.temperature <= sys.float_info.max:
+            raise CoralError(f"temperature is {self.temperature}, but it must be 0 or more.")
+        object.__setattr__(self, "temperature", float(self.temperature))  # whole numbers may be too long
         if 0 < self.temperature < LEAST_TEMPERATURE:
             raise CoralError(
                 f"temperature is {self.temperature}, which float32 cannot divide by; use 0, which is greedy, "

@@ -11,6 +11,7 @@ is promised, and what was counted.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import mmap
 import os
 import random
@@ -86,6 +87,7 @@ def _work(kind: str, seed: int, last: int, end: float, shared: mmap.mmap, place:
     quiet = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
+    faulthandler.enable(quiet)  # where a signal struck
     sys.stdout = sys.stderr = os.fdopen(quiet, "w", buffering=1)
     try:
         (place / "work").mkdir()

@@ -174,7 +174,7 @@ def test_options_out_of_range(options, message):
         Sampling(**options)
 
 
-@pytest.mark.parametrize("temperature", [1e-30, 1e-12, 1e30])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-12, 1e300])
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.9}])
 def test_extreme_temperatures_leave_numbers(temperature, options):
     """Stops: 1e-38, at which every logit is infinite, their differences no numbers and the answer empty."""
@@ -190,7 +190,6 @@ def test_a_temperature_that_cannot_be_divided_by_is_refused():
     with pytest.raises(CoralError, match="which float32 cannot divide by; use 0"):
         Sampling(1e-38)
     for options, message in (
-        ({"temperature": 1e300}, "up to 1e30"),
         ({"temperature": "hot"}, "must be a number"),
         ({"top_k": 2.5}, "whole number"),
     ):

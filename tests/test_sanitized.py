@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 FLAGS = "-DCORAL_DEBUG -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
-TESTS = ("test_native.py", "test_forward.py", "test_sampler.py", "test_packing.py", "test_ids.py")
+TESTS = (
+    "test_native.py",
+    "test_forward.py",
+    "test_sampler.py",
+    "test_packing.py",
+    "test_ids.py",
+    "test_blocks.py",
+)
 
 
 def runtime() -> str | None:

@@ -80,16 +80,8 @@ CORAL_USES_TILES void score_keys_by_tiles(const Block<BFloat16>& block, const BF
   }
   // Tiles 0 and 1 hold scores, 2 and 3 keys: of 16 keys, and of those that are left; 4 holds queries.
   const int64_t left = end % kTileRows, whole = end - left, key_bytes = size * sizeof(BFloat16);
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-  } shapes;
-  const int64_t heights[] = {kTileRows, left, kTileRows, left, kTileRows};
-  const int64_t widths[] = {row_bytes, row_bytes, 64, 64, row_bytes};
-  for (int64_t i = 0; i < 5; i++)
-    if (heights[i]) shapes.rows[i] = heights[i], shapes.bytes[i] = widths[i];
-  _tile_loadconfig(&shapes);
+  configure_tiles({kTileRows, left, kTileRows, left, kTileRows, 0, 0, 0},
+                  {row_bytes, row_bytes, 64, 64, row_bytes, 0, 0, 0});
   for (int64_t first = 0; first < whole; first += kTileRows) {
     _tile_zero(0);
     for (int64_t c = 0; c < size; c += kTileInputs) {

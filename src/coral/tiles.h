@@ -21,19 +21,22 @@ namespace {
 constexpr int64_t kTileRows = 16, kTileInputs = 32, kTileWeights = kPanel * kTileInputs;  // a tile of each kind
 constexpr int64_t kHalves = 2;  // row tiles whose sums are held at once, with two panels
 
-// Tiles 0 to 3 hold sums (of the first rows with both panels, then of the second), 4 and 5 rows, 6 and 7 weights.
-CORAL_USES_TILES inline void shape_tiles(int64_t first, int64_t second) {
+// Gives each tile so many rows of so many bytes; one without rows is not used.
+CORAL_USES_TILES inline void configure_tiles(const int64_t (&rows)[8], const int64_t (&bytes)[8]) {
   struct alignas(64) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint16_t bytes[16] = {};
     uint8_t rows[16] = {};
   } shapes;
-  const int64_t rows[] = {first, first, second, second, first, second, kTileRows, kTileRows};
-  for (int64_t i = 0; i < 8; i++) {
-    shapes.rows[i] = rows[i];
-    if (!rows[i]) shapes.bytes[i] = 0;
-  }
+  for (int64_t i = 0; i < 8; i++)
+    if (rows[i]) shapes.rows[i] = rows[i], shapes.bytes[i] = bytes[i];
   _tile_loadconfig(&shapes);
+}
+
+// Tiles 0 to 3 hold sums (of the first rows with both panels, then of the second), 4 and 5 rows, 6 and 7 weights.
+CORAL_USES_TILES inline void shape_tiles(int64_t first, int64_t second) {
+  configure_tiles({first, first, second, second, first, second, kTileRows, kTileRows},
+                  {64, 64, 64, 64, 64, 64, 64, 64});
 }
 
 // Rows [A * 16, kBlock] with P panels that stand `apart`, added to what `out` holds, unless they are the first.

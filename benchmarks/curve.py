@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from coral import models
+from coral.bench.acceptance import acceptance
 from coral.data import shards
-from coral.decoding.measure import acceptance
-from coral.drafter import checkpoint
-from coral.target import Target
+from coral.drafters import checkpoint
+from coral.target import default as models
+from coral.target.target import Target
 
 
 def measured(target: Target, directory: Path, prompts: list[list[int]]) -> dict[str, Any]:

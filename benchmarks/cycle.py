@@ -22,21 +22,21 @@ import torch
 from publish import header, show
 
 from coral.api import Pair, make_proposer
-from coral.bench import suites
 from coral.bench.costs import verify_seconds
 from coral.bench.deepen import deepen, plain_bytes
+from coral.cli.demo import PROMPTS
+from coral.cli.options import quiet_transformers, read_budget
 from coral.decoding.generate import acceptance_length
-from coral.decoding.proposers.feature import Feature
-from coral.decoding.proposers.merged import Merged
-from coral.decoding.proposers.plain import Plain
+from coral.decoding.merged import Merged
+from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle
-from coral.decoding.tree import CPU_DEFAULT
-from coral.demo import PROMPTS
-from coral.memory import keep_freed_memory
-from coral.models import TOY
-from coral.options import quiet_transformers, read_budget
-from coral.target import Target
+from coral.drafters.feature.propose import Feature
+from coral.native.memory import keep_freed_memory
+from coral.suites import prompts as suites
+from coral.target.default import TOY
+from coral.target.target import Target
+from coral.tree import CPU_DEFAULT
 
 # What is timed inside a cycle: owner and name of the function, and what the table calls it.
 PARTS: dict[tuple[str, str], str] = {

@@ -20,8 +20,8 @@ from coral.data import prepared
 from coral.data.features import FeatureBatch, Rows, feature_batch
 from coral.errors import CoralError
 from coral.files import atomic_directory
-from coral.models import TOY
-from coral.target import Target
+from coral.target.default import TOY
+from coral.target.target import Target
 
 CHUNK = 256  # rows whose scores over the vocabulary are held at once
 

@@ -1,7 +1,7 @@
 """What a verification's products and attention cost: `python benchmarks/few_rows.py OUTPUT`.
 
 The products of one forward of the shipped target, deepened to 32 layers (346 MiB of float32 weights), and
-the attention of its layers over 400 rows, by number of rows: torch, MKL's packed weights, `coral.few_rows`
+the attention of its layers over 400 rows, by number of rows: torch, MKL's packed weights, `native.few_rows`
 with weights packed as float32 and as bfloat16, and with bfloat16 rows. Each finds the caches as a whole
 forward leaves them; they take turns, so that a slow moment of the machine hits all. Beside them stands the
 floor: reading the weights once at the bandwidth of summing a large tensor.
@@ -23,12 +23,12 @@ from publish import header, show
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from coral import few_rows
 from coral.bench.deepen import deepen
-from coral.memory import keep_freed_memory
-from coral.models import TOY
-from coral.options import quiet_transformers
-from coral.target import Target
+from coral.cli.options import quiet_transformers
+from coral.native import few_rows
+from coral.native.memory import keep_freed_memory
+from coral.target.default import TOY
+from coral.target.target import Target
 
 ROWS = (1, 4, 8, 12, 16, 32)
 KEYS, QUERY_HEADS, KEY_HEADS, HEAD_SIZE = 400, 4, 2, 64

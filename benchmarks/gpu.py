@@ -25,22 +25,22 @@ import torch
 from publish import header, reproduce, save
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from coral.attention import GROUPED_SDPA
 from coral.bench.costs import Costs, verify_seconds
 from coral.bench.deepen import plain_bytes
 from coral.cache import KVCache
 from coral.decoding.generate import Proposer, generate
-from coral.decoding.proposers.feature import Feature
-from coral.decoding.proposers.plain import Plain
+from coral.decoding.plain import Plain
 from coral.decoding.state import State
-from coral.decoding.tree import DEFAULT, Budget
-from coral.drafter.drafter import Drafter, DrafterConfig, num_bytes
-from coral.drafter.groups import contiguous
-from coral.drafter.heads import FullHead, Head
-from coral.drafter.reduced import StaticHead
-from coral.drafter.routed import RoutedHead, Router
-from coral.graphs import record
-from coral.target import Target
+from coral.drafters.feature.network import Drafter, DrafterConfig, num_bytes
+from coral.drafters.feature.propose import Feature
+from coral.drafters.heads.groups import contiguous
+from coral.drafters.heads.reduced import StaticHead
+from coral.drafters.heads.routed import RoutedHead, Router
+from coral.drafters.heads.store import FullHead, Head
+from coral.gpu.graphs import record
+from coral.target.attention import GROUPED_SDPA
+from coral.target.target import Target
+from coral.tree import DEFAULT, Budget
 
 SHAPES: dict[str, PreTrainedConfig] = {
     "llama-3-8b": LlamaConfig(

@@ -26,14 +26,14 @@ from torch import nn
 
 from coral.cache import KVCache
 from coral.decoding.state import State
-from coral.drafter.groups import contiguous
-from coral.drafter.heads import FullHead, Head
-from coral.drafter.in_context import InContextHead
-from coral.drafter.reduced import LowRankHead, StaticHead
-from coral.drafter.routed import RoutedHead, Router
-from coral.models import TOY
-from coral.packed import pack_linears
-from coral.target import Target
+from coral.drafters.heads.groups import contiguous
+from coral.drafters.heads.in_context import InContextHead
+from coral.drafters.heads.reduced import LowRankHead, StaticHead
+from coral.drafters.heads.routed import RoutedHead, Router
+from coral.drafters.heads.store import FullHead, Head
+from coral.native.packed import pack_linears
+from coral.target.default import TOY
+from coral.target.target import Target
 
 SIZES = {
     "the shipped pair": (32000, 256),

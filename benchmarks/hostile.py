@@ -16,18 +16,18 @@ from publish import header, show
 from torch import Tensor
 
 from coral.api import make_proposer
-from coral.bench import suites
 from coral.bench.methods import ours
+from coral.cli.options import quiet_transformers
+from coral.decoding.fallback import Fallback
 from coral.decoding.generate import acceptance_length
-from coral.decoding.proposers.fallback import Fallback
-from coral.decoding.proposers.plain import Plain
+from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
-from coral.decoding.tree import CPU_DEFAULT
-from coral.drafter.reduced import StaticHead, Table
-from coral.memory import keep_freed_memory
-from coral.models import TOY
-from coral.options import quiet_transformers
-from coral.target import Target
+from coral.drafters.heads.reduced import StaticHead, Table
+from coral.native.memory import keep_freed_memory
+from coral.suites import prompts as suites
+from coral.target.default import TOY
+from coral.target.target import Target
+from coral.tree import CPU_DEFAULT
 
 
 class Missing:

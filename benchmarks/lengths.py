@@ -28,11 +28,11 @@ from dense import _resident
 from publish import header, reproduce, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from coral.attention import GROUPED_SDPA
 from coral.data.features import FeatureBatch
-from coral.drafter.drafter import Drafter, DrafterConfig
-from coral.target import Target
-from coral.training.learner import Learner
+from coral.drafters.feature.learn import Learner
+from coral.drafters.feature.network import Drafter, DrafterConfig
+from coral.target.attention import GROUPED_SDPA
+from coral.target.target import Target
 from coral.training.recipe import load_recipe
 
 LENGTHS = (1024, 2048, 4096, 8192)

@@ -15,8 +15,8 @@ from time import perf_counter, process_time
 import torch
 
 from coral.decoding.state import State
-from coral.decoding.tree import DraftTree
-from coral.target import Target
+from coral.target.target import Target
+from coral.tree import DraftTree
 
 ROWS = (1, 4, 8, 16, 32, 64)
 

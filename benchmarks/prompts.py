@@ -15,12 +15,12 @@ from publish import header, show
 
 from coral.api import make_proposer
 from coral.bench.deepen import deepen
+from coral.cli.options import quiet_transformers
 from coral.decoding.state import State
-from coral.decoding.tree import Budget
-from coral.memory import keep_freed_memory
-from coral.models import TOY
-from coral.options import quiet_transformers
-from coral.target import Target
+from coral.native.memory import keep_freed_memory
+from coral.target.default import TOY
+from coral.target.target import Target
+from coral.tree import Budget
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
 

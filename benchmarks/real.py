@@ -29,20 +29,20 @@ from real_clients import ClientFailed, Records, ask
 from real_methods import chosen, every_method
 from real_table import PACKED, PLAIN, Method, by_method, differences, rows, speed, table
 
-from coral import models
 from coral.api import read_name
-from coral.bench import suites
+from coral.cli.options import quiet_transformers
 from coral.errors import CoralError
 from coral.export import write
-from coral.options import quiet_transformers
-from coral.target import Target
+from coral.suites import prompts as suites
+from coral.target import default as models
+from coral.target.target import Target
 
 HERE = Path(__file__).resolve().parent
 CLIENTS = {
     "ours": HERE / "real_ours.py",
-    "transformers": HERE.parent / "engines" / "real_transformers.py",
-    "llama": HERE.parent / "engines" / "real_llama.py",
-    "vllm": HERE.parent / "engines" / "real_vllm.py",
+    "transformers": HERE.parent / "checks" / "real_transformers.py",
+    "llama": HERE.parent / "checks" / "real_llama.py",
+    "vllm": HERE.parent / "checks" / "real_vllm.py",
 }
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import coral
 from coral.bench.equality import compare, references
 from coral.bench.methods import ours
+from coral.cli.options import quiet_transformers, read_budget
 from coral.decoding.sampling import Sampling
-from coral.memory import keep_freed_memory
-from coral.options import quiet_transformers, read_budget
-from coral.target import Target
+from coral.native.memory import keep_freed_memory
+from coral.target.target import Target
 
 
 def main(job_path: str, answers_path: str) -> None:

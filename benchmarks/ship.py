@@ -9,15 +9,16 @@ from pathlib import Path
 
 import torch
 
-from coral import models
-from coral.drafter import checkpoint
+from coral.drafters import checkpoint
+from coral.target import default as models
+from coral.target.record import TargetRecord
 
 
 def main(source: str) -> None:
     target, directory = models.load(), Path(source)
     found = checkpoint.read_config(directory)
     drafter = checkpoint.load(directory, target).to(torch.bfloat16)
-    record = checkpoint.TargetRecord.of(target)
+    record = TargetRecord.of(target)
     checkpoint.save(drafter, models.DRAFTER, target=record, recipe=found["recipe"], metrics=found["metrics"])
     for name in ("heads", "trees.json"):
         there, here = directory / "coral" / name, models.DRAFTER / "coral" / name

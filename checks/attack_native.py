@@ -14,16 +14,16 @@ from tiny_pair import NATIVE, save_target
 
 from coral.api import Pair, load
 from coral.decoding.generate import generate
-from coral.decoding.proposers.feature import Feature
-from coral.decoding.proposers.merged import Merged
-from coral.decoding.proposers.ngram import NGram
-from coral.decoding.proposers.plain import Plain
+from coral.decoding.merged import Merged
+from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
-from coral.decoding.tree import Budget
-from coral.drafter.drafter import Drafter, DrafterConfig
+from coral.drafters.feature.network import Drafter, DrafterConfig
+from coral.drafters.feature.propose import Feature
+from coral.drafters.lookup import NGram
 from coral.errors import CoralError
-from coral.forward import suits
-from coral.target import Target
+from coral.target.native import suits
+from coral.target.target import Target
+from coral.tree import Budget
 
 Try = Callable[[random.Random], None]
 

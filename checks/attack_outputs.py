@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 from tiny_pair import save_target
 
-from coral.cli import main
+from coral.cli.main import main
 from coral.data import prepared
-from coral.drafter import checkpoint
-from coral.target import Target
+from coral.drafters import checkpoint
+from coral.target.target import Target
 
 Try = Callable[[random.Random], None]
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from tiny_pair import save_drafter, save_target
 
-from coral import cpp
-from coral import models as models_
-from coral.cli import main
+from coral.cli.main import main
+from coral.native import build as cpp
+from coral.target import default as models_
 
 torch.set_num_threads(1)
 if flags := os.environ.get("CORAL_CXXFLAGS"):  # see test_sanitized.py

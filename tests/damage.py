@@ -9,16 +9,16 @@ from typing import Any
 
 from tiny_training import tiny_data, tiny_drafter, tiny_info, tiny_target
 
-from coral import tuned
 from coral.bench import log, results
 from coral.bench.costs import Costs
 from coral.bench.rows import Record, rows
-from coral.card import card
 from coral.data import prepared, shards
 from coral.data.prepared import PreparedData
 from coral.decoding.state import Cycle
-from coral.decoding.tree import Budget
-from coral.drafter import checkpoint
+from coral.drafters import checkpoint, tuned
+from coral.hub.card import card
+from coral.target.record import TargetRecord
+from coral.tree import Budget
 
 ODD = [None, True, -1, 0, 1.5, 10**30, 1e308, "", "x", "\udcff", [], [1], {}, {"a": 1}, float("nan")]
 PLACE = tuned.Place("a CPU", 4, "float32", False, 8, "full")
@@ -122,7 +122,7 @@ FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
 def ours(directory: Path) -> None:
     """Write a file of each kind into one directory."""
     target = tiny_target()
-    record, metrics = checkpoint.TargetRecord.of(target), {"updates": 1, "acceptance": {"tree": 2.0}}
+    record, metrics = TargetRecord.of(target), {"updates": 1, "acceptance": {"tree": 2.0}}
     metrics["seconds"] = 2
     checkpoint.save(tiny_drafter(), directory, target=record, recipe={"recipe": "coral"}, metrics=metrics)
     tuned.save(directory, PLACE, Budget(2, 3, 5), 1.5, 1.4)

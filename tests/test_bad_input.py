@@ -18,7 +18,7 @@ from tiny_pair import save_target
 from transformers import AutoTokenizer
 
 from coral.data import prepared
-from coral.drafter import checkpoint
+from coral.drafters import checkpoint
 from coral.errors import CoralError
 from coral.files import atomic_directory, atomic_text
 from coral.locks import locked
@@ -307,7 +307,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> N
     ("line", "function", "calls"),
     [
         (GENERATE + "hi", "coral.api.make_proposer", 0),
-        (GENERATE + "hi", "coral.chat.Detokenizer", 0),
+        (GENERATE + "hi", "coral.cli.chat.Detokenizer", 0),
         (PREPARE, "coral.data.prepared._truncate", 2),
         (REGENERATE + "--batch-size 2", "coral.decoding.batch.write_padded", 1),
         (FEATURES, "coral.data.shards.feature_batch", 1),
@@ -341,7 +341,7 @@ def test_a_signal_ends_training_after_the_update(place: dict[str, Path], tmp_pat
     words = ["--threads", "1", *line.split(), "--set", "reports.log_every=1", "--set", "batch_size=2"]
     script = (
         "import atexit, sys\n"
-        "from coral.cli import main\n"
+        "from coral.cli.main import main\n"
         "assert 'torch' not in sys.modules\n"
         "atexit.register(lambda: print('threads', sys.modules['torch'].get_num_threads()))\n"
         "main()\n"

@@ -19,11 +19,11 @@ from tiny import (
 
 from coral.cache import KVCache
 from coral.decoding.generate import generate
-from coral.decoding.proposers.ngram import NGram
-from coral.decoding.proposers.plain import Plain
+from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
-from coral.decoding.tree import Budget
+from coral.drafters.lookup import NGram
+from coral.tree import Budget
 
 BUDGET = Budget(top_k=3, max_depth=4, num_nodes=8)
 FAMILIES = ["llama", "mistral-sliding", "qwen2-sliding", "qwen3", "phi3-longrope", "olmo2", "gemma3"]

@@ -13,15 +13,17 @@ from damage import FILES, damaged, ours
 from safetensors.torch import load_file, save_file
 from tiny_training import tiny_drafter, tiny_target
 
-from coral import config, json_file, tuned
-from coral.card import card
+from coral import config, json_file
 from coral.data.regenerate import regenerate
-from coral.drafter import checkpoint, heads
+from coral.drafters import checkpoint, tuned
+from coral.drafters.heads import store as heads
 from coral.errors import CoralError
+from coral.hub.card import card
+from coral.target.record import TargetRecord
 from coral.training.recipe import TrainConfig, load_recipe
-from coral.training.state import RunState, folder
-from coral.training.state import load as load_state
-from coral.training.state import save as save_state
+from coral.training.run_state import RunState, folder
+from coral.training.run_state import load as load_state
+from coral.training.run_state import save as save_state
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_the_reader_is_strict_and_says_where(tmp_path: Path) -> None:
 def test_weights_that_are_not_numbers_are_refused_by_name(tmp_path: Path) -> None:
     """Stops a drafter of NaN that drafts nothing right, and one that no memory can hold."""
     target = tiny_target()
-    checkpoint.save(tiny_drafter(), tmp_path, target=checkpoint.TargetRecord.of(target))
+    checkpoint.save(tiny_drafter(), tmp_path, target=TargetRecord.of(target))
     file = tmp_path / "model.safetensors"
     whole, name = load_file(file), "layers.0.mlp.up_proj.weight"
     for odd in (float("nan"), float("inf")):
@@ -127,7 +129,7 @@ def _inside(value: Any, place: tuple[Any, ...]) -> Any:
 def test_damaged_training_state_is_refused(tmp_path: Path) -> None:
     """Stops a traceback from half a state, and moments of other weights."""
     target, options = tiny_target(), TrainConfig()
-    record = checkpoint.TargetRecord.of(target)
+    record = TargetRecord.of(target)
     moments: list[dict[str, Any]] = [{"state": {}, "param_groups": []}]
     save_state(tmp_path / "o", tiny_drafter(), record, options, moments, RunState(update=1), 5, "digest")
     load_state(tmp_path / "o", options, 5, "digest")

@@ -12,7 +12,7 @@ import pytest
 from tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from coral import cli
+from coral.cli import main as cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,11 +10,11 @@ import torch
 from test_readme import blocks
 
 import coral as library
-from coral import models
+from coral.decoding.fallback import Fallback
 from coral.decoding.generate import acceptance_length
-from coral.decoding.proposers.fallback import Fallback
 from coral.errors import CoralError
-from coral.target import Target
+from coral.target import default as models
+from coral.target.target import Target
 
 pytestmark = pytest.mark.real
 PROMPTS = (

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import V, new_state, prompt_of, random_tree, root_path, tiny_target, tree_of
 
-from coral.decoding.tree import best_nodes, merge
+from coral.tree import best_nodes, merge
 
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("tests")

@@ -20,20 +20,20 @@ from transformers import (
     Qwen3Config,
 )
 
-from coral.attention import GROUPED_SDPA
 from coral.decoding.generate import Proposer, generate
-from coral.decoding.proposers.feature import Feature
-from coral.decoding.proposers.plain import Plain
+from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Committed, Cycle, State
-from coral.decoding.tree import Budget, DraftTree
-from coral.drafter.drafter import Drafter, DrafterConfig
-from coral.drafter.groups import contiguous
-from coral.drafter.heads import Head
-from coral.drafter.in_context import InContextHead
-from coral.drafter.reduced import LowRankHead, StaticHead, factorise
-from coral.drafter.routed import RoutedHead, Router
-from coral.target import Target
+from coral.drafters.feature.network import Drafter, DrafterConfig
+from coral.drafters.feature.propose import Feature
+from coral.drafters.heads.groups import contiguous
+from coral.drafters.heads.in_context import InContextHead
+from coral.drafters.heads.reduced import LowRankHead, StaticHead, factorise
+from coral.drafters.heads.routed import RoutedHead, Router
+from coral.drafters.heads.store import Head
+from coral.target.attention import GROUPED_SDPA
+from coral.target.target import Target
+from coral.tree import Budget, DraftTree
 
 V = 31
 SHAPE = {

@@ -16,9 +16,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from coral.drafter import checkpoint
-from coral.drafter.drafter import Drafter, DrafterConfig
-from coral.target import Target
+from coral.drafters import checkpoint
+from coral.drafters.feature.network import Drafter, DrafterConfig
+from coral.target.record import TargetRecord
+from coral.target.target import Target
 
 FAMILIES: dict[str, Any] = {
     "gemma3": Gemma3TextConfig,
@@ -72,4 +73,4 @@ def save_drafter(directory: Path, target: Path) -> None:
     torch.manual_seed(2)
     loaded = Target.load(target)
     drafter = Drafter(DrafterConfig.for_target(loaded.config))
-    checkpoint.save(drafter, directory, target=checkpoint.TargetRecord.of(loaded))
+    checkpoint.save(drafter, directory, target=TargetRecord.of(loaded))

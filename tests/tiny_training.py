@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from coral.data.features import FeatureBatch, feature_batch
-from coral.drafter.drafter import Drafter, DrafterConfig
+from coral.drafters.feature.network import Drafter, DrafterConfig
 
 
 class TinyTarget:

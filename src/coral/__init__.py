@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from coral.api import Pair, load
     from coral.decoding.sampling import Sampling
     from coral.decoding.state import Cycle, State
-    from coral.decoding.tree import Budget, DraftTree
     from coral.errors import CoralError
-    from coral.in_transformers import for_transformers
-    from coral.target import Target
+    from coral.integrations.transformers.hook import for_transformers
+    from coral.target.target import Target
+    from coral.tree import Budget, DraftTree
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,11 +46,11 @@ _HOME = {
     "Sampling": "coral.decoding.sampling",
     "Cycle": "coral.decoding.state",
     "State": "coral.decoding.state",
-    "Budget": "coral.decoding.tree",
-    "DraftTree": "coral.decoding.tree",
+    "Budget": "coral.tree",
+    "DraftTree": "coral.tree",
     "CoralError": "coral.errors",
-    "for_transformers": "coral.in_transformers",
-    "Target": "coral.target",
+    "for_transformers": "coral.integrations.transformers.hook",
+    "Target": "coral.target.target",
 }
 
 

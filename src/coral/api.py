@@ -10,25 +10,27 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coral import models, prompts, tuned
 from coral.data import chat_format
+from coral.decoding import prompts
+from coral.decoding.fallback import Fallback
 from coral.decoding.generate import Proposer, generate
-from coral.decoding.proposers.fallback import Fallback
-from coral.decoding.proposers.plain import Plain
+from coral.decoding.plain import Plain
+from coral.decoding.prompts import Prompt
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle, State
 from coral.decoding.text import Detokenizer, Stop, cut_at, stop_at, stop_strings
-from coral.decoding.tree import CPU_DEFAULT, DEFAULT, LOOKUP_NODES, Budget
+from coral.drafters import tuned
 from coral.errors import CoralError
-from coral.forward import suits
-from coral.prompts import Prompt
-from coral.target import Target
+from coral.target import default as models
+from coral.target.native import suits
+from coral.target.target import Target
+from coral.tree import CPU_DEFAULT, DEFAULT, LOOKUP_NODES, Budget
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from coral.drafter.drafter import Drafter
+    from coral.drafters.feature.network import Drafter
 
 
 def load(
@@ -110,8 +112,9 @@ def choose_budget(
     Raises:
         CoralError: no such drafter or head, or a file of tuned trees that cannot be read.
     """
-    from coral.drafter import checkpoint, heads
-    from coral.drafter.drafter import Drafter
+    from coral.drafters import checkpoint
+    from coral.drafters.feature.network import Drafter
+    from coral.drafters.heads import store as heads
 
     if asked is not None:
         return asked, "asked for"
@@ -133,7 +136,7 @@ def read_name(drafter: str | Path | None, head: str = "auto") -> tuple[str | Pat
     None or "plain" is plain decoding, "ngram" lookup alone. Behind a directory or hub id stand "+ngram" for
     both in one tree, and "+full", "+routed" and so on for one of its heads instead of `head`.
     """
-    from coral.drafter.heads import HEADS
+    from coral.drafters.heads.store import HEADS
 
     if drafter in (None, "plain", "ngram"):
         return None, head, drafter == "ngram"
@@ -154,7 +157,8 @@ def located(drafter: str, head: str = "auto") -> str:
     Raises:
         CoralError: no such drafter or head.
     """
-    from coral.drafter import checkpoint, heads
+    from coral.drafters import checkpoint
+    from coral.drafters.heads import store as heads
 
     source, head, _ = read_name(drafter, head)
     if source is None:
@@ -175,11 +179,12 @@ def make_proposer(
     Raises:
         CoralError: no such drafter or head, or a drafter of another target.
     """
-    from coral.decoding.proposers.feature import Feature
-    from coral.decoding.proposers.merged import Merged
-    from coral.decoding.proposers.ngram import NGram
-    from coral.drafter import checkpoint, heads
-    from coral.drafter.drafter import Drafter
+    from coral.decoding.merged import Merged
+    from coral.drafters import checkpoint
+    from coral.drafters.feature.network import Drafter
+    from coral.drafters.feature.propose import Feature
+    from coral.drafters.heads import store as heads
+    from coral.drafters.lookup import NGram
 
     if isinstance(drafter, Drafter):
         own = heads.of_target(target, heads.UNMADE if head == "auto" else head)

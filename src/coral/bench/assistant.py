@@ -8,7 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from coral.data.prepared import vocabulary_digest
 from coral.errors import CoralError
-from coral.target import Target
+from coral.target.target import Target
 
 
 def load_assistant(source: str | Path, target: Target) -> PreTrainedModel:

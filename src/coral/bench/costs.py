@@ -13,12 +13,12 @@ from pydantic import Field
 
 from coral.bench.deepen import plain_bytes
 from coral.bench.methods import Write, ours
-from coral.decoding.proposers.plain import Plain
+from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Committed, State
-from coral.decoding.tree import Budget, DraftTree
 from coral.json_file import Positive, Seconds
-from coral.target import Target
+from coral.target.target import Target
+from coral.tree import Budget, DraftTree
 
 
 @dataclass(frozen=True)

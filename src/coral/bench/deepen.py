@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from coral.drafter.drafter import num_bytes
+from coral.drafters.feature.network import num_bytes
 from coral.errors import CoralError
 
 _ZEROED = ("self_attn.o_proj", "mlp.down_proj")  # what each half of a layer adds to the residual stream

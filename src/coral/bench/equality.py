@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from coral.decoding.sampling import Sampling
-from coral.target import Target
+from coral.target.target import Target
 
 Verdict = Literal["equal", "near_tie", "wrong"]
 Logits = Callable[[list[int]], Tensor]

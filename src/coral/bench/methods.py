@@ -12,13 +12,13 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from coral.decoding.fallback import Fallback
 from coral.decoding.generate import Proposer, generate
-from coral.decoding.proposers.fallback import Fallback
-from coral.decoding.proposers.ngram import NGram
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle, State
-from coral.decoding.tree import Budget
-from coral.target import Target
+from coral.drafters.lookup import NGram
+from coral.target.target import Target
+from coral.tree import Budget
 
 
 @dataclass(frozen=True)

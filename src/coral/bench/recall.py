@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from coral.decoding.generate import generate
-from coral.decoding.proposers.feature import Feature
 from coral.decoding.state import Committed, State
-from coral.decoding.tree import Budget, DraftTree
-from coral.drafter.routed import RoutedHead
-from coral.target import Target
+from coral.drafters.feature.propose import Feature
+from coral.drafters.heads.routed import RoutedHead
+from coral.target.target import Target
+from coral.tree import Budget, DraftTree
 
 
 def recall_by_depth(

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from coral.bench.results import read
-from coral.decoding.tree import Budget
 from coral.errors import CoralError
 from coral.files import atomic_text
+from coral.tree import Budget
 
 NAMES = {
     "plain": "plain",

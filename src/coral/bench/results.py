@@ -9,9 +9,9 @@ from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
 from coral import json_file
-from coral.decoding.tree import Budget
 from coral.errors import CoralError
 from coral.json_file import OPEN, Count, Positive, Seconds
+from coral.tree import Budget
 
 Share = Annotated[float, Field(ge=0)]
 

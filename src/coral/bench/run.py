@@ -22,8 +22,6 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
-from coral import models
-from coral.bench import suites as suites_
 from coral.bench.assistant import load_assistant
 from coral.bench.costs import measure, plain_variants
 from coral.bench.deepen import deepen as deepen_
@@ -37,15 +35,17 @@ from coral.bench.results import Tree
 from coral.bench.rows import KEY, Record, rows
 from coral.data.chat_format import end_answers
 from coral.decoding.generate import Proposer
-from coral.decoding.proposers.feature import Feature
-from coral.decoding.proposers.merged import Merged
+from coral.decoding.merged import Merged
 from coral.decoding.sampling import Sampling
-from coral.decoding.tree import DEFAULT, LOOKUP_NODES, Budget
-from coral.drafter.drafter import num_bytes
+from coral.drafters.feature.network import num_bytes
+from coral.drafters.feature.propose import Feature
 from coral.errors import CoralError
 from coral.files import atomic_text
 from coral.locks import locks_output
-from coral.target import Target
+from coral.suites import prompts as suites_
+from coral.target import default as models
+from coral.target.target import Target
+from coral.tree import DEFAULT, LOOKUP_NODES, Budget
 from coral.waiting import waiting
 
 

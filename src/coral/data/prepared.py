@@ -22,12 +22,12 @@ from typing_extensions import TypedDict
 from coral import json_file
 from coral.data.chat_format import ChatFormat, Example
 from coral.data.conversations import BadRecordError, Conversation, Dropped, Message, read
-from coral.data.progress import bar, counted
 from coral.data.rows_digest import RowsDigest
 from coral.data.sources import Source, listed, size
 from coral.errors import CoralError
 from coral.files import atomic_directory
 from coral.json_file import OPEN, Count, Id, Size
+from coral.progress import bar, counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

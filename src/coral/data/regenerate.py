@@ -31,11 +31,11 @@ from rich.console import Console
 
 from coral.data.account import Outcome, Regenerated
 from coral.data.conversations import Dropped, Message, read
-from coral.data.progress import bar, counted
 from coral.data.sources import Source, listed, size
 from coral.errors import CoralError
 from coral.files import atomic_text
 from coral.locks import locks_output
+from coral.progress import bar, counted
 
 
 @dataclass

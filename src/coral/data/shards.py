@@ -30,13 +30,13 @@ from coral import json_file
 from coral.data import fp8, prepared
 from coral.data.features import FeatureSource, Rows, feature_batch, used_length
 from coral.data.prepared import PreparedData
-from coral.data.progress import bar
 from coral.data.rows_digest import RowsDigest
-from coral.drafter.checkpoint import TargetLike, TargetRecord
 from coral.errors import CoralError
 from coral.files import atomic_bytes, atomic_text
 from coral.json_file import STRICT, Id, Size
 from coral.locks import locked
+from coral.progress import bar
+from coral.target.record import TargetLike, TargetRecord
 
 FORMAT_VERSION = 1
 MANIFEST = "features.json"

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
-from coral.decoding.tree import DraftTree
-from coral.target import Target
+from coral.target.target import Target
+from coral.tree import DraftTree
 
 
 def write_packed(target: Target, admit: Callable[[], State | None], at_once: int) -> Iterator[State]:

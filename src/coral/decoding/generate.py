@@ -7,8 +7,8 @@ from time import perf_counter
 from typing import Protocol
 
 from coral.decoding.state import Committed, Cycle, State
-from coral.decoding.tree import Budget, DraftTree, read
-from coral.target import Target
+from coral.target.target import Target
+from coral.tree import Budget, DraftTree, read
 
 
 class Proposer(Protocol):

@@ -16,9 +16,9 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from coral import sampler
 from coral.device import has_queue, upload
 from coral.errors import CoralError
+from coral.native import sampler
 
 _MASK64 = (1 << 64) - 1
 LEAST_TEMPERATURE = 1e-30

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coral.cache import KVCache
 from coral.decoding.sampling import Sampling
-from coral.decoding.tree import DraftTree
+from coral.tree import DraftTree
 
 
 @dataclass(eq=False)

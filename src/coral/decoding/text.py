@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from coral.decoding.prompts import readable
 from coral.errors import CoralError
-from coral.prompts import readable
 
 Stop = str | Sequence[str] | None
 """Stop strings: one, several, or none."""

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coral.decoding.tree import DEFAULT
-from coral.drafter.checkpoint import TargetRecord, engine_config
-from coral.drafter.drafter import Drafter, DrafterConfig
+from coral.drafters.checkpoint import engine_config
+from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.export import plain
-from coral.target import Target
+from coral.target.record import TargetRecord
+from coral.target.target import Target
+from coral.tree import DEFAULT
 
 FILE = "pytorch_model.bin"
 KEYS = plain.KEYS - {"head_dim", "rope_parameters", "dtype"}

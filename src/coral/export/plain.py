@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coral.drafter.drafter import Drafter, DrafterConfig
+from coral.drafters.feature.network import Drafter, DrafterConfig
 
 ONCE = ("fc.weight",)
 IN_EACH_LAYER = (

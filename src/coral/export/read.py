@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from coral.drafter import eagle
-from coral.drafter.drafter import Drafter
+from coral.drafters.feature.network import Drafter
 from coral.errors import CoralError
+from coral.export import layout as eagle
 from coral.export import speculators
 
 
@@ -19,7 +19,7 @@ def read(directory: Path, target: eagle.EagleTarget) -> Drafter:
     Its tensors decide what it is, and are kept as they are stored.
 
     Raises:
-        CoralError: see `coral.drafter.eagle.open_` and `build`; a drafter of ours; or what is none of these,
+        CoralError: see `coral.export.layout.open_` and `build`; a drafter of ours; or what is none of these,
             which is named.
     """
     refuse_foreign(directory)

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coral.drafter.checkpoint import TargetRecord, engine_config
-from coral.drafter.drafter import Drafter, DrafterConfig
-from coral.drafter.eagle import Stored
+from coral.drafters.checkpoint import engine_config
+from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.errors import CoralError
 from coral.export import plain
-from coral.target import Target
+from coral.export.layout import Stored
+from coral.target.record import TargetRecord
+from coral.target.target import Target
 
 FILE = "model.safetensors"
 KEYS = frozenset(

@@ -1,4 +1,4 @@
-"""vLLM with our plug-in (`coral.vllm_plugin`): as `vllm`, under our architecture and with a head of ours."""
+"""vLLM with our plug-in (`coral.integrations.vllm`): as `vllm`, but our architecture and a head of ours."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from coral.drafter.checkpoint import TargetRecord, engine_config
-from coral.drafter.drafter import DrafterConfig
+from coral.drafters.checkpoint import engine_config
+from coral.drafters.feature.network import DrafterConfig
 from coral.export import vllm
-from coral.target import Target
-from coral.vllm_plugin import ARCHITECTURE
+from coral.integrations.vllm import ARCHITECTURE
+from coral.target.record import TargetRecord
+from coral.target.target import Target
 
 FILE, KEYS = vllm.FILE, vllm.KEYS
 READS_TARGET = False

@@ -13,13 +13,14 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from coral import __version__
-from coral.drafter import checkpoint, heads
-from coral.drafter.checkpoint import TargetRecord
-from coral.drafter.drafter import Drafter, DrafterConfig
+from coral.drafters import checkpoint
+from coral.drafters.feature.network import Drafter, DrafterConfig
+from coral.drafters.heads import store as heads
 from coral.errors import CoralError
 from coral.export import eagle, sglang, speculators, vllm, vllm_coral
 from coral.files import atomic_directory
-from coral.target import Target
+from coral.target.record import TargetRecord
+from coral.target.target import Target
 
 _RECORD = Path("coral") / "export.json"  # engines do not look into folders
 _TOKEN_MAP = "token_map.pt"

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from coral.data.features import FeatureBatch, FeatureSource, Rows, feature_batch
 from coral.data.shards import refuse_other_target
-from coral.drafter.checkpoint import TargetLike
 from coral.errors import CoralError
-from coral.training.state import random_generator, stop_signals
+from coral.target.record import TargetLike
+from coral.training.run_state import random_generator, stop_signals
 
 
 class HeadTarget(TargetLike, FeatureSource, Protocol):

@@ -21,16 +21,17 @@ from torch import Tensor
 from coral.data.features import Rows, feature_batch
 from coral.data.rows_digest import digest_of
 from coral.data.shards import refuse_other_target
-from coral.drafter import checkpoint
-from coral.drafter.drafter import Drafter
+from coral.drafters import checkpoint
+from coral.drafters.feature.learn import Learner
+from coral.drafters.feature.losses import trained_rows
+from coral.drafters.feature.network import Drafter
 from coral.errors import CoralError
 from coral.locks import locks_output
 from coral.machine import has_fast_bfloat16
-from coral.memory import trim
+from coral.native.memory import trim
+from coral.target.record import TargetRecord
 from coral.training import parallel, trackers
-from coral.training import state as run_state
-from coral.training.learner import Learner
-from coral.training.losses import trained_rows
+from coral.training import run_state as run_state
 from coral.training.optimiser import Optimiser
 from coral.training.progress import Reporter
 from coral.training.recipe import TrainConfig, check
@@ -107,7 +108,7 @@ def train(
     _refuse_different(accelerator, resumed=resumed, rows=len(dataset))  # before the main process writes
     if parallel.is_sharded(target):
         acceptance = None
-    record, digest = checkpoint.TargetRecord.of(target), digest_of(data)
+    record, digest = TargetRecord.of(target), digest_of(data)
     if resumed:
         drafter = checkpoint.load(output, target)
     else:

@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.nn.functional import kl_div, linear
 
 from coral.data.features import FeatureBatch, FeatureSource, Rows, feature_batch
-from coral.data.progress import bar
-from coral.drafter.drafter import Drafter
-from coral.training.drafted import draft
+from coral.drafters.feature.drafted import draft
+from coral.drafters.feature.network import Drafter
+from coral.progress import bar
 from coral.training.head_loop import HeadConfig, HeadTarget, descend, target_laws
-from coral.training.state import random_generator
+from coral.training.run_state import random_generator
 
 TUNING_RATE = 4e-4
 """Learning rate of `tune` (SlimSpec's)."""

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
-from coral.drafter.drafter import Drafter
+from coral.drafters.feature.network import Drafter
 from coral.errors import CoralError
 
 TIMEOUT = timedelta(hours=2)

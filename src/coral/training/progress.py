@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from coral import json_file
 from coral.errors import CoralError
 from coral.files import atomic_bytes
-from coral.training.state import folder
+from coral.training.run_state import folder
 
 _COLUMNS = ("correct", "regression", "cross_entropy", "top_k", "alignment")
 

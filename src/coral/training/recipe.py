@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from coral import config
+from coral.drafters.feature.alignment import AlignmentConfig
+from coral.drafters.feature.losses import LossConfig
 from coral.errors import CoralError
-from coral.training.alignment import AlignmentConfig
-from coral.training.losses import LossConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -15,10 +15,10 @@ from rich.console import Console
 from torch import Tensor
 
 from coral.data.features import FeatureBatch, Rows
-from coral.drafter.drafter import Drafter
-from coral.drafter.routed import Router
+from coral.drafters.feature.drafted import draft
+from coral.drafters.feature.network import Drafter
+from coral.drafters.heads.routed import Router
 from coral.errors import CoralError
-from coral.training.drafted import draft
 from coral.training.head_loop import HeadConfig, HeadTarget, descend, new_optimiser, target_laws
 from coral.training.router_state import RouterState
 

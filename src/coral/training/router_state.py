@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coral.errors import CoralError
 from coral.files import atomic_bytes
-from coral.training.state import refuse_changed
+from coral.training.run_state import refuse_changed
 
 _FILE = Path("coral") / "head_training.pt"
 

@@ -5,7 +5,7 @@ import math
 import torch
 
 from coral.training.recipe import OptimiserConfig, TrainConfig
-from coral.training.state import RunState, random_generator
+from coral.training.run_state import RunState, random_generator
 
 
 def learning_rate(options: OptimiserConfig, fraction: float) -> float:

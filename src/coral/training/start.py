@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 
 from coral.data.features import FeatureBatch, FeatureSource
-from coral.drafter import checkpoint, eagle
-from coral.drafter.drafter import Drafter, DrafterConfig
+from coral.drafters import checkpoint
+from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.errors import CoralError
+from coral.target.record import TargetLike
 from coral.training import parallel
 from coral.training.recipe import TrainConfig
-from coral.training.state import random_generator
+from coral.training.run_state import random_generator
 
 
-class TrainTarget(checkpoint.TargetLike, FeatureSource, Protocol):
+class TrainTarget(TargetLike, FeatureSource, Protocol):
     """What training asks of a target."""
 
     @property
@@ -40,9 +41,7 @@ def new_drafter(target: TrainTarget, config: TrainConfig, batch: FeatureBatch) -
         sizes["intermediate_size"] = target.config.intermediate_size
     wanted, source = DrafterConfig.for_target(target.config, **sizes), None
     if options.init_drafter is not None:
-        directory = checkpoint.locate(options.init_drafter)
-        ours = (directory / "coral" / "config.json").exists()
-        source = checkpoint.load(directory, target) if ours else eagle.read(directory, target)
+        source = checkpoint.load(options.init_drafter, target)
         wanted = replace(source.config, **sizes)  # heads, rotary frequencies and so on stay its own
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random_generator(config.seed, 0).initial_seed())

@@ -15,8 +15,8 @@ from coral.bench.costs import RefusedTree
 from coral.decoding.generate import Proposer, generate
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Committed, State
-from coral.decoding.tree import Budget, DraftTree
-from coral.target import Target
+from coral.target.target import Target
+from coral.tree import Budget, DraftTree
 from coral.tuning.simulate import Run
 
 _DEEP = 5  # levels of the deeper of the two trees from which a level's cost follows

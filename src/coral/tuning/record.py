@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from coral.decoding.generate import Proposer, generate
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Committed, State
-from coral.decoding.tree import Budget, DraftTree
 from coral.device import CPU
-from coral.target import Target
+from coral.target.target import Target
+from coral.tree import Budget, DraftTree
 
 
 def everything(top_k: int, max_depth: int, min_gain: float) -> Budget:

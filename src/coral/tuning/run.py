@@ -13,12 +13,12 @@ from rich.progress import Progress
 from coral.bench.costs import PlainPadded
 from coral.bench.methods import sized
 from coral.decoding.generate import Proposer, generate
-from coral.decoding.proposers.plain import Plain
+from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
-from coral.decoding.tree import CPU_DEFAULT, DEFAULT, Budget
 from coral.device import has_queue
 from coral.errors import CoralError
-from coral.target import Target
+from coral.target.target import Target
+from coral.tree import CPU_DEFAULT, DEFAULT, Budget
 from coral.tuning.costs import Costs, measure
 from coral.tuning.record import everything, new_state, record
 from coral.tuning.simulate import Run, simulate

@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from coral.decoding.tree import Budget, DraftTree
+from coral.tree import Budget, DraftTree
 from coral.tuning.record import Text
 
 _Key = TypeVar("_Key")

@@ -10,7 +10,7 @@ from typing import Any
 def generate(model: Any, **arguments: Any) -> Any:
     """What `model.generate` returns for these arguments, written faster."""
     try:
-        from coral.in_transformers import generate_with
+        from coral.integrations.transformers.hook import generate_with
     except ImportError as error:
         raise ImportError(
             "this drafter needs the package coral-drafter; run `pip install coral-drafter`, or leave out "

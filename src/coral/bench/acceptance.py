@@ -1,0 +1,38 @@
+"""The real acceptance length of a drafter: decode, and count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from coral.api import make_proposer
+from coral.decoding.generate import acceptance_length, generate
+from coral.decoding.state import State
+from coral.drafters.feature.network import Drafter
+from coral.target.native import suits
+from coral.target.target import Target
+from coral.tree import Budget
+
+CHAIN = Budget(top_k=1, max_depth=4, num_nodes=4)
+TREE = Budget(top_k=6, max_depth=5, num_nodes=24)
+
+
+def acceptance(
+    target: Target, drafter: Drafter, prompts: Sequence[list[int]], max_new_tokens: int = 64
+) -> dict[str, float]:
+    """Greedy tau on `prompts` with a chain of four draft tokens and with a tree of 24.
+
+    The drafter may be in another dtype than the target, as it is while it learns.
+    """
+    taus = {}
+    target = target.compiled(()) if suits(target) else target  # as `coral generate` does
+    proposer = make_proposer(target, drafter, head="full")
+    for name, budget in (("chain", CHAIN), ("tree", TREE)):
+        cycles = []
+        for prompt in prompts:
+            end = min(len(prompt) + max_new_tokens, target.context_length)
+            state = State(
+                list(prompt), end, target.new_cache(end + budget.num_nodes + 1), eos_ids=target.eos_ids
+            )
+            cycles += [cycle for (cycle,) in generate(target, proposer, [state], budget)]
+        taus[name] = acceptance_length(cycles)
+    return taus

@@ -1,0 +1,123 @@
+"""`coral bench`: measure drafters on the same prompts; `coral bench compare`: say whether they differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coral.cli import options
+from coral.errors import CoralError
+from coral.waiting import waiting
+
+bench = typer.Typer(invoke_without_command=True)
+
+
+@bench.callback()
+def _bench(
+    context: typer.Context,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory for results.json, results.md and results.png. Required.")
+    ] = None,
+    target: options.Target = None,
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="As for `coral generate`, perhaps with a name for the table, as NAME=DRAFTER; may be given "
+            "again. Default without --target: the package's."
+        ),
+    ] = None,
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="mt_bench, humaneval, gsm8k, JSONL files (Spec-Bench's becomes its six suites) or prepared "
+            "data (its held-out prompts), with commas between."
+        ),
+    ] = "mt_bench,humaneval,gsm8k",
+    limit: Annotated[int | None, typer.Option(help="Only the first N prompts of each suite.", min=1)] = None,
+    deepen: Annotated[
+        int | None,
+        typer.Option(help="Append layers that change no output, up to N, for an LLM's cost ratio."),
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="May be given again. Default: auto.")] = None,
+    temperature: Annotated[list[float] | None, typer.Option(help="May be given again. Default: 0.")] = None,
+    uncoupled: Annotated[
+        bool, typer.Option("--uncoupled", help="At temperature > 0, also measure uncoupled drafting.")
+    ] = False,
+    peers: Annotated[
+        bool, typer.Option(help="Also run HF generate, HF prompt lookup and our n-gram.")
+    ] = True,
+    assistant: Annotated[
+        str | None,
+        typer.Option(
+            help="A small causal LM of the target's vocabulary: also run HF assisted generation with it."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens written for each turn.", min=1)] = 128,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Write on behind end tokens, so that turns are equally long.")
+    ] = False,
+    compile: options.Compile = True,
+    head: options.Head = "auto",
+    fallback: options.Fallback = False,
+    tree: options.Tree = None,
+    note: Annotated[str, typer.Option(help="Printed under the table.")] = "",
+    seed: options.Seed = 0,
+    device: options.Device = None,
+) -> None:
+    """Compare plain decoding, drafters and peers on the same prompts; rows say whether the text is equal."""
+    if context.invoked_subcommand is not None:
+        return
+    if output is None:  # not for typer to ask for: the commands below need none
+        raise CoralError("missing option '--output'; see `coral bench --help`.")
+    with waiting("Loading"):
+        from coral.bench.report import report
+        from coral.bench.run import bench as run
+        from coral.target import default as models
+
+    drafters = options.read_drafters(drafter or [])
+    if target is None and not drafters:
+        own = str(models.DRAFTER)
+        drafters = {"coral": own, "coral+ngram": f"{own}+ngram"}
+    options.quiet_transformers()
+    results = run(
+        target,
+        drafters,
+        suite,
+        output,
+        limit=limit,
+        deepen=deepen,
+        dtypes=tuple(dtype or ("auto",)),
+        temperatures=tuple(temperature or (0.0,)),
+        coupled=(True, False) if uncoupled else (True,),
+        max_new_tokens=max_new_tokens,
+        budget=options.read_budget(tree),
+        peers=peers,
+        assistant=assistant,
+        compile=bool(compile),
+        head=head,
+        fallback=fallback,
+        ignore_eos=ignore_eos,
+        seed=seed,
+        device=device,
+        note=note,
+    )
+    report(results)
+
+
+@bench.command()
+def compare(
+    first: Annotated[
+        str, typer.Argument(help="Drafter name; several (seeds of one recipe) with commas.", metavar="FIRST")
+    ],
+    second: Annotated[str, typer.Argument(help="The one, or those, to compare it with.", metavar="SECOND")],
+    runs: Annotated[list[Path], typer.Argument(help="What `coral bench --output` named.", metavar="RUN...")],
+) -> None:
+    """Say whether FIRST accepts more than SECOND: difference of tau, with a 95% interval over prompts."""
+    from coral.bench.compare import compare as run
+    from coral.bench.compare import line
+    from coral.bench.log import read
+
+    for difference in run(first.split(","), second.split(","), [read(directory) for directory in runs]):
+        print(line(difference, first, second))

@@ -1,0 +1,140 @@
+"""`coral export` and `coral import`: drafters for other engines, and from them."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coral.cli import options
+from coral.errors import CoralError
+
+
+def export(
+    drafter: Annotated[str, typer.Argument(help="Drafter that `coral train` wrote: a directory or hub id.")],
+    to: Annotated[str, typer.Option(help="vllm, vllm-coral, sglang, eagle or speculators.")],
+    output: Annotated[Path, typer.Option(help="Directory to write: new, empty or an older export.")],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Target: a directory or hub id, named in the command that serves; eagle and speculators "
+            "read it. Default: the one that the drafter was trained for."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Store as auto (as it is), float32, bfloat16 or float16.")
+    ] = "auto",
+    head: Annotated[
+        str, typer.Option(help="For vllm-coral: routed, static, low_rank, or auto for its own.")
+    ] = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.Trust = False,
+) -> None:
+    """Write a drafter as another engine loads it, and print the command that serves it.
+
+    \b
+    vllm         vLLM, method eagle: drafts a chain with the full LM head.
+    vllm-coral   The same with a cheaper head, which needs this package in
+                 vLLM's environment (pip install --no-deps coral-drafter).
+                 Experimental.
+    sglang       SGLang, algorithm EAGLE: drafts a tree. A static head (coral
+                 train-head --kind static) goes along as its token map.
+    eagle        The EAGLE code base: pytorch_model.bin with the target's
+                 embedding.
+    speculators  The `eagle` format of the speculators library up to 0.6, for
+                 archives: no engine serves it.
+
+    What a format cannot carry is refused by name; heads that it has no place for are left out, and named.
+    `coral import` reads each of them back.
+    """
+    import torch
+
+    from coral.drafters import checkpoint
+    from coral.export import write
+    from coral.target import default as models
+    from coral.target.gguf.names import is_gguf
+
+    format = write.find(to)
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise CoralError(f"dtype {dtype!r} is not known; use auto, float32, bfloat16 or float16.")
+    directory = checkpoint.locate(drafter)
+    recorded = checkpoint.read_config(directory)["target"]
+    if target is None:
+        target = recorded["name"]
+        revision = revision or recorded["revision"]
+    loaded = None
+    if format.READS_TARGET:
+        known = None if target == models.SMOLLM2.name else target  # which is at hand, or fetched
+        loaded = options.load_target(known, "auto", None, revision, trust_remote_code)
+    asked = None if dtype == "auto" else getattr(torch, dtype)
+    convert = is_gguf(target)  # engines serve Hugging Face directories
+    name = Path(target).name.replace(":", "-")
+    served = f"{name[:-5] if name.lower().endswith('.gguf') else name}-hf" if convert else target
+    done = write.export(directory, to, output, served=served, target=loaded, dtype=asked, head=head)
+    print(f"drafter for {to}: {output}")
+    if done.token_map is not None:
+        print(f"static head: written as the token map {done.token_map}")
+    if done.head is not None:
+        print(f"{done.head} head: goes along; run `pip install --no-deps coral-drafter` beside vLLM")
+    if done.left_out:
+        heads = ", ".join(done.left_out)
+        why = (
+            f"{to} has no place for them, so drafting costs more there"
+            if done.head is None
+            else "name another one to go along with --head"
+        )
+        print(f"left out: heads ({heads}); {why}")
+    if format.READS_TOKEN_MAP and done.token_map is None:
+        print(
+            "no token map: for drafting with fewer ids, run `coral train-head "
+            f"{drafter} --data DATA --kind static`, and export again"
+        )
+    if not done.command:
+        print(f"no engine serves a {to} directory")
+        return
+    print("serve it with:")
+    if convert:
+        print(f"coral convert {shlex.quote(target)} {shlex.quote(served)}")
+    print(done.command)
+
+
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(help="EAGLE, EAGLE-2 or HASS drafter: a directory or hub id, perhaps ID@REVISION."),
+    ],
+    target: Annotated[str, typer.Option(help="Target that it was trained for: a directory or hub id.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Drafter directory to write. Default: SOURCE's name with -coral."),
+    ] = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.Trust = False,
+) -> None:
+    """Make a drafter of ours out of a published one, or out of an export.
+
+    Its tensors decide what it is, not its config.json; one without a place in ours is refused by name. They
+    are kept as they are stored.
+    """
+    from coral.drafters import checkpoint
+    from coral.export.read import read, refuse_foreign
+    from coral.target.record import TargetRecord
+
+    refuse_foreign(source)
+    directory = checkpoint.locate(source)
+    refuse_foreign(directory)
+    output = output or Path(f"{Path(source).absolute().name}-coral")
+    checkpoint.refuse_foreign(output)
+    loaded = options.load_target(target, "auto", None, revision, trust_remote_code)
+    drafter = read(directory, loaded)
+    record = TargetRecord.of(loaded)
+    if outdated := checkpoint.outdated(output, record):
+        print(outdated, file=sys.stderr)
+    checkpoint.save(drafter, output, target=record, recipe={"imported_from": source})
+    dtype = str(drafter.fc.weight.dtype).removeprefix("torch.")
+    bias = ", with the trained bias of its fc" if drafter.config.fc_bias else ""
+    print(f"drafter of {drafter.num_parameters:,} parameters, {dtype}{bias}: {output}")
+    print(f"write with it: coral generate --target {target} --drafter {output}")

@@ -1,0 +1,15 @@
+"""Plain decoding: a tree of one node, so that each target forward writes one token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from coral.decoding.state import Committed, State
+from coral.tree import Budget, DraftTree
+
+
+class Plain:
+    def propose(
+        self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
+    ) -> list[DraftTree]:
+        return [DraftTree.root(state.tokens[-1]) for state in states]

@@ -1,0 +1,1 @@
+"""Drafters of the target's features: EAGLE-1, EAGLE-2, HASS and CORAL."""

@@ -1,0 +1,94 @@
+"""One forward pass of training: unroll, gather the trained rows, compare with the target."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from coral.data.features import FeatureBatch
+from coral.drafters.feature import candidates
+from coral.drafters.feature.alignment import alignment_loss
+from coral.drafters.feature.drafted import draft
+from coral.drafters.feature.losses import draft_losses, rows_at_a_time
+from coral.drafters.feature.network import Drafter
+
+if TYPE_CHECKING:
+    from coral.training.recipe import TrainConfig
+
+
+class Outcome(NamedTuple):
+    """A batch's loss, summed over its trained rows, and what it is made of."""
+
+    loss: Tensor
+    """Scalar with gradient."""
+    sums: Tensor
+    """float32 [S,6] without gradient: rows, correct, regression, cross-entropy, top-K, alignment."""
+
+
+class Learner(nn.Module):
+    """Holds the drafter, so that distributed engines see one forward pass for one backward pass."""
+
+    def __init__(self, drafter: Drafter, config: TrainConfig) -> None:
+        super().__init__()
+        self.drafter = drafter
+        self.config = config
+
+    def forward(
+        self,
+        batch: FeatureBatch,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+        generator: torch.Generator,
+        steps: int | None = None,
+    ) -> Outcome:
+        """Run S draft steps on a batch, or fewer: the sums of the others are 0. `generator` (CPU) draws the
+        noise, the candidates and the aligned rows.
+        """
+        config, features = self.config, batch.features
+        read = features
+        if config.noise:
+            noise = torch.rand(features.shape, generator=generator).to(features.device)
+            read = features + (2 * noise - 1) * config.noise
+        with torch.autocast(features.device.type, torch.bfloat16, config.precision == "bfloat16"):
+            drafts, wanted, kept, sequence, row = draft(
+                self.drafter,
+                batch,
+                steps or config.steps,
+                read=read,
+                detach=config.detach,
+                checkpoint_steps=config.checkpoint_steps,
+            )
+        tokens = batch.input_ids[sequence, row + 2]
+        follows = (sequence[1:] == sequence[:-1]) & (row[1:] == row[:-1] + 1)
+        before = torch.where(pad(follows, (1, 0)), torch.arange(len(row), device=row.device), 0) - 1
+        certain = None
+        if 0 < config.loss.candidates < len(head_weight):
+            chunk = config.head_chunk or rows_at_a_time(len(head_weight))
+            head = head_weight, head_bias
+            chosen = candidates.choose(wanted, tokens, *head, config.loss.candidates, generator, chunk)
+            head_weight, head_bias, certain = chosen.weight, chosen.bias, chosen.certain
+            tokens = chosen.places(tokens)
+        losses = draft_losses(
+            drafts,
+            wanted,
+            kept,
+            tokens,
+            before,
+            head_weight,
+            head_bias,
+            config.loss,
+            config.head_chunk,
+            certain,
+        )
+        loss = losses.total.sum()
+        aligned = torch.zeros((), device=drafts.device)
+        if config.alignment.kind != "none":
+            views = (drafts, wanted, kept, sequence, tokens)
+            aligned = alignment_loss(*views, config.alignment, generator) * len(row)
+            loss = loss + config.alignment.weight * aligned
+        parts = (losses.rows, losses.correct, losses.regression, losses.cross_entropy, losses.top_k)
+        sums = torch.stack([*(part.float() for part in parts), aligned.detach().expand(len(drafts))], dim=1)
+        return Outcome(loss, pad(sums, (0, 0, 0, config.steps - len(drafts))))

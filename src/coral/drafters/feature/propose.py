@@ -1,0 +1,199 @@
+"""A drafter grows the tree, with coupled drafting.
+
+Row t of the drafter pairs the feature of position t with token t + 1 and predicts the feature of position
+t + 1, whose head output proposes token t + 2. Its KV cache keeps only rows made from true target features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache
+
+from coral.cache import KVCache, pack
+from coral.decoding.state import Committed, State
+from coral.device import upload
+from coral.drafters.feature.growth import Growth, Rows
+from coral.drafters.feature.native import NativeDrafter
+from coral.drafters.feature.network import Drafter
+from coral.drafters.heads.store import FullHead, Head
+from coral.gpu.compiled import compiled, fix, fixed_cache
+from coral.native.packed import pack_linears
+from coral.target.target import Target
+from coral.tree import Budget, DraftTree
+
+_POOL = 256  # ids per node that compete after the noise is added: the sampled id is rarely outside
+_STEP, _MOST = 8, 32  # a compiled draft step has 8, 16, 24 or 32 rows, as many as a level needs
+
+
+class _Text(NamedTuple):
+    """One sequence while its tree grows; `length` rows of the drafter's cache are the text's."""
+
+    state: State
+    cache: KVCache
+    growth: Growth
+    length: int
+
+
+class Feature:
+    """Proposes with a trained drafter; sequences that decode together share a forward a level.
+
+    Args:
+        target: if its forward is compiled, draft steps of one sequence are too, those that are not native
+            (`decoding/native.py`).
+        coupled: at temperature > 0 rank children by log q plus the noise that the target's sampler will add
+            at that position, so that the drafted child tends to be the token the target samples.
+    """
+
+    def __init__(
+        self, drafter: Drafter, target: Target, head: Head | None = None, coupled: bool = True
+    ) -> None:
+        self.drafter, self.target, self.coupled = drafter.eval(), target, coupled
+        self.head = head or FullHead(target)
+        pack_linears(drafter)
+        self._native = NativeDrafter.of(drafter, target)
+        self._fixed: Callable[..., Tensor] | None = None
+
+    @torch.inference_mode()
+    def propose(
+        self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
+    ) -> list[DraftTree]:
+        pairs = [*zip(states, committed, strict=True)]
+        trees = [self._at_once(*pair, budget) for pair in pairs]
+        rest = [pair for pair, tree in zip(pairs, trees, strict=True) if tree is None]
+        grown = iter(self._level_by_level(rest, budget))
+        return [next(grown) if tree is None else tree for tree in trees]
+
+    def _at_once(self, state: State, pairs: Committed, budget: Budget) -> DraftTree | None:
+        """The tree of one sequence in one call; None where that cannot be done."""
+        sampling, budget = state.sampling, budget.within(state.remaining)
+        pool = _POOL if self.coupled and sampling.temperature > 0 else 0
+        if (
+            self._native is None
+            or not pairs.tokens
+            or min(budget.max_depth, budget.num_nodes) == 0
+            or (pool and sampling.filters)
+            or (table := self.head.table(state)) is None
+        ):
+            return None
+        cache = self._cache(state, pairs.start, budget)
+        return self._native.grow(state, pairs, cache, table, budget, pool)
+
+    def _level_by_level(self, pairs: Sequence[tuple[State, Committed]], budget: Budget) -> list[DraftTree]:
+        """The trees of several sequences, which share a forward a level."""
+        texts = [self._begin(*pair, budget) for pair in pairs]
+        live = [text for text in texts if len(text.growth.rows.ids)]
+        while live:
+            for text, children in zip(live, self._draft(live, budget), strict=True):
+                text.growth.add(*children)
+            live = [text for text in live if text.growth.wants_more]
+        for text in texts:
+            text.cache.keep(text.length)
+        return [text.growth.finish() for text in texts]
+
+    def _begin(self, state: State, pairs: Committed, budget: Budget) -> _Text:
+        """The first draft step reads the accepted pairs; the last row is the root."""
+        cache = self._cache(state, pairs.start, budget)
+        growth = Growth(state.tokens[-1], _accepted(pairs, cache.length), budget.within(state.remaining))
+        return _Text(state, cache, growth, cache.length + len(pairs.tokens))
+
+    def _cache(self, state: State, start: int, budget: Budget) -> KVCache:
+        """The drafter's cache of a sequence, cut to the rows in front of `start`."""
+        cache = state.memory
+        if not isinstance(cache, KVCache):
+            room = budget.top_k * budget.max_depth + _MOST
+            capacity = self.target.room(state.max_length + room)
+            cache = state.memory = KVCache(len(self.drafter.layers), capacity)
+        cache.keep(min(cache.length, start))
+        return cache
+
+    def _draft(self, texts: Sequence[_Text], budget: Budget) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """One draft step: for the n frontier nodes of each sequence, which are its last rows, the ids and
+        log-probabilities [n, k] of their children, and the draft features [n, h] that they were found with.
+
+        Coupled: these are log softmax(log q + T * noise), the posterior that a child is the target's sample
+        if target and drafter logits differ by a unit Gumbel; at T = 0 it is log q.
+        """
+        states, growths = [text.state for text in texts], [text.growth for text in texts]
+        coupled = self.coupled and any(state.sampling.temperature > 0 for state in states)
+        count, n = _POOL if coupled else budget.top_k, len(growths[0].scores)
+        rows = [growth.rows for growth in growths]
+        drafted = self._forward([text.cache for text in texts], rows, budget.top_k)
+        features = [piece[-n:] for piece in drafted.split([len(row.ids) for row in rows])]
+        scores = torch.cat([growth.scores for growth in growths])
+        ids, log_probs = self.head.topk(torch.cat(features), count, states, scores)
+        children = [*zip(ids.split(n), log_probs.split(n), strict=True)]
+        if coupled:
+            children = [
+                _best(state, growth.depth, *pool, budget.top_k)
+                for state, growth, pool in zip(states, growths, children, strict=True)
+            ]
+        return [(*pair, piece) for pair, piece in zip(children, features, strict=True)]
+
+    def _forward(self, caches: Sequence[KVCache], rows: Sequence[Rows], top_k: int) -> Tensor:
+        """Draft features [N, h] of all rows, sequence after sequence; the caches take their keys, values.
+
+        Compiled are the widths of one sequence's levels: to compile for a path that is longer once would stop
+        the text for seconds.
+        """
+        if len(rows) == 1:
+            ids, features, positions, allowed = rows[0]
+        else:
+            ids, features, positions = (torch.cat([row[part] for row in rows]) for part in range(3))
+            allowed = torch.block_diag(*(row.allowed for row in rows)).bool()
+        n = len(ids)
+        size, widest = _padded(n), _padded(min(top_k, _MOST))
+        if not self.target.pads or len(rows) > 1 or size > widest or caches[0].length == 0:
+            cache = pack(list(caches), [len(row.ids) for row in rows])
+            return self._step(ids, features, positions, allowed[None], cache)
+        padded, slots, storage = fix(caches[0], size, allowed[None])
+        ids, positions = (pad(part, (0, size - n)) for part in (ids, positions))
+        features = pad(features, (0, 0, 0, size - n))
+        self._fixed = self._fixed or compiled(self._fixed_step, self.target.device, inputs=5)
+        return self._fixed(ids, features, positions, padded, slots, *storage)[:n]
+
+    def _fixed_step(
+        self,
+        ids: Tensor,
+        features: Tensor,
+        positions: Tensor,
+        allowed: Tensor,
+        slots: Tensor,
+        *storage: Tensor,
+    ) -> Tensor:
+        return self._step(ids, features, positions, allowed, fixed_cache(slots, storage))
+
+    def _step(
+        self, ids: Tensor, features: Tensor, positions: Tensor, allowed: Tensor, cache: Cache
+    ) -> Tensor:
+        embeddings = self.target.embed(ids)[None]
+        output = self.drafter(embeddings, features[None], positions[None], cache, allowed)
+        return self.drafter.feedback(output)[0]
+
+
+def _padded(n: int) -> int:
+    return -(-n // _STEP) * _STEP
+
+
+def _accepted(pairs: Committed, length: int) -> Rows:
+    """Accepted pairs as a draft step reads them, behind the `length` rows that the drafter's cache holds."""
+    device = pairs.features.device
+    keys = torch.arange(length + len(pairs.tokens), device=device)
+    positions = keys[length:]
+    ids = upload(pairs.tokens, device)
+    return Rows(ids, pairs.features, positions, keys[None, :] <= positions[:, None])
+
+
+def _best(state: State, depth: int, ids: Tensor, log_probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Of ids and log-probabilities [n, pool], likeliest first, the best top_k under the sampler's noise."""
+    sampling = state.sampling
+    if sampling.temperature > 0:
+        position = torch.full((1,), len(state.tokens) + depth, device=ids.device)
+        noise = sampling.noise(position, state.sequence_id, ids)
+        log_probs = ((sampling.process(log_probs) + noise) * sampling.temperature).log_softmax(-1)
+    values, best = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)
+    return ids.gather(-1, best), values

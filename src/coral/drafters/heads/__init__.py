@@ -1,0 +1,1 @@
+"""LM heads of a drafter that read fewer rows than the target's."""

@@ -1,0 +1,126 @@
+"""Prompt lookup: what followed an earlier occurrence of the text's end is drafted again.
+
+Source of the method: prompt lookup decoding (Saxena 2023). Here several occurrences share one tree, and a
+node's score is learnt from the text: how often, behind a match of that length, the next token was right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+from coral.decoding.state import Committed, State
+from coral.tree import Budget, DraftTree
+
+_FIRST = (0.0, 0.25, 0.5, 0.8, 0.9, 0.95)
+"""How likely the next token is right behind a match of 0, 1, 2-3, 4-7, 8-15 tokens and more, before a text
+has shown it; between what docs/log.md has for the package's target at T = 0 and T = 1."""
+_WEIGHT = 3.0  # what that counts for, in tokens of the text
+_LOOKED_AT = 64  # of a token's occurrences, the last ones
+
+
+class NGram:
+    """Needs no training. The longest match comes first, then the others, each the most recent of its length.
+
+    No node is drafted that is less likely than the budget's `min_gain`.
+
+    max_n: longest match that is looked for.
+    """
+
+    def __init__(self, max_n: int = 16) -> None:
+        self.max_n = max_n
+
+    def propose(
+        self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
+    ) -> list[DraftTree]:
+        return [
+            self._tree(state, rows.start, budget.within(state.remaining))
+            for state, rows in zip(states, committed, strict=True)
+        ]
+
+    def _tree(self, state: State, known: int, budget: Budget) -> DraftTree:
+        """`known`: how many tokens are surely as in the last call; a conversation may have been rewritten."""
+        index = state.memory
+        if not isinstance(index, _Index) or index.length > known + 1:
+            index = state.memory = _Index(self.max_n)
+        index.extend(state.tokens, state.prompt_length)
+        tokens, parents, chances = [state.tokens[-1]], [-1], [1.0]
+        left = [1.0]  # of each node, the probability that its children so far are wrong
+        children: dict[tuple[int, int], int] = {}
+        for length, end in index.matches(state.tokens, budget.top_k):
+            node, behind = 0, state.tokens[end : end + budget.max_depth]
+            for depth in range(budget.max_depth):
+                token = behind[depth % len(behind)]  # a text that goes round in a circle goes on so
+                child = children.get((node, token))
+                if child is None:
+                    chance = left[node] * index.chance(length + depth)
+                    if len(tokens) > budget.num_nodes or chances[node] * chance < budget.min_gain:
+                        break
+                    child = children[node, token] = len(tokens)
+                    tokens.append(token)
+                    parents.append(node)
+                    chances.append(chances[node] * chance)
+                    left[node] -= chance
+                    left.append(1.0)
+                node = child
+        return DraftTree(tokens, parents, [*map(math.log, chances)])
+
+
+class _Index:
+    """Where each token of a growing text stands, and how the longest match with its end has fared.
+
+    length: tokens read so far. match: how long the longest earlier occurrence of the text's end is, and the
+    position behind it; while it goes on as the text does, no other can become longer.
+    """
+
+    def __init__(self, max_n: int) -> None:
+        self.max_n = max_n
+        self.length, self.match = 0, (0, 0)
+        self._places: defaultdict[int, list[int]] = defaultdict(list)
+        self._tried = [_WEIGHT] * len(_FIRST)
+        self._right = [_WEIGHT * chance for chance in _FIRST]
+
+    def extend(self, tokens: Sequence[int], prompt_length: int) -> None:
+        """Read the tokens since the last call; those behind the prompt show what a match is worth."""
+        for place in range(self.length, len(tokens)):
+            length, end = self.match
+            right = length > 0 and tokens[end] == tokens[place]
+            if length and place >= prompt_length:
+                self._tried[_kind(length)] += 1
+                self._right[_kind(length)] += right
+            if right:
+                self.match = length + 1, end + 1
+            else:  # what is behind a token that a prompt goes on with is not asked
+                asked = place >= prompt_length - 1
+                self.match = max(self._occurrences(tokens, place), default=(0, 0)) if asked else (0, 0)
+            self._places[tokens[place]].append(place)
+        self.length = len(tokens)
+
+    def matches(self, tokens: Sequence[int], count: int) -> list[tuple[int, int]]:
+        """Lengths of earlier occurrences of the text's end and the positions behind them, best first."""
+        found = [self.match]
+        if count > 1:
+            others = sorted(self._occurrences(tokens, len(tokens) - 1), reverse=True)
+            found += [other for other in others if other[1] != self.match[1]][: count - 1]
+        return [match for match in found if match[0] > 0]
+
+    def chance(self, length: int) -> float:
+        """How likely the token behind a match of this length is right."""
+        return self._right[_kind(length)] / self._tried[_kind(length)]
+
+    def _occurrences(self, tokens: Sequence[int], last: int) -> list[tuple[int, int]]:
+        """Of what ends with position `last`: earlier occurrences, as lengths and the positions behind."""
+        found = []
+        for place in self._places[tokens[last]][-_LOOKED_AT:]:
+            length, most = 1, min(self.max_n, place + 1)
+            while length < most and tokens[place - length] == tokens[last - length]:
+                length += 1
+            if place < last:
+                found.append((length, place + 1))
+        return found
+
+
+def _kind(length: int) -> int:
+    """Matches that are judged together."""
+    return min(length.bit_length(), len(_FIRST) - 1)

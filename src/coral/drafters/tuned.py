@@ -1,0 +1,113 @@
+"""The draft trees that `coral tune` found for a drafter: `coral/trees.json` in the drafter's directory.
+
+One entry for each place where it was tuned, since the best tree follows from what verification and drafting
+cost there.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from coral import __version__, json_file
+from coral.files import atomic_text
+from coral.json_file import STRICT, Seconds
+from coral.machine import device_name
+from coral.target.target import Target
+from coral.tree import Budget
+
+_FILE = Path("coral") / "trees.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the costs of a tree depend on, beside the drafter.
+
+    device: the GPU's name or the CPU's model; threads: those of the CPU, 0 on a GPU. layers: the target's.
+    head: the kind of the drafter's LM head.
+    """
+
+    device: str
+    threads: int
+    dtype: str
+    compiled: bool
+    layers: int
+    head: str
+
+    @classmethod
+    def of(cls, target: Target, head: str, compiled: bool) -> Place:
+        return cls(
+            device_name(target.device),
+            torch.get_num_threads() if target.device.type == "cpu" else 0,
+            target.precision,
+            compiled,
+            target.config.num_hidden_layers,
+            head,
+        )
+
+
+@dataclass(frozen=True)
+class _Entry:
+    place: Place
+    budget: Budget
+    predicted_speedup: Seconds
+    achieved_speedup: Seconds
+    date: str
+    version: str
+
+
+@dataclass(frozen=True)
+class _Trees:
+    """What the file holds."""
+
+    __pydantic_config__ = STRICT
+    trees: list[_Entry]
+
+
+def find(directory: Path, place: Place) -> Budget | None:
+    """The tree that was tuned for this drafter at this place, if any.
+
+    Raises:
+        CoralError: the file is there but cannot be read.
+    """
+    path = directory / _FILE
+    return next((entry.budget for entry in _entries(path) if entry.place == place), None)
+
+
+def save(directory: Path, place: Place, budget: Budget, predicted: float, achieved: float) -> Path:
+    """Write down the tree of a place, with the speedups over plain decoding that go with it.
+
+    Returns:
+        The written file.
+
+    Raises:
+        CoralError: the file that is there cannot be read, or the disk refuses.
+    """
+    path = directory / _FILE
+    rounded = round(predicted, 3), round(achieved, 3)
+    entry = _Entry(place, budget, *rounded, date.today().isoformat(), __version__)
+    _write(path, [*(each for each in _entries(path) if each.place != place), entry])
+    return path
+
+
+def forget(directory: Path, head: str) -> None:
+    """Drop the trees of a head that was made anew: they were tuned to what the old one accepts."""
+    path = directory / _FILE
+    entries = _entries(path)
+    others = [each for each in entries if each.place.head != head]
+    if len(others) < len(entries):
+        _write(path, others)
+
+
+def _entries(path: Path) -> list[_Entry]:
+    if not path.exists():
+        return []
+    return json_file.read(path, _Trees, "delete it, and run `coral tune` again for this drafter.").trees
+
+
+def _write(path: Path, entries: list[_Entry]) -> None:
+    atomic_text(path, json.dumps(asdict(_Trees(entries)), indent=1) + "\n")

@@ -1,0 +1,1 @@
+"""CORAL inside other programs."""

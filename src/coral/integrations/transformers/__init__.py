@@ -1,0 +1,1 @@
+"""Behind `generate` of transformers."""

@@ -1,0 +1,237 @@
+"""Inside transformers: `model.generate(..., custom_generate=coral.for_transformers(drafter))`.
+
+`generate` prepares the inputs, the configuration, the logits processors and the stopping criteria as ever and
+calls us in place of its own loop. Shapes: B texts of a batch, padded on the left; T their width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from coral.api import Pair, choose_budget, located, make_proposer
+from coral.decoding.fallback import Fallback
+from coral.decoding.generate import generate as decode
+from coral.decoding.plain import Plain
+from coral.decoding.sampling import Sampling
+from coral.decoding.state import State
+from coral.errors import CoralError
+from coral.integrations.transformers.options import read_prompts, read_sampling, refuse_others
+from coral.target.attention import GROUPED_SDPA
+from coral.target.target import Target
+from coral.tree import Budget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
+
+    from coral.drafters.feature.network import Drafter
+
+
+def for_transformers(
+    drafter: str | Path | Drafter | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    streamer: BaseStreamer | None = None,
+    *,
+    budget: Budget | None = None,
+    head: str = "auto",
+    coupled: bool = True,
+    fallback: bool = True,
+) -> Callable[..., GenerateDecoderOnlyOutput | Tensor]:
+    """What `model.generate(..., custom_generate=)` takes to write faster: the result is that of `generate`.
+
+    Greedy texts equal those of `generate`; sampled ones have the same law, with a seed that is drawn from
+    torch's generator, so that `torch.manual_seed` repeats them. What is loaded is kept with the model: a
+    second call, with this or an equal function, loads nothing.
+
+    Args:
+        drafter: as `coral.load` takes it. Loaded in the model's dtype, on its device, at the first call.
+        tokenizer: for `stop_strings=`. transformers keeps its own `tokenizer=` from a function.
+        streamer: gets what it would get from `generate`, for the same reason.
+        budget, head, coupled, fallback: as `coral.load` takes them.
+
+    Raises (when called):
+        CoralError: an option of `generate` that is not offered, with the reason; a model that is not
+            supported; a drafter of another model.
+    """
+    drafter = str(drafter) if isinstance(drafter, Path) else drafter
+
+    def generate(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Sequence[Any],
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        stop_strings: str | list[str] | None = None,
+        **inputs: Any,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        refuse_others(model, generation_config)
+        prompts = read_prompts(input_ids, **inputs)
+        sampling = read_sampling(generation_config, logits_processor)
+        if stop_strings is not None:
+            if tokenizer is None:
+                raise CoralError(
+                    "stop_strings needs the tokenizer; pass it as coral.for_transformers(drafter, tokenizer)."
+                )
+            stop = StopStringCriteria(tokenizer, stop_strings)
+            stopping_criteria = StoppingCriteriaList([*stopping_criteria, stop])
+        with _attention(model):
+            pair = _pair(model, drafter, head, coupled, fallback)
+            if budget is not None:
+                pair = Pair(pair.target, pair.proposer, budget)
+            pad = generation_config._pad_token_tensor
+            pad_id = 0 if pad is None else int(pad)
+            sequences = _write(pair, input_ids, prompts, sampling, stopping_criteria, pad_id, streamer)
+        if generation_config.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
+        return sequences
+
+    return generate
+
+
+def generate_with(
+    model: Any,
+    drafter: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    streamer: BaseStreamer | None = None,
+    assistant_model: PreTrainedModel | None = None,
+    revision: str | None = None,
+    **arguments: Any,
+) -> GenerateDecoderOnlyOutput | Tensor:
+    """What `model.generate(..., custom_generate=DRAFTER, trust_remote_code=True)` comes down to.
+
+    Args:
+        arguments: of `generate`. `revision` is that of the drafter on the hub.
+
+    Raises:
+        CoralError: see `for_transformers`.
+    """
+    if assistant_model is not None:
+        raise CoralError("assistant_model drafts, and so does custom_generate; leave out one of the two.")
+    source = drafter if revision is None or Path(drafter).is_dir() else f"{drafter}@{revision}"
+    written = for_transformers(source, tokenizer, streamer)
+    return model.generate(**arguments, custom_generate=written)
+
+
+def _write(
+    pair: Pair,
+    input_ids: Tensor,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    criteria: StoppingCriteriaList,
+    pad_id: int,
+    streamer: BaseStreamer | None,
+) -> Tensor:
+    """All texts, [B, T] int64, padded behind their ends if there are end tokens, as `generate` does.
+
+    The criteria are asked as `generate` asks them, once a token, about the whole batch as it is then: a text
+    that is ahead of the others waits, and is cut where it is found to have ended.
+    """
+    batch, width = input_ids.shape
+    end = max(width + 1, min(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)))
+    eos = frozenset(i for c in criteria if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.tolist())
+    pads = any(hasattr(c, "eos_token_id") for c in criteria)  # as `generate` decides it
+    padding = [width - len(prompt) for prompt in prompts]
+    if (longest := end - min(padding)) > (context := pair.target.context_length):
+        raise CoralError(
+            f"the texts may grow to {longest} tokens, but the model's context is {context}; ask for at most "
+            f"max_new_tokens={context - width + min(padding)}."
+        )
+    states = [
+        State(
+            prompt,
+            end - left,
+            pair.target.new_cache(end - left + pair.budget.num_nodes + 1),
+            sampling,
+            row,
+            eos,
+        )
+        for row, (prompt, left) in enumerate(zip(prompts, padding, strict=True))
+    ]
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    texts = torch.full((batch, end), pad_id, device=input_ids.device)
+    texts[:, :width] = input_ids
+    filled, running = [width] * batch, [True] * batch
+    for _ in decode(pair.target, pair.proposer, states, pair.budget):
+        for row, state in enumerate(states):
+            if (there := padding[row] + len(state.tokens)) > filled[row]:
+                new = state.tokens[filled[row] - there :]
+                texts[row, filled[row] : there] = torch.tensor(new, device=texts.device)
+                filled[row] = there
+        # Without end tokens `generate` writes on in a text that has ended, until the last one has.
+        while any(running) and width < min(f for f, r in zip(filled, running, strict=True) if r or not pads):
+            width += 1
+            ended = criteria(texts[:, :width], None).tolist()
+            if streamer is not None:
+                streamer.put(texts[:, width - 1].cpu())
+            for row in [row for row in range(batch) if running[row] and ended[row]]:
+                running[row] = False
+                if pads:
+                    states[row].done = True
+                    texts[row, width:] = pad_id
+        if not any(running):
+            break
+    if streamer is not None:
+        streamer.end()
+    return texts[:, :width].clone()
+
+
+def _pair(
+    model: PreTrainedModel,
+    drafter: str | Drafter | None,
+    head: str,
+    coupled: bool,
+    fallback: bool,
+) -> Pair:
+    """The model wrapped, with what drafts for it; made at the first call and kept with the model."""
+    weight = model.get_output_embeddings().weight
+    wanted = (drafter, head, coupled, fallback, weight.dtype, weight.device)
+    kept = model.__dict__.get("_coral")
+    if not isinstance(kept, _Kept):
+        kept = model.__dict__["_coral"] = _Kept()
+    pair = kept.get(wanted)
+    if pair is None or pair.target.head_weight is not weight:  # a resized model has another head
+        target = Target(model, freeze=False)
+        drafter = located(drafter, head) if isinstance(drafter, str) else drafter
+        proposer = make_proposer(target, drafter, coupled, head)
+        if fallback and not isinstance(proposer, Plain):
+            proposer = Fallback(proposer)
+        pair = kept[wanted] = Pair(target, proposer, *choose_budget(target, drafter, head=head))
+    return pair
+
+
+class _Kept(dict[Any, Pair]):
+    """What was loaded for a model. It lies in the model's own dictionary and so lives as long as the model;
+    copies and pickles of the model get an empty one.
+    """
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type, tuple[()]]:
+        return dict, ()
+
+
+@contextmanager
+def _attention(model: PreTrainedModel) -> Iterator[None]:
+    """Run the model with a kernel that takes the mask of a tree, then give it back its own."""
+    before = model.config._attn_implementation
+    if before != "eager":
+        model.config._attn_implementation = GROUPED_SDPA
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before

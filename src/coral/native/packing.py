@@ -1,0 +1,96 @@
+"""The weights of a target, copied into the panels in which native products read them: `packing.h`.
+
+A GGUF file's own blocks stay what they are, the numbers of sixteen outputs side by side behind their scales.
+
+Nothing is joined or padded by torch first, so a target stands about as soon as its weights can be read and
+written once. `few_rows.pack` is the slow twin, and says how a panel lies in memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from ctypes import CDLL, POINTER, Structure, byref, c_bool, c_int64, c_uint64, c_void_p
+from typing import Any
+
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
+
+from coral.native.few_rows import PANEL, once
+from coral.native.memory import weights_like
+
+BLOCKS = {
+    GGMLQuantizationType.Q8_0: (2, 34, 544),
+    GGMLQuantizationType.Q4_1: (3, 20, 320),
+    GGMLQuantizationType.Q4_0: (4, 18, 288),
+}
+"""What native products read as it is: its kind in blocks.h, bytes of a block of one output, of sixteen."""
+
+
+class _Parts(Structure):
+    _fields_ = (
+        ("count", c_int64),
+        ("inputs", c_int64),
+        ("weights", POINTER(c_void_p)),
+        ("rows", POINTER(c_int64)),
+        ("interleaved", c_bool),
+    )
+
+
+def pack(library: CDLL, weights: Sequence[Tensor], interleaved: bool = False) -> Tensor:
+    """What `few_rows.pack` makes of matrices [rows, K], K even, one below another.
+
+    Args:
+        weights: of one dtype, float32 or bfloat16.
+        interleaved: a panel of each in turn; their rows are whole panels then, and equally many.
+    """
+    weights = [weight.contiguous() for weight in weights]
+    threads = c_int64(torch.get_num_threads())
+    from_narrow = weights[0].dtype == torch.bfloat16
+    library.coral_are_narrow.restype = c_bool
+    narrow = from_narrow or all(
+        library.coral_are_narrow(c_void_p(each.data_ptr()), c_int64(each.numel()), threads)
+        for each in weights
+    )
+    parts, inputs = _parts(weights, interleaved), weights[0].shape[1]
+    outputs = -(-sum(map(len, weights)) // PANEL) * PANEL
+    packed = weights_like(torch.empty(outputs * inputs, dtype=torch.bfloat16 if narrow else torch.float32))
+    to = c_void_p(packed.data_ptr())
+    library.coral_pack(byref(parts), c_bool(from_narrow), c_bool(narrow), threads, to)
+    return packed
+
+
+def pack_blocks(
+    library: CDLL, kind: GGMLQuantizationType, weights: Sequence[Tensor], interleaved: bool = False
+) -> tuple[int, Tensor]:
+    """Rows of blocks, [rows, bytes] uint8 of this kind as in a GGUF file, one below another or interleaved as
+    in `pack`: their kind as the library knows it, and flat panels.
+    """
+    number, stored, panel = BLOCKS[kind]
+    panels = -(-sum(map(len, weights)) // PANEL)
+    packed = weights_like(torch.empty(panels * (weights[0].shape[1] // stored) * panel, dtype=torch.uint8))
+    parts, threads = _parts(weights, interleaved), c_int64(torch.get_num_threads())
+    library.coral_pack_blocks(byref(parts), c_int64(number), threads, c_void_p(packed.data_ptr()))
+    return number, packed
+
+
+def _parts(weights: Sequence[Tensor], interleaved: bool) -> _Parts:
+    count = len(weights)
+    rows = (c_int64 * count)(*(len(each) for each in weights))
+    pointers = (c_void_p * count)(*(each.data_ptr() for each in weights))
+    return _Parts(count, weights[0].shape[1], pointers, rows, interleaved)
+
+
+def pack_once(library: CDLL, weights: Sequence[Tensor], interleaved: bool, met: Counter[Any]) -> Tensor:
+    """`pack`, shared as in `few_rows.once`."""
+    weights = [weight.contiguous() for weight in weights]
+    content = *((each.shape, each.dtype, digest(library, each)) for each in weights), interleaved
+    return once(content, met, lambda: pack(library, weights, interleaved))
+
+
+def digest(library: CDLL, weight: Tensor) -> int:
+    """A number that depends on every bit of a contiguous tensor of a multiple of eight bytes."""
+    library.coral_digest.restype = c_uint64
+    threads = c_int64(torch.get_num_threads())
+    return int(library.coral_digest(c_void_p(weight.data_ptr()), c_int64(weight.nbytes // 8), threads))

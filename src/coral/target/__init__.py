@@ -1,0 +1,1 @@
+"""The target: a frozen Hugging Face LLM, where it comes from, and how its rows are computed."""

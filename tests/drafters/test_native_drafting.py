@@ -1,0 +1,152 @@
+"""Whole trees in one call against their slow twin, which drafts level by level."""
+
+import shutil
+
+import pytest
+import torch
+from tiny import prompt_of, tiny_model, write
+
+from coral.decoding.plain import Plain
+from coral.decoding.sampling import Sampling
+from coral.decoding.state import Committed, State
+from coral.drafters.feature.native import NativeDrafter
+from coral.drafters.feature.network import Drafter, DrafterConfig
+from coral.drafters.feature.propose import Feature
+from coral.drafters.heads.in_context import InContextHead
+from coral.drafters.heads.reduced import StaticHead
+from coral.drafters.heads.store import FullHead
+from coral.target.target import Target
+from coral.tree import Budget
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+
+HEADS = {
+    "full": FullHead,
+    "static": lambda target: StaticHead(target, torch.arange(60, 3, -1)),
+    "in context": lambda target: InContextHead(target, 40),
+}
+BUDGETS = [Budget(2, 5, 7, 0.15), Budget(3, 3, 30), Budget(8, 4, 12, 0.4), Budget(1, 1, 1)]
+
+
+def as_bytes(weight):
+    """Some weights [outputs, inputs] that bytes with a scale a row hold exactly: the native drafter's."""
+    whole = (512 * weight.detach()).round().clamp(-127, 127)
+    whole[:, 0] = 127
+    return whole / 512
+
+
+def pair(dtype=torch.float32, biased=False, **options):
+    """A target with a drafter whose weights are as the native drafter rounds them."""
+    model = tiny_model(
+        vocab_size=67, hidden_size=32, head_dim=16, intermediate_size=96, max_position_embeddings=200
+    )
+    if biased:
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(67))
+    model.lm_head.weight = torch.nn.Parameter(as_bytes(model.lm_head.weight))
+    target = Target(model.bfloat16().to(dtype))
+    torch.manual_seed(4)
+    drafter = Drafter(DrafterConfig.for_target(target.config, **options))
+    for parameter in drafter.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, mean=float(parameter.dim() == 1))
+        if parameter.dim() == 2:
+            parameter.data = as_bytes(parameter)
+    loud, quiet = (as_bytes(half) for half in drafter.fc.weight.chunk(2, dim=1))
+    drafter.fc.weight.data = torch.cat([loud / drafter.config.embedding_scale, quiet], 1)
+    return target, drafter.bfloat16().to(dtype).requires_grad_(False)
+
+
+def proposers(target, drafter, head):
+    fast, slow = (Feature(drafter, target, head(target)) for _ in range(2))
+    assert fast._native is not None
+    slow._native = None
+    return fast, slow
+
+
+def draft(target, proposer, budget, sampling, accepted, length=20):
+    """The trees of four cycles behind a prompt, and the drafter's cache after them."""
+    ids = prompt_of(length + 3 * accepted, 67)
+    state = State(ids[:length], 150, target.new_cache(160), sampling, sequence_id=5)
+    (committed,) = target.prefill([state])
+    features = target.features(torch.tensor([ids]))[0]
+    trees = [proposer.propose([state], [committed], budget)[0]]
+    for _ in range(3):
+        n = len(state.tokens)
+        state.tokens += ids[n : n + accepted]
+        pairs = Committed(state.tokens[n:], features[n - 1 : n - 1 + accepted], n - 1)
+        trees += proposer.propose([state], [pairs], budget)
+    return trees, [rows[:, :, : state.memory.length] for rows in state.memory.storage]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_layers": 2, "fc_bias": True, "biased": True},
+        {"normalised_feedback": True, "num_key_value_heads": 1, "embedding_scale": 2.0**-10},
+    ],
+    ids=["plain", "two layers and biases", "normalised, and halves of fc of two sizes"],
+)
+def test_trees_are_those_of_levels(head, options, monkeypatch):
+    """Stops: a row of the cache that belongs to another row, branch or level; rotation at another position; a
+    path that sees a sibling; other children, ranks, ties, noise, ids that compete or ends of growth; accepted
+    rows that a later cycle does not find; rows of a long prompt that are read twice or not at all; and a half
+    of fc that is rounded away beside the other.
+    """
+    monkeypatch.setattr("coral.drafters.feature.propose._POOL", 12)
+    target, drafter = pair(**options)
+    for sampling in (Sampling(), Sampling(0.8, seed=9)):
+        for budget in BUDGETS:
+            for behind in ((1, 20), (4, 20), (2, 90)):
+                fast, slow = proposers(target, drafter, HEADS[head])
+                quick, quick_rows = draft(target, fast, budget, sampling, *behind)
+                trees, rows = draft(target, slow, budget, sampling, *behind)
+                for one, other in zip(quick, trees, strict=True):
+                    assert one.tokens.tolist() == other.tokens.tolist()
+                    assert one.parents.tolist() == other.parents.tolist()
+                    assert one.num_forwards == other.num_forwards
+                    torch.testing.assert_close(one.scores, other.scores, rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(quick_rows, rows, rtol=1e-4, atol=3e-4)  # rows of 16 bits
+
+
+@pytest.fixture
+def threads():
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
+
+
+def test_threads_share_the_work(threads):
+    """Stops buffers that are made for another number of threads, and parts that two or none of them do."""
+    target, drafter = pair()
+    trees = []
+    for count in (1, 3):
+        threads(count)
+        fast, _ = proposers(target, drafter, FullHead)
+        trees.append(draft(target, fast, BUDGETS[1], Sampling(), 4)[0])
+    for one, other in zip(*trees, strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert one.parents.tolist() == other.parents.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_texts_stay_the_same(dtype, monkeypatch):
+    """Stops a drafter that a compiled target does not find, or whose trees end behind the text's end; and
+    number formats that are mixed up.
+    """
+    target, drafter = pair(dtype)
+    fast = target.compiled((1, 8))
+    proposer = Feature(drafter, fast, HEADS["static"](target))
+    calls, grow = [], NativeDrafter.grow
+    monkeypatch.setattr(NativeDrafter, "grow", lambda *a: calls.append(1) or grow(*a))
+    for sampling in (Sampling(), Sampling(1.0, seed=3), Sampling(1.0, top_p=0.8)):
+        calls.clear()
+        expected = write(fast, Plain(), [prompt_of(9)], 24, sampling).texts
+        assert write(fast, proposer, [prompt_of(9)], 24, sampling, BUDGETS[0]).texts == expected
+        assert bool(calls) != sampling.filters
+
+
+def test_what_it_cannot_draft_is_left_to_levels():
+    """Stops a drafter that is decoded wrongly in silence: sizes that fill no vector, another activation."""
+    for options in ({"head_dim": 8}, {"hidden_act": "gelu"}):
+        target, drafter = pair(**options)
+        assert NativeDrafter.of(drafter, target) is None

@@ -1,0 +1,77 @@
+"""Weights in native panels: what torch packs, shared only by equal ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+from ctypes import CDLL
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coral.native import few_rows, packing
+from coral.target import native as forward
+
+
+@pytest.fixture(scope="module")
+def library() -> CDLL:
+    built = forward._library()
+    if built is None:
+        pytest.skip("no C++ compiler for this processor")
+    return built
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=3),
+    st.integers(1, 270),
+    st.booleans(),
+    st.sampled_from(["bfloat16", "float32", "held"]),
+    st.integers(0, 2**31),
+)
+def test_panels_are_those_of_torch(library, rows, half, interleaved, kind, seed) -> None:
+    """Stops a row or an input that lands elsewhere, one of the padding that is not zero, and float32 weights
+    that are rounded although bfloat16 cannot hold them, or kept wide although it can.
+    """
+    torch.manual_seed(seed)
+    rows = [16 * rows[0]] * len(rows) if interleaved else rows
+    weights = [torch.randn(each, 2 * half) for each in rows]
+    if kind != "float32":
+        weights = [each.bfloat16() if kind == "bfloat16" else each.bfloat16().float() for each in weights]
+    joined = torch.cat(weights)
+    if interleaved:
+        joined = torch.stack([each.unflatten(0, (-1, 16)) for each in weights], 1).flatten(0, 2)
+    packed = packing.pack(library, weights, interleaved)
+    assert packed.dtype == (torch.float32 if kind == "float32" else torch.bfloat16)
+    assert torch.equal(packed, few_rows.pack(joined))
+
+
+def test_equal_weights_share_their_panels_and_others_do_not(library) -> None:
+    """Stops a copy for every target of one model, and a target that multiplies with another one's weights:
+    of other numbers, of another shape, or changed in place since.
+    """
+    weight = torch.randn(64, 64).bfloat16()
+    first = packing.pack_once(library, [weight], False, Counter())
+    assert packing.pack_once(library, [weight.clone()], False, Counter()) is first
+    met = Counter()
+    apart = [packing.pack_once(library, [weight], False, met) for _ in range(2)]
+    assert apart[0] is first and apart[1] is not first
+    assert packing.pack_once(library, [weight[:32], weight[32:]], True, Counter()) is not first
+    assert packing.pack_once(library, [weight.view(32, 128)], False, Counter()) is not first
+    weight.data[63, 63] += 1  # which no version counter sees
+    changed = packing.pack_once(library, [weight], False, Counter())
+    assert changed is not first and not torch.equal(changed, first)
+
+
+@given(st.integers(1, 5000), st.data())
+def test_a_digest_depends_on_every_bit(library, words, data) -> None:
+    """Stops a piece, or a word at its end, that is not looked at, and words that may change places."""
+    weight = torch.randint(-(2**62), 2**62, (words,), generator=torch.Generator().manual_seed(words))
+    before = packing.digest(library, weight)
+    assert packing.digest(library, weight.clone()) == before
+    index, bit = data.draw(st.integers(0, words - 1)), data.draw(st.integers(0, 62))
+    other = weight.clone()
+    other[index] ^= 1 << bit
+    assert packing.digest(library, other) != before
+    assert words == 1 or packing.digest(library, weight.roll(1)) != before

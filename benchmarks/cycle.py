@@ -26,11 +26,11 @@ from coral.bench.costs import verify_seconds
 from coral.bench.deepen import deepen, plain_bytes
 from coral.cli.demo import PROMPTS
 from coral.cli.options import quiet_transformers, read_budget
-from coral.decoding.generate import acceptance_length
+from coral.decoding.cycle import acceptance_length
 from coral.decoding.merged import Merged
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
-from coral.decoding.state import Cycle
+from coral.decoding.state import Cycle, State
 from coral.drafters.feature.propose import Feature
 from coral.native.memory import keep_freed_memory
 from coral.suites import prompts as suites
@@ -45,7 +45,7 @@ PARTS: dict[tuple[str, str], str] = {
     ("native", "grow"): "draft steps",
     ("target", "verify"): "verify",
     ("sampling", "sample"): "sample",
-    ("target", "keep"): "keep",
+    ("state", "keep"): "keep",
 }
 
 
@@ -126,7 +126,7 @@ def main() -> None:
         loaded_suites = suites.load(options.suites, options.limit).values()
         prompts = [suites.render(target.tokenizer, prompt) for suite in loaded_suites for prompt in suite]
     native = drafter._native
-    owners = {"proposer": proposer, "native": native, "target": target, "sampling": Sampling}
+    owners = {"proposer": proposer, "native": native, "target": target, "state": State, "sampling": Sampling}
     if proposer is not drafter:
         owners["lookup"] = proposer.lookup
     watching = {key: part for key, part in PARTS.items() if key[0] in owners}

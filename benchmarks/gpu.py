@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 from coral.bench.costs import Costs, verify_seconds
 from coral.bench.deepen import plain_bytes
 from coral.cache import KVCache
-from coral.decoding.generate import Proposer, generate
+from coral.decoding.cycle import Proposer, generate
 from coral.decoding.plain import Plain
 from coral.decoding.state import State
 from coral.drafters.feature.network import Drafter, DrafterConfig, num_bytes

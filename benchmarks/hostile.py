@@ -18,8 +18,8 @@ from torch import Tensor
 from coral.api import make_proposer
 from coral.bench.methods import ours
 from coral.cli.options import quiet_transformers
+from coral.decoding.cycle import acceptance_length
 from coral.decoding.fallback import Fallback
-from coral.decoding.generate import acceptance_length
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.drafters.heads.reduced import StaticHead, Table

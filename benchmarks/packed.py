@@ -25,7 +25,7 @@ def timed(target: Target, state: State, rows: int, clock: Callable[[], float]) -
     length, token = state.cache.length, state.tokens[-1]
     chain = DraftTree(torch.full((rows,), token), torch.arange(-1, rows - 1), torch.zeros(rows))
     begin = clock()
-    target.verify([state], [chain])
+    target.verify([state.cache], [chain])
     seconds = clock() - begin
     state.cache.keep(length)
     return seconds
@@ -38,7 +38,7 @@ def compare(file: Path, rounds: int, clock: Callable[[], float]) -> list[str]:
     pairs = []
     for target in (wide, packed):
         state = State(list(prefix), len(prefix) + 1, target.new_cache(len(prefix) + max(ROWS) + 1))
-        target.prefill([state])
+        state.prefill(target, (-1,))
         pairs.append((target, state))
     lines = []
     for rows in ROWS:

@@ -47,10 +47,10 @@ def main() -> None:
                 for name, reader in (("torch", target), ("native", native)):
                     state = State(tokens, length + 32, reader.new_cache(length + 32))
                     begin = perf_counter()
-                    committed = reader.prefill([state])
+                    state.prefill(reader, proposer.layers)
                     seconds[name].append(perf_counter() - begin)
                 begin = perf_counter()
-                proposer.propose([state], committed, Budget(1, 6, 6))
+                proposer.propose([state], Budget(1, 6, 6))
                 seconds["drafter"].append(perf_counter() - begin)
             rows.append({"dtype": dtype, "tokens": length} | {k: median(v) for k, v in seconds.items()})
     lines = [

@@ -13,7 +13,7 @@ from tiny import CONFIGS, HEADS, Bushes, new_state, prompt_of, tiny_model
 from tiny_pair import NATIVE, save_target
 
 from coral.api import Pair, load
-from coral.decoding.generate import generate
+from coral.decoding.cycle import generate
 from coral.decoding.merged import Merged
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling

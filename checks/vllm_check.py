@@ -29,7 +29,7 @@ from coral.api import make_proposer
 from coral.bench.equality import compare, references
 from coral.bench.methods import ours
 from coral.cli.options import quiet_transformers
-from coral.decoding.generate import Proposer, generate
+from coral.decoding.cycle import Proposer, generate
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State

@@ -1,5 +1,7 @@
 """The cache holds what a fresh prefill of the same tokens would hold, whatever was drafted in between."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -18,7 +20,7 @@ from tiny import (
 )
 
 from coral.cache import KVCache
-from coral.decoding.generate import generate
+from coral.decoding.cycle import generate
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
@@ -32,7 +34,7 @@ FAMILIES = ["llama", "mistral-sliding", "qwen2-sliding", "qwen3", "phi3-longrope
 def assert_cache_is_fresh(target, state):
     """Keys and values of all layers equal those of a prefill in one piece."""
     fresh = new_state(target, state.tokens)
-    target.prefill([fresh])
+    fresh.prefill(target, (-1,))
     assert state.cache.length == fresh.cache.length == len(state.tokens) - 1
     for own, other in zip(state.cache.layers, fresh.cache.layers, strict=True):
         for mine, expected in ((own.keys, other.keys), (own.values, other.values)):
@@ -43,10 +45,14 @@ def assert_cache_is_fresh(target, state):
 
 def take(target, states, trees, paths):
     """Verify the trees, then accept the given paths and a bonus token."""
-    logits, features = target.verify(states, trees)
-    for state, tree, path in zip(states, trees, paths, strict=True):
-        state.extend([*tree.tokens[path[1:]].tolist(), 9])
-    return logits, target.keep(states, paths, features)
+    logits, features = target.verify([state.cache for state in states], trees)
+    for state, tree, path, rows in zip(states, trees, paths, features, strict=True):
+        state.has_read()
+        follows = [9] * len(tree)
+        for node, child in pairwise(path):
+            follows[node] = int(tree.tokens[child])
+        state.keep(tree, follows, rows)
+    return logits
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -57,12 +63,12 @@ def test_keep_leaves_what_a_prefill_would(kind):
         tree = random_tree(9, seed=seed)
         for path in [root_path(tree, node) for node in range(seed, 9, 2)]:
             state = new_state(target, [*prompt_of(7, seed=seed), int(tree.tokens[0])])
-            target.prefill([state])
-            _, (committed,) = take(target, [state], [tree], [path])
+            state.prefill(target, (-1,))
+            take(target, [state], [tree], [path])
             assert_cache_is_fresh(target, state)
-            assert (committed.start, committed.tokens) == (7, state.tokens[8:])
+            assert (state.unread.start, state.unread_tokens) == (7, state.tokens[8:])
             expected = target.features(torch.tensor([state.tokens]))[0, 7:-1]
-            torch.testing.assert_close(committed.features, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(state.unread.features, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral-sliding", "qwen2-sliding"])
@@ -77,14 +83,16 @@ def test_three_packed_sequences_are_three_alone(kind):
         return [new_state(target, prompt) for prompt in prompts]
 
     packed, alone = states(), states()
-    target.prefill(packed)
-    logits, committed = take(target, packed, trees, paths)
+    for state in packed:
+        state.prefill(target, (-1,))
+    logits = take(target, packed, trees, paths)
     for i, state in enumerate(alone):
-        target.prefill([state])
-        (expected,), (read,) = take(target, [state], trees[i : i + 1], paths[i : i + 1])
+        state.prefill(target, (-1,))
+        (expected,) = take(target, [state], trees[i : i + 1], paths[i : i + 1])
         torch.testing.assert_close(logits[i], expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(committed[i].features, read.features, rtol=1e-4, atol=1e-4)
-        assert (committed[i].start, committed[i].tokens) == (read.start, read.tokens)
+        unread = packed[i].unread
+        torch.testing.assert_close(unread.features, state.unread.features, rtol=1e-4, atol=1e-4)
+        assert (unread.start, packed[i].tokens) == (state.unread.start, state.tokens)
         assert_cache_is_fresh(target, packed[i])
 
 
@@ -141,7 +149,7 @@ def test_second_turn_is_that_of_a_fresh_start(name, turn):
     state = new_state(target, prompt_of(9), 16, sampling)
     finish(target, proposer, state)
     tokens = TURNS[turn](state.tokens)
-    state.go_on(tokens, len(tokens) + 12)
+    state.continue_with(tokens, len(tokens) + 12)
     fresh = new_state(target, tokens, 12, sampling)
     trees = finish(target, proposer, state)
     assert trees == finish(target, PROPOSERS[name](target), fresh)
@@ -161,7 +169,8 @@ def test_interrupted_text_goes_on_as_if_nothing_had_happened(name, moment, monke
     next(cycles), next(cycles)
     with monkeypatch.context() as patch:
         if moment != "between cycles":
-            patch.setattr(target, moment, interrupted(getattr(target, moment)))
+            owner = target if moment == "verify" else state.cache
+            patch.setattr(owner, moment, interrupted(getattr(owner, moment)))
             with pytest.raises(KeyboardInterrupt):
                 next(cycles)
     cycles.close()

@@ -10,8 +10,8 @@ import torch
 from test_readme import blocks
 
 import coral as library
+from coral.decoding.cycle import acceptance_length
 from coral.decoding.fallback import Fallback
-from coral.decoding.generate import acceptance_length
 from coral.errors import CoralError
 from coral.target import default as models
 from coral.target.target import Target

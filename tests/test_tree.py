@@ -119,8 +119,8 @@ def test_logits_of_a_node_are_those_of_its_root_path(tree):
     """Stops a wrong position, a mask one column off, and a child that sees its sibling."""
     target, prompt = tiny_target(), prompt_of(6)
     state = new_state(target, [*prompt, int(tree.tokens[0])])
-    target.prefill([state])
-    (logits,), _ = target.verify([state], [tree])
+    state.prefill(target, (-1,))
+    (logits,), _ = target.verify([state.cache], [tree])
     assert logits.shape == (len(tree), V)
     for node in range(len(tree)):
         line = [*prompt, *tree.tokens[root_path(tree, node)].tolist()]

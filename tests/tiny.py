@@ -20,10 +20,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from coral.decoding.generate import Proposer, generate
+from coral.decoding.cycle import Proposer, generate
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
-from coral.decoding.state import Committed, Cycle, State
+from coral.decoding.state import Cycle, State
 from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.drafters.feature.propose import Feature
 from coral.drafters.heads.groups import contiguous
@@ -169,13 +169,11 @@ class Recorder:
     """Keeps the trees that a proposer proposes, as (tokens, parents), by sequence id."""
 
     def __init__(self, proposer: Proposer) -> None:
-        self.proposer = proposer
+        self.proposer, self.layers = proposer, proposer.layers
         self.trees: defaultdict[int, list[tuple[list[int], list[int]]]] = defaultdict(list)
 
-    def propose(
-        self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
-    ) -> list[DraftTree]:
-        trees = self.proposer.propose(states, committed, budget)
+    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
+        trees = self.proposer.propose(states, budget)
         for state, tree in zip(states, trees, strict=True):
             self.trees[state.sequence_id].append((tree.tokens.tolist(), tree.parents.tolist()))
         return trees
@@ -184,12 +182,12 @@ class Recorder:
 class Oracle:
     """Drafts what the target will say, among wrong siblings; texts[i] is the whole text of sequence i."""
 
+    layers = ()
+
     def __init__(self, texts: Sequence[Sequence[int]], vocab_size: int = V) -> None:
         self.texts, self.vocab_size = texts, vocab_size
 
-    def propose(
-        self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
-    ) -> list[DraftTree]:
+    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
         return [self.tree(state, budget.within(state.remaining)) for state in states]
 
     def tree(self, state: State, budget: Budget) -> DraftTree:

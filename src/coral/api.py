@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from coral.data import chat_format
 from coral.decoding import prompts
+from coral.decoding.cycle import Proposer, generate
 from coral.decoding.fallback import Fallback
-from coral.decoding.generate import Proposer, generate
 from coral.decoding.plain import Plain
 from coral.decoding.prompts import Prompt
 from coral.decoding.sampling import Sampling
@@ -262,20 +262,21 @@ class Pair:
         if not isinstance(sequence_id, Integral):
             raise CoralError(f"sequence_id is {sequence_id!r}, but it must be a whole number.")
         drawn: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        return State(
+        return State.begin(
+            self.target,
             tokens,
-            length,
-            self.target.new_cache(length + self.budget.num_nodes + 1),
-            Sampling(**{name: value for name, value in drawn.items() if value is not None}),
-            int(sequence_id),
-            frozenset() if ignore_eos else self._eos_ids(prompt, chat),
-            stop_at(self.tokenizer, strings) if strings else None,
+            length - len(tokens),
+            self.budget.num_nodes,
+            sampling=Sampling(**{name: value for name, value in drawn.items() if value is not None}),
+            sequence_id=int(sequence_id),
+            eos_ids=frozenset() if ignore_eos else self._eos_ids(prompt, chat),
+            stop=stop_at(self.tokenizer, strings) if strings else None,
         )
 
     def go_on(self, state: State, prompt: Prompt, *, max_new_tokens: int | None = 256) -> None:
         """Make a finished state ready for a longer conversation; shared keys and values are kept."""
         tokens = self.encode(prompt, chat=True)
-        state.go_on(tokens, self._check_length(tokens, max_new_tokens))
+        state.continue_with(tokens, self._check_length(tokens, max_new_tokens))
 
     def cycles(self, state: State) -> Iterator[Cycle]:
         """Write one state to its end."""

@@ -154,7 +154,9 @@ def test_v_is_relative_to_the_plain_step_used() -> None:
 class Chain:
     """Drafts the same id again and again: a drafter that is nearly always wrong."""
 
-    def propose(self, states: list, committed: list, budget: Budget) -> list[DraftTree]:
+    layers = ()
+
+    def propose(self, states: list, budget: Budget) -> list[DraftTree]:
         chain = torch.tensor([-1, 0, 1])
         return [DraftTree(torch.tensor([s.tokens[-1], 3, 3]), chain, -torch.arange(3.0), 2) for s in states]
 

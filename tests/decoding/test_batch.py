@@ -5,7 +5,7 @@ import torch
 from tiny import Target, new_state, prompt_of, tiny_model, tiny_target
 
 from coral.decoding import batch
-from coral.decoding.generate import generate
+from coral.decoding.cycle import generate
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.target.attention import GROUPED_SDPA

@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny import Recorder, new_state, prompt_of, random_drafter, soft_target, tiny_target, write
 
+from coral.decoding.cycle import generate
 from coral.decoding.fallback import Fallback
-from coral.decoding.generate import generate
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
-from coral.decoding.state import Committed, Cycle
+from coral.decoding.state import Cycle
 from coral.tree import Budget, DraftTree
 
 BUDGET = Budget(top_k=3, max_depth=3, num_nodes=7)
@@ -43,8 +43,8 @@ def test_a_rest_leaves_no_gap_in_what_the_drafter_reads(sampling):
                 fresh = new_state(
                     target, state.tokens[:length], state.max_length - length, sampling, sequence_id=i
                 )
-                committed = target.prefill([fresh])
-                (again,) = random_drafter(target).propose([fresh], committed, BUDGET)
+                fresh.prefill(target, (-1,))
+                (again,) = random_drafter(target).propose([fresh], BUDGET)
                 assert tree == (again.tokens.tolist(), again.parents.tolist())
 
 
@@ -52,14 +52,14 @@ class Before:
     """Notes the lengths of the texts before each cycle."""
 
     def __init__(self, proposer, lengths):
-        self.proposer, self.lengths = proposer, lengths
+        self.proposer, self.lengths, self.layers = proposer, lengths, proposer.layers
 
-    def propose(self, states, committed, budget):
+    def propose(self, states, budget):
         for state in states:
             while len(self.lengths) <= state.sequence_id:
                 self.lengths.append([])
             self.lengths[state.sequence_id].append(len(state.tokens))
-        return self.proposer.propose(states, committed, budget)
+        return self.proposer.propose(states, budget)
 
 
 class Acted:
@@ -75,9 +75,7 @@ class Acted:
         total, drafted = 0.0, []
         end = len(self.state.tokens) + tokens
         while len(self.state.tokens) < end:
-            start = len(self.state.tokens) - 1
-            rows = Committed(self.state.tokens[-1:], torch.zeros(1, 4), start)
-            (tree,) = self.proposer.propose([self.state], [rows], BUDGET)
+            (tree,) = self.proposer.propose([self.state], BUDGET)
             drafts = len(tree) > 1
             count = emitted if drafts else 1
             self.state.tokens += [0] * count
@@ -88,7 +86,9 @@ class Acted:
 
 
 class Chain:
-    def propose(self, states, committed, budget):
+    layers = ()
+
+    def propose(self, states, budget):
         return [DraftTree(torch.zeros(2, dtype=torch.int64), torch.tensor([-1, 0]), torch.zeros(2))]
 
 

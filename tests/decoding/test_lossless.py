@@ -20,7 +20,7 @@ from tiny import (
 )
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from coral.decoding.generate import acceptance_length, generate
+from coral.decoding.cycle import acceptance_length, generate
 from coral.decoding.merged import Merged
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
@@ -147,7 +147,9 @@ PROMPT = [3]  # one token: nothing is to be read before the first cycle
 class Fixed:
     """The same tree in every cycle: four ids below the root, and two more below the first of them."""
 
-    def propose(self, states, committed, budget):
+    layers = ()
+
+    def propose(self, states, budget):
         parents = torch.tensor([-1, 0, 0, 0, 0, 1, 1])
         return [
             DraftTree(torch.tensor([state.tokens[-1], 2, 0, 1, 3, 4, 0]), parents, torch.zeros(7))
@@ -305,11 +307,12 @@ def test_a_level_that_will_hardly_be_reached_is_not_drafted():
     """Stops a rule that reads another level's scores, and a depth that is cut although likely."""
     target = soft_target(V)
     proposer, state = random_drafter(target), new_state(target, prompt_of(9), 20)
-    committed = target.prefill([state])
+    state.prefill(target, (-1,))
+    rows = state.unread
 
     def grown(min_gain: float) -> DraftTree:
-        (tree,) = proposer.propose([state], committed, Budget(3, 4, 99, min_gain))
-        state.memory = None  # the prompt is read again
+        state.unread = rows  # the prompt is read again
+        (tree,) = proposer.propose([state], Budget(3, 4, 99, min_gain))
         return tree
 
     whole = grown(0.0)

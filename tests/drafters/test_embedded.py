@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import coral
-from coral.decoding.generate import acceptance_length
+from coral.decoding.cycle import acceptance_length
 from coral.drafters import checkpoint
 from coral.target.default import DRAFTER, SMOLLM2, TOY
 

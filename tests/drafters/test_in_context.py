@@ -2,12 +2,13 @@
 
 import gc
 import random
+import weakref
 
 import pytest
 import torch
 from tiny import Bushes, V, new_state, prompt_of, random_drafter, tiny_model, tiny_target, tree_of, write
 
-from coral.decoding.generate import generate
+from coral.decoding.cycle import generate
 from coral.drafters.feature.propose import Feature
 from coral.drafters.heads.in_context import InContextHead, likeliest
 from coral.drafters.heads.store import FullHead
@@ -103,7 +104,7 @@ def test_another_conversation_is_read_from_its_start():
     state = new_state(tiny_target(), [10, 11, 12], 4)
     assert held(head, state) >= {10, 11, 12}
     for prompt in ([10, 14, 15], [16, 17], [16, 17, 18, 19, 20]):
-        state.go_on(prompt, 9)
+        state.continue_with(prompt, 9)
         assert held(head, state) >= set(prompt)
 
 
@@ -119,9 +120,10 @@ def test_each_sequence_has_its_own_window():
     assert torch.equal(ids, torch.cat([found for found, _ in alone]))
     torch.testing.assert_close(scores, torch.cat([found for _, found in alone]))
     assert [held(head, state) for state in states] == [{*range(6), 10, 11, 12}, {*range(6), 20, 21, 22}]
+    windows = [weakref.ref(head.window(state)) for state in states]
     del states
     gc.collect()
-    assert len(head._windows) == 0
+    assert [window() for window in windows] == [None, None]
 
 
 def test_a_state_knows_the_logits_of_its_own_nodes():

@@ -1,13 +1,12 @@
 """Prompt lookup: what it finds, what it thinks of it, and what a drafter does beside it."""
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import V, new_state, prompt_of, random_drafter, soft_target
 
 from coral.decoding.merged import Merged
-from coral.decoding.state import Committed, State
+from coral.decoding.state import State
 from coral.drafters.lookup import NGram, _Index
 from coral.tree import Budget, DraftTree
 
@@ -25,8 +24,7 @@ def longest(text: list[int]) -> int:
 def looked_up(state: State, proposer: NGram, budget: Budget, written: list[int]) -> DraftTree:
     """What is drafted behind a text to which each of these tokens was added by a cycle of its own."""
     for token in [*written, None]:
-        committed = Committed([], torch.empty(0, 1), len(state.tokens) - 1)
-        (tree,) = proposer.propose([state], [committed], budget)
+        (tree,) = proposer.propose([state], budget)
         if token is not None:
             state.tokens.append(token)
     return tree
@@ -86,11 +84,11 @@ class Watched:
     """Notes what a drafter is given to read."""
 
     def __init__(self, drafter) -> None:
-        self.drafter, self.read = drafter, []
+        self.drafter, self.read, self.layers = drafter, [], drafter.layers
 
-    def propose(self, states, committed, budget):
-        self.read += [(rows.start, rows.tokens) for rows in committed]
-        return self.drafter.propose(states, committed, budget)
+    def propose(self, states, budget):
+        self.read += [(state.unread.start, state.unread_tokens) for state in states]
+        return self.drafter.propose(states, budget)
 
 
 def test_while_the_text_repeats_itself_the_drafter_rests_and_reads_later():
@@ -102,17 +100,16 @@ def test_while_the_text_repeats_itself_the_drafter_rests_and_reads_later():
     state = new_state(target, prompt, 60)
     drafter = Watched(random_drafter(target))
     merged, budget = Merged(drafter, NGram()), Budget(top_k=2, max_depth=3, num_nodes=6)
-    forwards, committed = [], target.prefill([state])
+    state.prefill(target, merged.layers)
+    forwards = []
     for cycle in range(4):  # what the target would write is played: the prompt again, in the third cycle not
-        (tree,) = merged.propose([state], committed, budget)
+        (tree,) = merged.propose([state], budget)
         forwards.append(tree.num_forwards)
-        _, features = target.verify([state], [tree])
+        _, features = target.verify([state.cache], [tree])
         follows = [prompt[(len(state.tokens) + depth) % 5] for depth in tree.depth.tolist()]
         if cycle == 2:
             follows = [next(token for token in range(V) if token not in prompt)] * len(tree)
-        path = tree.walk(follows)
-        state.extend([follows[node] for node in path])
-        committed = target.keep([state], [path], features)
+        state.keep(tree, follows, features[0])
     assert [count > 0 for count in forwards] == [False, False, False, True]
     (start, tokens), *others = drafter.read
     assert (start, tokens, others) == (0, state.tokens[1 : start + 1 + len(tokens)], [])

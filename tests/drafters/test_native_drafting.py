@@ -8,7 +8,7 @@ from tiny import prompt_of, tiny_model, write
 
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
-from coral.decoding.state import Committed, State
+from coral.decoding.state import State, Unread
 from coral.drafters.feature.native import NativeDrafter
 from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.drafters.feature.propose import Feature
@@ -66,15 +66,16 @@ def draft(target, proposer, budget, sampling, accepted, length=20):
     """The trees of four cycles behind a prompt, and the drafter's cache after them."""
     ids = prompt_of(length + 3 * accepted, 67)
     state = State(ids[:length], 150, target.new_cache(160), sampling, sequence_id=5)
-    (committed,) = target.prefill([state])
+    state.prefill(target, (-1,))
     features = target.features(torch.tensor([ids]))[0]
-    trees = [proposer.propose([state], [committed], budget)[0]]
+    trees = [proposer.propose([state], budget)[0]]
     for _ in range(3):
         n = len(state.tokens)
         state.tokens += ids[n : n + accepted]
-        pairs = Committed(state.tokens[n:], features[n - 1 : n - 1 + accepted], n - 1)
-        trees += proposer.propose([state], [pairs], budget)
-    return trees, [rows[:, :, : state.memory.length] for rows in state.memory.storage]
+        state.unread = Unread(n - 1, (features[n - 1 : n - 1 + accepted],))
+        trees += proposer.propose([state], budget)
+    cache = state.memory[proposer]
+    return trees, [rows[:, :, : cache.length] for rows in cache.storage]
 
 
 @pytest.mark.parametrize("head", HEADS)

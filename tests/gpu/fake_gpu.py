@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import AutoModelForCausalLM
 
-from coral.decoding.generate import generate
+from coral.decoding.cycle import generate
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
@@ -107,11 +107,13 @@ def decode(target: Target, proposer: Any, count: int, sampling: Sampling) -> Non
 
 
 class Curious(Plain):
-    """Looks at a number of what the target committed."""
+    """Looks at a number of the target's states."""
 
-    def propose(self, states: Any, committed: Any, budget: Any) -> list[DraftTree]:
-        assert float(committed[0].features.sum()) != 0
-        return super().propose(states, committed, budget)
+    layers = (-1,)
+
+    def propose(self, states: Any, budget: Any) -> list[DraftTree]:
+        assert float(states[0].unread.features.sum()) != 0
+        return super().propose(states, budget)
 
 
 def check(name: str, *arguments: Any) -> None:
@@ -130,7 +132,7 @@ def main() -> None:
     with (
         FakeTensorMode(),
         patch("coral.cache.from_dlpack", lambda tensor: tensor),  # knows no device of this name
-        patch("coral.decoding.generate.read", read),
+        patch("coral.decoding.cycle.read", read),
         patch("coral.target.target.upload", uploaded),
         patch("coral.tree.upload", uploaded),
         patch("coral.drafters.feature.propose.upload", uploaded),

@@ -64,10 +64,10 @@ def test_a_prepared_verification_is_the_packages(monkeypatch):
     ids = torch.randint(512, (1, 14))
     monkeypatch.setattr(torch, "randint", lambda high, size, **kwargs: ids[:, : size[1]])
     state = State(ids[0, :10].tolist(), 30, target.new_cache(30))
-    target.prefill([state])
+    state.prefill(target, (-1,))
     for rows in (1, 5):
         chain = DraftTree(ids[0, 9 : 9 + rows], torch.arange(-1, rows - 1), torch.zeros(rows))
-        expected = target.verify([state], [chain])[0][0]
+        expected = target.verify([state.cache], [chain])[0][0]
         state.cache.keep(9)
         with torch.inference_mode():
             forward = gpu["verification"](target, rows, 9)

@@ -152,8 +152,8 @@ def targets(tmp_path: Path, name: str, kind: str) -> tuple[Target, Path]:
 
 def verified(target: Target, tree) -> Tensor:
     state = State(prompt_of(14, 99), 60, target.new_cache(60))
-    target.prefill([state])
-    (logits,), (features,) = target.verify([state], [tree])
+    state.prefill(target, (-1,))
+    (logits,), (features,) = target.verify([state.cache], [tree])
     return torch.cat([logits, features], 1).float()
 
 
@@ -188,10 +188,10 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(tmp_path, rows) -> None:
     target, _ = targets(tmp_path, "qwen2", "Q8_0")
     tokens = prompt_of(rows, 99, seed=2)
     state = State(prompt_of(9, 99), 90, target.new_cache(90))
-    target.prefill([state])
-    (together,), _ = target.verify([state], [tree_of(tokens, range(-1, rows - 1))])
+    state.prefill(target, (-1,))
+    (together,), _ = target.verify([state.cache], [tree_of(tokens, range(-1, rows - 1))])
     state.cache.keep(8)
-    steps = [target.verify([state], [tree_of([token], [-1])])[0][0] for token in tokens]
+    steps = [target.verify([state.cache], [tree_of([token], [-1])])[0][0] for token in tokens]
     assert torch.equal(together, torch.cat(steps))
 
 

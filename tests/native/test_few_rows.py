@@ -163,11 +163,11 @@ def test_a_verification_in_bfloat16_is_plain_steps_bit_for_bit(monkeypatch):
     target = Target(model.to(torch.bfloat16)).compiled((1, 8))
     prompt, tokens = prompt_of(9), torch.tensor(prompt_of(7))
     state = State(prompt, 40, target.new_cache(64))
-    target.prefill([state])
+    state.prefill(target, (-1,))
 
     def verify(tokens):
         chain = DraftTree(tokens, torch.arange(-1, len(tokens) - 1), torch.zeros(len(tokens)))
-        (logits,), (features,) = target.verify([state], [chain])
+        (logits,), (features,) = target.verify([state.cache], [chain])
         return logits, features
 
     together = verify(tokens)

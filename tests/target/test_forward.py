@@ -1,7 +1,6 @@
 """The target's forward in one native call against its slow twin, transformers' own code."""
 
 import shutil
-import sys
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
 from coral.native import few_rows
-from coral.target import target as target_module
 from coral.target.attention import GROUPED_SDPA
 from coral.target.native import NativeForward
 from coral.target.target import Target
@@ -47,8 +45,13 @@ def states_of(target, lengths, room=40):
         State(prompt_of(n, seed=n), n + room, target.new_cache(n + room), sequence_id=i)
         for i, n in enumerate(lengths)
     ]
-    target.prefill(states)
+    for state in states:
+        state.prefill(target, (-1,))
     return states
+
+
+def caches(states):
+    return [state.cache for state in states]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,7 +68,7 @@ def test_logits_features_and_cache_are_the_models(kind, dtype):
         results = []
         for target in (slow, fast, exact):
             states = states_of(target, lengths)
-            logits, features = target.verify(states, trees)
+            logits, features = target.verify(caches(states), trees)
             rows = [rows[:, :, : state.cache.length] for state in states for rows in state.cache.storage]
             assert [state.cache.length for state in states] == [
                 n - 1 + size for n, size in zip(lengths, sizes, strict=True)
@@ -85,7 +88,9 @@ def test_bfloat16_is_rounded_where_the_model_rounds(kind):
     slow, fast = targets(kind, torch.bfloat16)
     same = []
     for token in range(20):
-        results = [target.verify(states_of(target, [1]), [tree_of([token], [-1])]) for target in (slow, fast)]
+        results = [
+            target.verify(caches(states_of(target, [1])), [tree_of([token], [-1])]) for target in (slow, fast)
+        ]
         same += [(own == model).float().mean() for (model,), (own,) in zip(*results, strict=True)]
     assert sum(same) / len(same) > 0.99
 
@@ -101,7 +106,7 @@ def test_the_matrix_unit_computes_what_vectors_do(kind, rows):
     tree, results = random_tree(rows, seed=rows), []
     for tiles in (True, False):
         fast._native._job.tiles = tiles
-        logits, features = fast.verify(states_of(fast, [9], room=90), [tree])
+        logits, features = fast.verify(caches(states_of(fast, [9], room=90)), [tree])
         results.append(torch.cat([logits[0], features[0]], 1).float())
     by_tiles, by_vectors = results
     assert (by_tiles - by_vectors).norm() < 0.02 * by_vectors.norm()
@@ -113,7 +118,7 @@ def test_eager_attention_is_the_same_in_float32(kind):
     slow, fast = targets(kind, attention="eager")
     assert fast._native is not None
     tree = random_tree(9)
-    (model,), (own,) = (target.verify(states_of(target, [12]), [tree])[0] for target in (slow, fast))
+    (model,), (own,) = (target.verify(caches(states_of(target, [12])), [tree])[0] for target in (slow, fast))
     torch.testing.assert_close(own, model, rtol=1e-4, atol=1e-4)
 
 
@@ -124,13 +129,13 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(kind, dtype):
     _, fast = targets(kind, dtype)
     (state,), tokens = states_of(fast, [9]), prompt_of(7, seed=2)
     chain = tree_of(tokens, range(-1, len(tokens) - 1))
-    together = fast.verify([state], [chain])
+    together = fast.verify([state.cache], [chain])
     state.cache.keep(8)
-    alone = [fast.verify([state], [tree_of([token], [-1])]) for token in tokens]
+    alone = [fast.verify([state.cache], [tree_of([token], [-1])]) for token in tokens]
     for (rows,), steps in zip(together, zip(*alone, strict=True), strict=True):
         assert torch.equal(rows, torch.cat([row for (row,) in steps]))
     batch = states_of(fast, [4, 9, 2])
-    (_, rows, _), _ = fast.verify(batch, [random_tree(5), chain, random_tree(9)])
+    (_, rows, _), _ = fast.verify(caches(batch), [random_tree(5), chain, random_tree(9)])
     assert torch.equal(rows, together[0][0])
 
 
@@ -141,15 +146,14 @@ def test_a_prompt_is_read_as_its_tokens_are_written(kind, length, dtype, monkeyp
     """Stops a prompt's rows, or a long prompt's pieces, that are not those of plain steps over its tokens;
     and a window that is another for rows that attend together.
     """
-    monkeypatch.setattr(target_module, "_PREFILL_CHUNK", 70)
+    monkeypatch.setattr("coral.decoding.state._PREFILL_CHUNK", 70)
     _, fast = targets(kind, dtype)
     assert fast._native is not None
-    fast._native._most_rows = length  # also where torch's forward would be faster
     tokens = prompt_of(length)
     read, written = (State(tokens, length + 9, fast.new_cache(length + 9)) for _ in range(2))
-    (committed,) = fast.prefill([read])
-    steps = [fast.verify([written], [tree_of([token], [-1])])[1][0] for token in tokens[:-1]]
-    assert torch.equal(committed.features, torch.cat(steps))
+    read.prefill(fast, (-1,))
+    steps = [fast.verify([written.cache], [tree_of([token], [-1])])[1][0] for token in tokens[:-1]]
+    assert torch.equal(read.unread.features, torch.cat(steps))
     for one, other in zip(read.cache.storage, written.cache.storage, strict=True):
         assert torch.equal(one[:, :, : length - 1], other[:, :, : length - 1])
 
@@ -163,20 +167,20 @@ def test_a_node_does_not_depend_on_other_branches(kind, dtype):
     _, fast = targets(kind, dtype)
     for seed in range(8):
         (state,), tree = states_of(fast, [20 + seed]), random_tree(12, seed=seed)
-        (logits,), (features,) = fast.verify([state], [tree])
+        (logits,), (features,) = fast.verify([state.cache], [tree])
         for node in range(len(tree)):
             state.cache.keep(19 + seed)
             path = tree.tokens[root_path(tree, node)].tolist()
-            steps = [fast.verify([state], [tree_of([token], [-1])]) for token in path]
+            steps = [fast.verify([state.cache], [tree_of([token], [-1])]) for token in path]
             assert torch.equal(steps[-1][0][0][0], logits[node])
             assert torch.equal(steps[-1][1][0][0], features[node])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sequences", [1, 3])
-def test_texts_stay_the_same(sequences, dtype, monkeypatch):
-    """Stops a forward that loses rows when a cache grows or is cut, or of a prompt of one token; and trees of
-    more rows than it takes, which transformers' code verifies.
+def test_texts_stay_the_same(sequences, dtype):
+    """Stops a forward that loses rows when a cache grows or is cut, or of a prompt of one token; also with
+    trees of many rows.
     """
     slow, fast = targets(dtype=dtype)
     for length, sampling in ((1, Sampling()), (9, Sampling(1.0, seed=3))):
@@ -187,9 +191,7 @@ def test_texts_stay_the_same(sequences, dtype, monkeypatch):
         if dtype == torch.float32:
             assert write(slow, Plain(), prompts, 40, sampling).texts == plain.texts
             many = Budget(4, 4, few_rows.MOST_ROWS)
-            for most_rows in (few_rows.MOST_ROWS, sys.maxsize):
-                monkeypatch.setattr(fast._native, "_most_rows", most_rows)
-                assert write(fast, bushes, prompts, 40, sampling, many).texts == plain.texts
+            assert write(fast, bushes, prompts, 40, sampling, many).texts == plain.texts
 
 
 def test_threads_share_the_work():
@@ -199,7 +201,7 @@ def test_threads_share_the_work():
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(fast.verify(states_of(fast, [11]), [tree])[0][0])
+            results.append(fast.verify(caches(states_of(fast, [11])), [tree])[0][0])
     finally:
         torch.set_num_threads(1)
     for logits in results[1:]:

@@ -51,7 +51,7 @@ def test_ids_outside_the_vocabulary_are_named(place: Path, native: bool, odd: in
         written(pair, ids)
     state = pair.start([5, 6, 7], max_new_tokens=3)
     list(pair.cycles(state))
-    state.go_on([5, 6, odd, 7], 8)  # a longer conversation is checked, too
+    state.continue_with([5, 6, odd, 7], 8)  # a longer conversation is checked, too
     with pytest.raises(CoralError, match=f"token id {odd}"):
         list(pair.cycles(state))
 

@@ -19,7 +19,7 @@ from tiny import (
 )
 from transformers import LlamaConfig
 
-from coral.decoding.generate import acceptance_length
+from coral.decoding.cycle import acceptance_length
 from coral.drafters.feature.network import DrafterConfig
 from coral.drafters.lookup import NGram
 from coral.errors import CoralError
@@ -45,7 +45,7 @@ def attention(request):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Prompts of 9 tokens are read in three pieces."""
-    monkeypatch.setattr("coral.target.target._PREFILL_CHUNK", 4)
+    monkeypatch.setattr("coral.decoding.state._PREFILL_CHUNK", 4)
 
 
 def hugging_face(kind, attention, prompt, new):
@@ -84,9 +84,10 @@ def test_feature_is_the_input_of_the_head(kind, attention, monkeypatch):
     ids = torch.tensor([prompt, prompt_of(20, seed=1)])
     logits = tiny_model(kind, "eager" if attention == "eager" else "sdpa")(ids).logits
     torch.testing.assert_close(target.head(target.features(ids)), logits, rtol=1e-4, atol=1e-4)
-    (read,) = target.prefill([new_state(target, prompt)])
-    torch.testing.assert_close(target.head(read.features), logits[0, :-1], rtol=1e-4, atol=1e-4)
-    assert read.tokens == prompt[1:]
+    read = new_state(target, prompt)
+    read.prefill(target, (-1,))
+    torch.testing.assert_close(target.head(read.unread.features), logits[0, :-1], rtol=1e-4, atol=1e-4)
+    assert read.unread_tokens == prompt[1:]
 
 
 @torch.no_grad()
@@ -141,9 +142,9 @@ def test_context_ends_before_frequencies_change(kind, limit):
     written = write(target, NGram(3), [prompt_of(limit - 5)], new=50, budget=BUDGET)
     assert len(written.texts[0]) == limit
     state = new_state(target, prompt_of(limit - 1))
-    target.prefill([state])
+    state.prefill(target, (-1,))
     with pytest.raises(CoralError, match="context"):
-        target.verify([state], [tree_of([1, 2, 3], [-1, 0, 1])])
+        target.verify([state.cache], [tree_of([1, 2, 3], [-1, 0, 1])])
 
 
 def config_directory(tmp_path, **config):

@@ -16,7 +16,7 @@ from coral.bench.deepen import deepen
 from coral.bench.methods import sized
 from coral.bench.run import bench
 from coral.data import prepared
-from coral.decoding.generate import acceptance_length, generate
+from coral.decoding.cycle import acceptance_length, generate
 from coral.decoding.sampling import Sampling
 from coral.drafters import checkpoint, tuned
 from coral.drafters.heads import store as heads
@@ -258,7 +258,7 @@ def test_each_drafter_is_padded_to_its_own_tree() -> None:
     compiled = target.compiled((1, 2, 6, 16))
     small = sized(compiled, 6)
     state = tiny.new_state(target, tiny.prompt_of(5))
-    target.prefill([state])
+    state.prefill(target, (-1,))
     assert [small._size([state], [n]) for n in (1, 2, 6, 7)] == [1, 6, 6, None]
     assert compiled.sizes == (1, 2, 6, 16)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coral.api import make_proposer
-from coral.decoding.generate import acceptance_length, generate
+from coral.decoding.cycle import acceptance_length, generate
 from coral.decoding.state import State
 from coral.drafters.feature.network import Drafter
 from coral.target.native import suits
@@ -29,10 +29,7 @@ def acceptance(
     for name, budget in (("chain", CHAIN), ("tree", TREE)):
         cycles = []
         for prompt in prompts:
-            end = min(len(prompt) + max_new_tokens, target.context_length)
-            state = State(
-                list(prompt), end, target.new_cache(end + budget.num_nodes + 1), eos_ids=target.eos_ids
-            )
+            state = State.begin(target, prompt, max_new_tokens, budget.num_nodes, eos_ids=target.eos_ids)
             cycles += [cycle for (cycle,) in generate(target, proposer, [state], budget)]
         taus[name] = acceptance_length(cycles)
     return taus

@@ -15,7 +15,7 @@ from coral.bench.deepen import plain_bytes
 from coral.bench.methods import Write, ours
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
-from coral.decoding.state import Committed, State
+from coral.decoding.state import State
 from coral.json_file import Positive, Seconds
 from coral.target.target import Target
 from coral.tree import Budget, DraftTree
@@ -91,9 +91,9 @@ class RefusedTree(DraftTree):
 class PlainPadded:
     """Plain decoding with a second, unused row: on some CPUs two float32 rows take less time than one."""
 
-    def propose(
-        self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
-    ) -> list[DraftTree]:
+    layers = ()
+
+    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
         parents, scores = torch.tensor([-1, 0]), torch.zeros(2)
         return [RefusedTree(torch.tensor([state.tokens[-1]] * 2), parents, scores) for state in states]
 
@@ -128,15 +128,15 @@ def verify_seconds(
     target: Target, rows: Sequence[int], prefix: Sequence[int], repeats: int = 7
 ) -> dict[int, float]:
     """Median seconds of one target forward over n draft nodes behind `prefix`, for each n of `rows`."""
-    state = State(list(prefix), len(prefix) + 1, target.new_cache(len(prefix) + max(rows) + 1))
-    target.prefill([state])
+    state = State.begin(target, prefix, 1, max(rows))
+    state.prefill(target, ())
     length, token = state.cache.length, state.tokens[-1]
     timed: dict[int, list[float]] = {n: [] for n in rows}
     for _ in range(repeats + 1):  # sizes in turn, so that a slow moment of the machine hits all of them
         for n in rows:
             chain = DraftTree(torch.full((n,), token), torch.arange(-1, n - 1), torch.zeros(n))
             begin = perf_counter()
-            logits, _ = target.verify([state], [chain])
+            logits, _ = target.verify([state.cache], [chain])
             logits[0][0, 0].item()
             timed[n].append(perf_counter() - begin)
             state.cache.keep(length)

@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from coral.decoding.cycle import Proposer, generate
 from coral.decoding.fallback import Fallback
-from coral.decoding.generate import Proposer, generate
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle, State
 from coral.drafters.lookup import NGram
@@ -68,9 +68,8 @@ def ours(target: Target, proposer: Proposer, budget: Budget) -> Write:
         eos_ids: frozenset[int] = frozenset(),
     ) -> Written:
         begin = perf_counter()
-        end = len(prompt) + length
-        cache = target.new_cache(end + budget.num_nodes + 1)
-        state = State(list(prompt), end, cache, sampling, sequence_id, eos_ids)
+        options = {"sampling": sampling, "sequence_id": sequence_id, "eos_ids": eos_ids}
+        state = State.begin(target, prompt, length, budget.num_nodes, **options)
         cycles = [cycle for (cycle,) in generate(target, proposer, [state], budget)]
         seconds = perf_counter() - begin
         prefill = seconds - sum(cycle.seconds for cycle in cycles)

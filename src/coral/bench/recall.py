@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coral.decoding.generate import generate
-from coral.decoding.state import Committed, State
+from coral.decoding.cycle import generate
+from coral.decoding.state import State
 from coral.drafters.feature.propose import Feature
 from coral.drafters.heads.routed import RoutedHead
 from coral.target.target import Target
@@ -35,8 +35,7 @@ def recall_by_depth(
         return None
     sums = torch.zeros(budget.max_depth, 2, dtype=torch.float64)
     for prompt in prompts:
-        end = min(len(prompt) + length, target.context_length)
-        state = State(list(prompt), end, target.new_cache(end + budget.num_nodes + 1))
+        state = State.begin(target, prompt, length, budget.num_nodes)
         for _ in generate(target, _Watcher(proposer, head, sums), [state], budget):
             pass
     reached = sums[sums[:, 1] > 0]
@@ -64,23 +63,21 @@ class _WatchedHead:
 
 
 class _Watcher:
-    """Drafts for one sequence. What was committed since its last call tells what the target's mass was along
+    """Drafts for one sequence. What is unread tells what the target's mass was along
     the path: row i is the feature of the node of depth i. `sums` [depths, 2] takes the mass and a count.
     """
 
     def __init__(self, proposer: Feature, head: RoutedHead, sums: Tensor) -> None:
         self.watched, self.sums = _WatchedHead(head), sums
         self.proposer = copy(proposer)
-        self.proposer.head = self.watched
+        self.proposer.head, self.layers = self.watched, proposer.layers
 
-    def propose(
-        self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
-    ) -> list[DraftTree]:
+    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
         head, target = self.watched.head, self.proposer.target
         levels = self.watched.levels  # of the last cycle; none before the first
-        for depth, (chosen, feature) in enumerate(zip(levels, committed[0].features, strict=False)):
+        for depth, (chosen, feature) in enumerate(zip(levels, states[0].unread.features, strict=False)):
             ids = head.active_ids(chosen)
             law = target.head(feature).float().softmax(-1)
             self.sums[depth] += torch.tensor([float(law[ids[ids >= 0]].sum()), 1.0], dtype=torch.float64)
         levels.clear()
-        return self.proposer.propose(states, committed, budget)
+        return self.proposer.propose(states, budget)

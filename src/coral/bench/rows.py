@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from coral.bench.costs import Costs
-from coral.decoding.generate import acceptance_length
+from coral.decoding.cycle import acceptance_length
 from coral.decoding.state import Cycle
 from coral.json_file import Count, Id, Positive, Seconds, Size
 

@@ -34,7 +34,7 @@ from coral.bench.recall import recall_by_depth
 from coral.bench.results import Tree
 from coral.bench.rows import KEY, Record, rows
 from coral.data.chat_format import end_answers
-from coral.decoding.generate import Proposer
+from coral.decoding.cycle import Proposer
 from coral.decoding.merged import Merged
 from coral.decoding.sampling import Sampling
 from coral.drafters.feature.network import num_bytes

@@ -14,7 +14,7 @@ from rich.style import Style
 
 from coral.api import Pair
 from coral.cli import notes
-from coral.decoding.generate import acceptance_length
+from coral.decoding.cycle import acceptance_length
 from coral.decoding.plain import Plain
 from coral.decoding.state import Cycle
 from coral.decoding.text import Detokenizer, Stop, cut_at, stop_strings

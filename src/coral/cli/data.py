@@ -212,9 +212,10 @@ def _written_by(
     native = target.compiled((1,))
 
     def begin(prompt: list[int], temperature: float, sequence_id: int) -> State:
-        length = len(prompt) + max_new_tokens
-        cache = native.new_cache(length)
-        return State(prompt, length, cache, Sampling(temperature, seed=seed), sequence_id, native.eos_ids)
+        drawn = Sampling(temperature, seed=seed)
+        return State.begin(
+            native, prompt, max_new_tokens, sampling=drawn, sequence_id=sequence_id, eos_ids=native.eos_ids
+        )
 
     return answer_packed(turns, begin, lambda admit: write_packed(native, admit, batch_size))
 

@@ -112,7 +112,7 @@ def _write(pair: Pair, max_new_tokens: int, console: Console) -> dict[str, _Row]
 
 
 def _table(rows: dict[str, _Row], max_new_tokens: int) -> Table:
-    from coral.decoding.generate import acceptance_length
+    from coral.decoding.cycle import acceptance_length
 
     theirs, plain, ours = rows.values()
     table = Table(

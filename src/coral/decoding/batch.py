@@ -27,11 +27,12 @@ def write_packed(target: Target, admit: Callable[[], State | None], at_once: int
     live: list[State] = []
     while True:
         while len(live) < at_once and (state := admit()):
-            target.prefill([state])
+            state.prefill(target, ())
             live.append(state)
         if not live:
             return
-        logits, _ = target.verify(live, [DraftTree.root(state.tokens[-1]) for state in live])
+        roots = [DraftTree.root(state.tokens[-1]) for state in live]
+        logits, _ = target.verify([state.cache for state in live], roots, ())
         positions = torch.tensor([len(state.tokens) for state in live])
         samplings, ids = [state.sampling for state in live], [state.sequence_id for state in live]
         tokens = _sample(torch.cat(logits), positions, range(len(live)), samplings, ids)

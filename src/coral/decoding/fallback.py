@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from statistics import fmean, median
-from typing import Any
 
-from coral.decoding.generate import Proposer
-from coral.decoding.inner import ask
-from coral.decoding.state import Committed, State
+from coral.decoding.cycle import Proposer
+from coral.decoding.state import State
 from coral.tree import Budget, DraftTree
 
 _NEARLY = 0.9
@@ -25,7 +22,7 @@ rests half of the time."""
 class Fallback:
     """Lets `proposer` draft, and takes plain steps for a while where that was slower than they are.
 
-    What plain steps commit is kept for the proposer, which reads it when it drafts again. Each rest is twice
+    What plain steps leave unread the proposer reads when it drafts again. Each rest is twice
     as long as the last, until drafting pays.
 
     Args:
@@ -42,37 +39,29 @@ class Fallback:
         first_rest: int = 16,
         longest_rest: int = 512,
     ) -> None:
-        self.proposer, self.window, self.probe = proposer, window, probe
+        self.proposer, self.window, self.probe, self.layers = proposer, window, probe, proposer.layers
         self.first_rest, self.longest_rest = first_rest, longest_rest
         self._drafted: deque[tuple[float, float]] = deque(maxlen=window)  # seconds, tokens a sequence
         self._plain: deque[float] = deque(maxlen=window)  # seconds
         self._rest, self._next_rest = 0, first_rest
 
-    def propose(
-        self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
-    ) -> list[DraftTree]:
-        memories = [s.memory if isinstance(s.memory, _Memory) else _Memory() for s in states]
-        self._learn(states, memories)
+    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
+        self._learn(states)
         drafts = not self._rests()
-        for state, memory, pairs in zip(states, memories, committed, strict=True):
-            memory.waiting.append(pairs)
-            memory.drafts = drafts
-            state.memory = memory
-        if not drafts:
-            return [DraftTree.root(state.tokens[-1]) for state in states]
-        waiting = [Committed.joined(memory.waiting) for memory in memories]
-        trees = ask(self.proposer, "inner", states, waiting, budget)
-        for memory in memories:
-            memory.waiting.clear()
-        return trees
+        for state in states:
+            state.memory[self] = drafts
+        if drafts:
+            return self.proposer.propose(states, budget)
+        return [DraftTree.root(state.tokens[-1]) for state in states]
 
-    def _learn(self, states: Sequence[State], memories: Sequence[_Memory]) -> None:
+    def _learn(self, states: Sequence[State]) -> None:
         """Note what the last cycle of these sequences took and brought, if they shared one."""
         cycles = [state.cycle for state in states]
-        if None in cycles or len({memory.drafts for memory in memories}) > 1:
+        drafted = {state.memory.get(self) for state in states}
+        if None in cycles or len(drafted) > 1 or None in drafted:
             return
         seconds = fmean(cycle.seconds for cycle in cycles if cycle)
-        if memories[0].drafts:
+        if True in drafted:
             self._drafted.append((seconds, fmean(len(cycle.tokens) for cycle in cycles if cycle)))
         else:
             self._plain.append(seconds)
@@ -96,12 +85,3 @@ class Fallback:
         """Whether the last cycles emitted nearly the tokens that plain steps would have in that time."""
         seconds, tokens = zip(*self._drafted, strict=True)
         return fmean(tokens) * median(self._plain) >= _NEARLY * median(seconds)
-
-
-@dataclass
-class _Memory:
-    """The proposer's own memory of a sequence, what it has yet to read, and whether it drafted last."""
-
-    inner: Any = None
-    waiting: list[Committed] = field(default_factory=list)
-    drafts: bool = True

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
-from coral.decoding.generate import Proposer
-from coral.decoding.inner import ask
-from coral.decoding.state import Committed, State
+from coral.decoding.cycle import Proposer
+from coral.decoding.state import State
 from coral.device import CPU
 from coral.tree import Budget, DraftTree, merge
 
@@ -26,30 +24,13 @@ class Merged:
     """
 
     def __init__(self, drafter: Proposer, lookup: Proposer, sure: float = 4.0) -> None:
-        self.drafter, self.lookup, self.sure = drafter, lookup, sure
+        self.drafter, self.lookup, self.sure, self.layers = drafter, lookup, sure, drafter.layers
 
-    def propose(
-        self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
-    ) -> list[DraftTree]:
-        for state, rows in zip(states, committed, strict=True):
-            if not isinstance(state.memory, _Memory):
-                state.memory = _Memory()
-            state.memory.waiting.append(rows)
+    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
         longest = replace(budget, top_k=1, max_depth=budget.num_nodes)
-        trees = ask(self.lookup, "lookup", states, committed, longest)
+        trees = self.lookup.propose(states, longest)
         unsure = [i for i, tree in enumerate(trees) if sum(map(math.exp, tree.lists[2][1:])) < self.sure]
-        rest = [states[i] for i in unsure]
-        waiting = [Committed.joined(state.memory.waiting) for state in rest]
-        for i, tree in zip(unsure, ask(self.drafter, "drafter", rest, waiting, budget), strict=True):
-            states[i].memory.waiting.clear()
+        drafted = self.drafter.propose([states[i] for i in unsure], budget) if unsure else []
+        for i, tree in zip(unsure, drafted, strict=True):
             trees[i] = merge([trees[i], tree.to(CPU)], budget.num_nodes) if len(trees[i]) > 1 else tree
         return trees
-
-
-@dataclass
-class _Memory:
-    """Each proposer's own memory of a sequence, and what the drafter has yet to read."""
-
-    lookup: Any = None
-    drafter: Any = None
-    waiting: list[Committed] = field(default_factory=list)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from coral.decoding.state import Committed, State
+from coral.decoding.state import State
 from coral.tree import Budget, DraftTree
 
 
 class Plain:
-    def propose(
-        self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
-    ) -> list[DraftTree]:
+    layers = ()
+
+    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
         return [DraftTree.root(state.tokens[-1]) for state in states]

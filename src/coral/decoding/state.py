@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,37 @@ from torch import Tensor
 
 from coral.cache import KVCache
 from coral.decoding.sampling import Sampling
+from coral.target.ids import check_ids
+from coral.target.target import Target
 from coral.tree import DraftTree
+
+_PREFILL_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Target states that no drafter has read: those of the rows `start` to `end` of the target's cache.
+
+    parts: the states in pieces, [n, h] each.
+    """
+
+    start: int = 0
+    parts: tuple[Tensor, ...] = ()
+
+    @property
+    def end(self) -> int:
+        return self.start + sum(map(len, self.parts))
+
+    @property
+    def features(self) -> Tensor:
+        """[end - start, h]; there must be one at least."""
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+
+    def up_to(self, end: int) -> Unread:
+        """Without the rows from `end` on."""
+        if end <= self.start:
+            return Unread(end)
+        return self if end >= self.end else Unread(self.start, (self.features[: end - self.start],))
 
 
 @dataclass(eq=False)
@@ -22,10 +52,12 @@ class State:
 
     tokens: prompt and everything written so far.
     max_length: no token is written past this length.
+    cache: the target's keys and values.
     eos_ids: the sequence ends after one of these (empty: never).
     stop: given the tokens written so far, whether the sequence ends there (stop strings); None: never.
-    cache: the target's keys and values.
-    memory: the proposer's own per-sequence memory, made by it (draft KV cache, n-gram index).
+    layers: the target states that are kept for a drafter, see `Target.verify`.
+    unread: those that the drafter has not read yet.
+    memory: what each proposer remembers of the sequence (draft KV cache, n-gram index).
     cycle: the last cycle, for a proposer that learns from it.
     tree, logits: the draft tree that was verified last, and the target's logits at its nodes, [N, V]; what a
     head may learn from.
@@ -38,17 +70,26 @@ class State:
     sequence_id: int = 0
     eos_ids: frozenset[int] = frozenset()
     stop: Callable[[list[int]], bool] | None = None
-    memory: Any = None
+    layers: tuple[int, ...] = ()
+    unread: Unread = field(default_factory=Unread)
+    memory: dict[Hashable, Any] = field(default_factory=dict)
     cycle: Cycle | None = None
     tree: DraftTree | None = None
     logits: Tensor | None = None
     prompt_length: int = 0
-    rows_read: int = 0  # rows whose features the proposer has been given
     done: bool = False
 
     def __post_init__(self) -> None:
         self.prompt_length = self.prompt_length or len(self.tokens)
         self.done = self.remaining <= 0
+
+    @classmethod
+    def begin(
+        cls, target: Target, prompt: Sequence[int], max_new_tokens: int, nodes: int = 0, **options: Any
+    ) -> State:
+        """A sequence that begins with `prompt`, with a cache for its text and a draft tree of `nodes`."""
+        end = min(len(prompt) + max_new_tokens, target.context_length)
+        return cls(list(prompt), end, target.new_cache(end + nodes + 1), **options)
 
     @property
     def remaining(self) -> int:
@@ -59,32 +100,80 @@ class State:
     def written(self) -> list[int]:
         return self.tokens[self.prompt_length :]
 
-    def go_on(self, tokens: list[int], max_length: int) -> None:
+    @property
+    def unread_tokens(self) -> list[int]:
+        """Behind each unread row the token that follows it: the pair that a drafter reads."""
+        return self.tokens[self.unread.start + 1 : self.unread.end + 1]
+
+    def continue_with(self, tokens: list[int], max_length: int) -> None:
         """Take `tokens` as the new prompt and keep the cached rows that it shares with the old text."""
         shared = 0
         for old, new in zip(self.tokens, tokens, strict=False):
             if old != new:
                 break
             shared += 1
-        # A proposer's row pairs a feature with the token after it, so the last shared row is read again.
-        self.rows_read = max(0, min(shared - 1, self.rows_read))
+        # A drafter pairs a row with the token behind it, so the last shared row is read again.
+        self.unread = self.unread.up_to(max(0, shared - 1))
         self.tokens, self.max_length, self.prompt_length = list(tokens), max_length, len(tokens)
         self.done = self.remaining <= 0
-        self.rewind()
 
-    def rewind(self) -> None:
-        """Drop cached rows that the proposer has not read, whatever an interrupted cycle left there.
+    @torch.inference_mode()
+    def prefill(self, target: Target, layers: tuple[int, ...]) -> None:
+        """Read every token but the last, the first root, into the cache, in chunks, without logits.
 
-        At least one row before the root is left to be read, since a proposer drafts from its feature.
+        Rows stay that were read before, but for those that an interrupted cycle left. One at least is unread
+        then, since a drafter drafts from it.
+
+        Raises:
+            CoralError: see `ids.check_ids`.
         """
-        self.rows_read = max(0, min(self.rows_read, len(self.tokens) - 2))
-        self.cache.keep(self.rows_read)
+        if layers != self.layers:
+            self.layers, self.unread = layers, Unread()
+        end = len(self.tokens) - 1
+        self.unread = self.unread.up_to(end)
+        if layers and not self.unread.parts:
+            self.unread = Unread(max(0, min(self.unread.start, end - 1)))
+        start = self.unread.end
+        self.cache.keep(start)
+        check_ids(target, self.tokens[start:])
+        for begin in range(start, end, _PREFILL_CHUNK):
+            piece = self.tokens[begin : min(begin + _PREFILL_CHUNK, end)]
+            self._note(target.read(self.cache, piece, layers), len(piece))
+
+    def _note(self, states: Tensor | None, rows: int) -> None:
+        """The cache has `rows` more, whose states nobody has read."""
+        unread = self.unread
+        self.unread = (
+            Unread(unread.end + rows) if states is None else replace(unread, parts=(*unread.parts, states))
+        )
+
+    def has_read(self) -> None:
+        """To be called by the drafter once its tree stands: one that is interrupted before reads again."""
+        self.unread = Unread(self.unread.end)
 
     def sample(self) -> Tensor:
         """[N] int64, the token that the target writes behind each node of the tree that was verified last."""
         assert self.tree is not None and self.logits is not None
         positions = len(self.tokens) + self.tree.depth if self.sampling.temperature else None
         return self.sampling.sample(self.logits, positions, self.sequence_id)
+
+    @torch.inference_mode()
+    def keep(self, tree: DraftTree, sample: list[int], states: Tensor | None) -> Cycle:
+        """Walk the verified tree, write the path's tokens, and drop all rows of the cache but the path's.
+
+        sample: of each node the token that the target writes behind it. states: [N, h] or None, of its nodes.
+        """
+        start, path = len(self.tokens) - 1, tree.walk(sample)
+        emitted = [sample[node] for node in path]
+        taken = self.extend(emitted)
+        kept = path[:taken]  # the end may fall inside the path: the cache is cut there too
+        self.cache.keep(start, kept)
+        if states is not None:
+            states = states[:taken] if kept[-1] == taken - 1 else states[kept]
+        self._note(states, taken)
+        nodes, accepted, cut = len(tree) - 1, len(path) - 1, taken < len(emitted)
+        self.cycle = Cycle(emitted[:taken], nodes, accepted, tree.max_depth, tree.num_forwards, cut)
+        return self.cycle
 
     def extend(self, tokens: list[int]) -> int:
         """Append emitted tokens up to the first that ends the sequence; return how many were taken."""
@@ -100,33 +189,7 @@ class State:
         return len(tokens)
 
 
-@dataclass(frozen=True)
-class Committed:
-    """What the target accepted since the proposer's last call: row i holds the feature of position start + i
-    and the token of position start + i + 1 (the pair the drafter reads).
-
-    tokens: k ids; features: [k, h] in the target's dtype; start: position of the first feature.
-    """
-
-    tokens: list[int]
-    features: Tensor
-    start: int
-
-    @staticmethod
-    def joined(parts: Sequence[Committed]) -> Committed:
-        """One run of rows; where a part begins before the end of those before it, the text was rewound."""
-        first, *others = parts
-        for part in others:
-            kept = part.start - first.start
-            if kept <= 0:
-                first = part
-                continue
-            features = torch.cat([first.features[:kept], part.features])
-            first = Committed([*first.tokens[:kept], *part.tokens], features, first.start)
-        return first
-
-
-@dataclass(frozen=True)
+@dataclass
 class Cycle:
     """One propose, verify, walk and keep of one sequence.
 
@@ -144,6 +207,6 @@ class Cycle:
     depth: int
     num_forwards: int
     cut: bool
-    draft_seconds: float
-    verify_seconds: float
-    seconds: float
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    seconds: float = 0.0

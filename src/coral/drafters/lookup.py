@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from coral.decoding.state import Committed, State
+from coral.decoding.state import State
 from coral.tree import Budget, DraftTree
 
 _FIRST = (0.0, 0.25, 0.5, 0.8, 0.9, 0.95)
@@ -28,22 +28,18 @@ class NGram:
     max_n: longest match that is looked for.
     """
 
+    layers = ()
+
     def __init__(self, max_n: int = 16) -> None:
         self.max_n = max_n
 
-    def propose(
-        self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
-    ) -> list[DraftTree]:
-        return [
-            self._tree(state, rows.start, budget.within(state.remaining))
-            for state, rows in zip(states, committed, strict=True)
-        ]
+    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
+        return [self._tree(state, budget.within(state.remaining)) for state in states]
 
-    def _tree(self, state: State, known: int, budget: Budget) -> DraftTree:
-        """`known`: how many tokens are surely as in the last call; a conversation may have been rewritten."""
-        index = state.memory
-        if not isinstance(index, _Index) or index.length > known + 1:
-            index = state.memory = _Index(self.max_n)
+    def _tree(self, state: State, budget: Budget) -> DraftTree:
+        index = state.memory.get(self)
+        if index is None or not index.begins(state.tokens):
+            index = state.memory[self] = _Index(self.max_n)
         index.extend(state.tokens, state.prompt_length)
         tokens, parents, chances = [state.tokens[-1]], [-1], [1.0]
         left = [1.0]  # of each node, the probability that its children so far are wrong
@@ -70,18 +66,23 @@ class NGram:
 class _Index:
     """Where each token of a growing text stands, and how the longest match with its end has fared.
 
-    length: tokens read so far. match: how long the longest earlier occurrence of the text's end is, and the
-    position behind it; while it goes on as the text does, no other can become longer.
+    tokens: the text, read up to `length`.
+    match: how long the longest earlier occurrence of the text's end is, and the position behind it; while it
+    goes on as the text does, no other can become longer.
     """
 
     def __init__(self, max_n: int) -> None:
         self.max_n = max_n
-        self.length, self.match = 0, (0, 0)
+        self.tokens, self.length, self.match = list[int](), 0, (0, 0)
         self._places: defaultdict[int, list[int]] = defaultdict(list)
         self._tried = [_WEIGHT] * len(_FIRST)
         self._right = [_WEIGHT * chance for chance in _FIRST]
 
-    def extend(self, tokens: Sequence[int], prompt_length: int) -> None:
+    def begins(self, tokens: list[int]) -> bool:
+        """Whether what was read is how a text begins; a conversation may have been rewritten."""
+        return tokens is self.tokens or tokens[: self.length] == self.tokens[: self.length]
+
+    def extend(self, tokens: list[int], prompt_length: int) -> None:
         """Read the tokens since the last call; those behind the prompt show what a match is worth."""
         for place in range(self.length, len(tokens)):
             length, end = self.match
@@ -95,7 +96,7 @@ class _Index:
                 asked = place >= prompt_length - 1
                 self.match = max(self._occurrences(tokens, place), default=(0, 0)) if asked else (0, 0)
             self._places[tokens[place]].append(place)
-        self.length = len(tokens)
+        self.tokens, self.length = tokens, len(tokens)
 
     def matches(self, tokens: Sequence[int], count: int) -> list[tuple[int, int]]:
         """Lengths of earlier occurrences of the text's end and the positions behind them, best first."""

@@ -7,7 +7,6 @@ soon as the weights are packed, and it takes any number of rows, of any number o
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from ctypes import CDLL, Structure, addressof, byref, c_bool, c_float, c_int64, c_void_p
@@ -20,14 +19,13 @@ from torch import Tensor, nn
 from coral.errors import CoralError
 from coral.native import sampler
 from coral.native.build import SOURCES, build
-from coral.native.few_rows import DTYPES, LANES, MOST_ROWS, PANEL
+from coral.native.few_rows import DTYPES, LANES, PANEL
 from coral.native.packed import PackedLinear
 from coral.native.packing import pack_blocks, pack_once
 from coral.target.families import rotations, windowed
 
 if TYPE_CHECKING:
     from coral.cache import KVCache
-    from coral.decoding.state import State
     from coral.target.target import Target
     from coral.tree import DraftTree
 
@@ -196,9 +194,6 @@ class NativeForward:
         kv_heads = attention.k_proj.out_features // head_size
         self._no_rows = target.embedding_weight.new_empty(1, kv_heads, 0, head_size)
         self._vocab_size = target.vocab_size
-        # Of many rows, too: not with vectors of eight numbers.
-        wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-        self._most_rows = sys.maxsize if wide or target.blocks else MOST_ROWS
         self._job = _Job(
             hidden=target.hidden_size,
             heads=attention.q_proj.out_features // head_size,
@@ -236,28 +231,15 @@ class NativeForward:
             )
         return native
 
-    def verify(
-        self, states: Sequence[State], trees: Sequence[DraftTree]
-    ) -> tuple[list[Tensor], list[Tensor]] | None:
-        """As `Target.verify`, for trees on the CPU; None: as in `read`."""
-        counts = [len(tree) for tree in trees]
-        if sum(counts) > self._most_rows:
-            return None
+    def verify(self, caches: Sequence[KVCache], trees: Sequence[DraftTree]) -> tuple[Tensor, Tensor]:
+        """Logits [N, V] and features [N, h] of all nodes of trees on the CPU, which the caches take in."""
         nodes = [tree.lists[:2] for tree in trees]
-        logits = self._no_rows.new_empty(sum(counts), self._vocab_size)
-        features = self._rows([state.cache for state in states], nodes, logits)
-        if len(counts) == 1:  # two calls of torch less in a cycle
-            return [logits], [features]
-        return list(logits.split(counts)), list(features.split(counts))
+        logits = self._no_rows.new_empty(sum(map(len, trees)), self._vocab_size)
+        return logits, self._rows(caches, nodes, logits)
 
-    def read(self, cache: KVCache, tokens: Sequence[int]) -> Tensor | None:
-        """Features [n, h] of tokens behind what the cache holds, which takes their rows; None: there are more
-        than `few_rows.MOST_ROWS`, and torch's forward is faster.
-        """
-        n = len(tokens)
-        if n > self._most_rows:
-            return None
-        return self._rows([cache], [(tokens, range(-1, n - 1))])
+    def read(self, cache: KVCache, tokens: Sequence[int]) -> Tensor:
+        """Features [n, h] of tokens behind what the cache holds, which takes their rows."""
+        return self._rows([cache], [(tokens, range(-1, len(tokens) - 1))])
 
     def _rows(
         self,

@@ -26,17 +26,15 @@ from coral.native.packed import pack_linears
 from coral.target.attention import GROUPED_SDPA
 from coral.target.families import alike, check_supported, context_length, eos_ids, sliding_window
 from coral.target.gguf import cache as gguf
-from coral.target.ids import check_ids, outer_weights
+from coral.target.ids import outer_weights
 from coral.target.loading import load_config, load_model, load_tokenizer
 from coral.target.native import NativeForward
 
 if TYPE_CHECKING:
-    from coral.decoding.state import Committed, State
     from coral.target.gguf.blocks import Blocks
     from coral.tree import DraftTree
 
 _ATTENTION = ("sdpa", "eager")  # kernels that take an arbitrary mask; "sdpa" is loaded as our grouped form
-_PREFILL_CHUNK = 512
 
 
 class Target:
@@ -191,9 +189,9 @@ class Target:
             target._decode = compiled(self._forward_and_score, self.device, inputs=5)
         return target
 
-    def _size(self, states: Sequence[State], counts: list[int]) -> int | None:
+    def _size(self, caches: Sequence[KVCache], counts: list[int]) -> int | None:
         """To how many rows this forward is padded and compiled; None: neither."""
-        if not self.pads or len(counts) > 1 or states[0].cache.length == 0:
+        if not self.pads or len(counts) > 1 or caches[0].length == 0:
             return None
         return next((size for size in self.sizes if size >= counts[0]), None)
 
@@ -228,10 +226,10 @@ class Target:
         positions = rows - starts
         if self.config._attn_implementation != GROUPED_SDPA:
             allowed = (starts[:, :, None] == starts[:, None, :]) & (rows[:, :, None] >= rows[:, None, :])
-            return self._forward(input_ids, positions, allowed, positions, cache=None)
+            return self._forward(input_ids, positions, allowed, positions, cache=None)[0]
         near = starts if self.window is None else torch.maximum(starts, rows - self.window + 1)
         mask = self._for_layers(starts[:, None, None], near[:, None, None])
-        return self._run(input_ids, positions, mask, cache=None)
+        return self._run(input_ids, positions, mask, cache=None)[0]
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty KV cache with room for `capacity` rows or more (it grows when that is not enough)."""
@@ -243,49 +241,36 @@ class Target:
         return steady(capacity) if self.sizes and self.device.type == "cuda" else capacity
 
     @torch.inference_mode()
-    def prefill(self, states: Sequence[State]) -> list[Committed]:
-        """Read every token but the last (the first root) into each cache, in chunks, without logits.
-
-        Raises:
-            CoralError: see `ids.check_ids`.
-        """
-        from coral.decoding.state import Committed
-
-        committed = []
-        for state in states:
-            start, end = state.cache.length, len(state.tokens) - 1
-            check_ids(self, state.tokens[start:])
-            pieces = [torch.empty(0, self.hidden_size, dtype=self.dtype, device=self.device)]
-            for begin in range(start, end, _PREFILL_CHUNK):
-                pieces.append(self._read(state.cache, state.tokens[begin : min(begin + _PREFILL_CHUNK, end)]))
-            committed.append(Committed(state.tokens[start + 1 :], torch.cat(pieces), start))
-        return committed
-
-    def _read(self, cache: KVCache, tokens: list[int]) -> Tensor:
-        """Features [n, h] of a piece of a prompt behind what the cache holds."""
-        if self._native and (features := self._native.read(cache, tokens)) is not None:
-            return features
+    def read(self, cache: KVCache, tokens: Sequence[int], layers: tuple[int, ...]) -> Tensor | None:
+        """Read a piece of a prompt behind what the cache holds, without logits; its states as of `verify`."""
+        if self._native and _is_simple(layers):
+            features = self._native.read(cache, tokens)
+            return features if layers else None
         key_positions = torch.arange(cache.length + len(tokens), device=self.device)
         positions = key_positions[cache.length :]
         allowed = key_positions[None, :] <= positions[:, None]
         ids = upload(tokens, self.device)[None]
-        return self._forward(ids, positions[None], allowed[None], key_positions[None], cache)[0]
+        _, states = self._forward(ids, positions[None], allowed[None], key_positions[None], cache, layers)
+        return None if states is None else states[0]
 
     @torch.inference_mode()
     def verify(
-        self, states: Sequence[State], trees: Sequence[DraftTree]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+        self, caches: Sequence[KVCache], trees: Sequence[DraftTree], layers: tuple[int, ...] = (-1,)
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
         """One forward over all nodes of all trees; their keys and values are appended to the caches.
 
+        Args:
+            layers: whose states are wanted, side by side: -1 is what enters the LM head, i >= 0 what enters
+                layer i.
+
         Returns:
-            For each sequence the logits [N, V] and features [N, h] of its nodes.
+            For each sequence the logits [N, V] and the states [N, len(layers) * h] of its nodes; None: no
+            layers.
 
         Raises:
             CoralError: a tree reaches past the context.
         """
-        counts = [len(tree) for tree in trees]
-        size = self._size(states, counts)
-        lengths = [state.cache.length for state in states]
+        counts, lengths = [len(tree) for tree in trees], [cache.length for cache in caches]
         trees = [tree.to(self.device) for tree in trees]
         last = max(length + tree.max_depth for length, tree in zip(lengths, trees, strict=True))
         if last >= self.context_length:
@@ -293,39 +278,36 @@ class Target:
                 f"a draft tree reaches position {last}, but the target's context is {self.context_length}; "
                 "rotary frequencies may change there; a proposer must keep to budget.within(state.remaining)."
             )
-        if self._native and (verified := self._native.verify(states, trees)):
-            return verified
+        native = self._native if _is_simple(layers) else None
+        verified = native.verify(caches, trees) if native else self._verify(caches, trees, layers, last + 1)
+        logits, states = _split(verified[0], counts), verified[1]
+        return logits, [None] * len(counts) if states is None or not layers else [*_split(states, counts)]
+
+    def _verify(
+        self,
+        caches: Sequence[KVCache],
+        trees: Sequence[DraftTree],
+        layers: tuple[int, ...],
+        length: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [N, V] and states of all nodes, by transformers' code or a compiled forward."""
+        counts, lengths = [len(tree) for tree in trees], [cache.length for cache in caches]
         ids = torch.cat([tree.tokens for tree in trees])[None]
         new = [length + tree.depth for length, tree in zip(lengths, trees, strict=True)]
         positions = torch.cat(new)[None]
         mask, key_positions = pack_masks(lengths, [tree.mask for tree in trees], new)
+        size = self._size(caches, counts) if _is_simple(layers) else None
         if size is None:
             # In plain decoding one row sees everything, and a kernel without a mask is faster.
-            allowed = None if counts == [1] else mask
-            cache = pack([state.cache for state in states], counts)
-            features = self._forward(ids, positions, allowed, key_positions, cache, last + 1)[0]
-            return list(self.head(features).split(counts)), list(features.split(counts))
-        allowed, slots, storage = fix(states[0].cache, size, mask)
+            allowed, cache = (None if counts == [1] else mask), pack(list(caches), counts)
+            features, states = self._forward(ids, positions, allowed, key_positions, cache, layers, length)
+            return self.head(features[0]), None if states is None else states[0]
+        allowed, slots, storage = fix(caches[0], size, mask)
         ids, positions = (F.pad(rows, (0, size - counts[0])) for rows in (ids, positions))
         key_positions = F.pad(key_positions, (0, allowed.shape[2] - key_positions.shape[1]))
         torch._dynamo.mark_dynamic(key_positions, 1)
         features, logits = self._decode(ids, positions, allowed, key_positions, slots, *storage)
-        return [logits[: counts[0]]], [features[: counts[0]]]
-
-    @torch.inference_mode()
-    def keep(
-        self, states: Sequence[State], paths: Sequence[list[int]], features: Sequence[Tensor]
-    ) -> list[Committed]:
-        """Drop all rows of the last tree but the path's, after its tokens were added to the states."""
-        from coral.decoding.state import Committed
-
-        committed = []
-        for state, path, rows in zip(states, paths, features, strict=True):
-            start = len(state.tokens) - 1 - len(path)
-            state.cache.keep(start, path)
-            kept = rows[: len(path)] if path[-1] == len(path) - 1 else rows[path]
-            committed.append(Committed(state.tokens[start + 1 :], kept, start))
-        return committed
+        return logits[: counts[0]], features[: counts[0]]
 
     def _forward(
         self,
@@ -334,10 +316,11 @@ class Target:
         allowed: Tensor | None,
         key_positions: Tensor | None,
         cache: Any,
+        layers: tuple[int, ...] = (),
         length: int = 0,
-    ) -> Tensor:
-        """Features [B, N, h]; `allowed` [B, N, keys] bool says who attends to whom, before any window. None:
-        the one row to all `length` rows.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Features [B, N, h], and the states of `layers`; `allowed` [B, N, keys] bool says who attends to
+        whom, before any window. None: the one row to all `length` rows.
         """
         window = self.window
         if allowed is None and window is not None and length > window:
@@ -350,7 +333,7 @@ class Target:
             if window is not None:
                 near = positions[:, :, None] - key_positions[:, None, :] < window
                 mask = self._for_layers(full, self._mask(allowed & near))
-        return self._run(ids, positions, mask, cache)
+        return self._run(ids, positions, mask, cache, layers)
 
     def _for_layers(self, full: Tensor, windowed: Tensor) -> Any:
         """Masks of layers without and with a window as the model's family takes them."""
@@ -359,15 +342,22 @@ class Target:
         kinds = {"full_attention": full, "sliding_attention": windowed}
         return windowed if alike(self.config) else kinds
 
-    def _run(self, ids: Tensor, positions: Tensor, mask: Any, cache: Any) -> Tensor:
+    def _run(
+        self, ids: Tensor, positions: Tensor, mask: Any, cache: Any, layers: tuple[int, ...] = ()
+    ) -> tuple[Tensor, Tensor | None]:
         output = self.decoder(
             input_ids=ids,
             position_ids=positions,
             attention_mask=mask,
             past_key_values=cache,
             use_cache=cache is not None,
+            **({} if _is_simple(layers) else {"output_hidden_states": True}),
         )
-        return output.last_hidden_state.to(self.device)
+        features = output.last_hidden_state.to(self.device)
+        states = [
+            features if layer == -1 else output.hidden_states[layer].to(self.device) for layer in layers
+        ]
+        return features, torch.cat(states, -1) if len(states) > 1 else next(iter(states), None)
 
     def _forward_and_score(
         self,
@@ -378,7 +368,7 @@ class Target:
         slots: Tensor,
         *storage: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        features = self._forward(ids, positions, allowed, key_positions, fixed_cache(slots, storage))[0]
+        features = self._forward(ids, positions, allowed, key_positions, fixed_cache(slots, storage))[0][0]
         return features, self.head(features)
 
     def _mask(self, allowed: Tensor) -> Tensor:
@@ -387,3 +377,13 @@ class Target:
             return allowed[:, None]
         zero = torch.zeros((), dtype=self.dtype, device=allowed.device)
         return torch.where(allowed, zero, torch.finfo(self.dtype).min)[:, None]
+
+
+def _is_simple(layers: tuple[int, ...]) -> bool:
+    """Whether no state from within the model is wanted, which only transformers' code gives."""
+    return set(layers) <= {-1}
+
+
+def _split(rows: Tensor, counts: list[int]) -> list[Tensor]:
+    """[N, ...] of all sequences, sequence by sequence; of one without a call of torch."""
+    return [rows] if len(counts) == 1 else [*rows.split(counts)]

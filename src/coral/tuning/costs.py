@@ -12,9 +12,9 @@ from time import perf_counter
 import torch
 
 from coral.bench.costs import RefusedTree
-from coral.decoding.generate import Proposer, generate
+from coral.decoding.cycle import Proposer, generate
 from coral.decoding.sampling import Sampling
-from coral.decoding.state import Committed, State
+from coral.decoding.state import State, Unread
 from coral.target.target import Target
 from coral.tree import Budget, DraftTree
 from coral.tuning.simulate import Run
@@ -102,12 +102,12 @@ def measure(
 class _Refused:
     """Proposes bushes of the given sizes in turn, of which nothing is accepted."""
 
+    layers = ()
+
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = endlessly(sizes)
 
-    def propose(
-        self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
-    ) -> list[DraftTree]:
+    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
         n = next(self.sizes)
         parents = torch.tensor([-1] + [0] * (n - 1))
         return [RefusedTree(torch.full((n,), state.tokens[-1]), parents, torch.zeros(n)) for state in states]
@@ -119,8 +119,7 @@ def _cycle_seconds(
     # In a text a cycle follows others like it, and a plain step soon behind a tree of 64 rows takes longer.
     in_a_row = [n for n in rows for _ in range(_ALIKE)]
     room = min(max(1, repeats // 4) * len(in_a_row), target.context_length - len(prompt) - 1)
-    end = len(prompt) + room
-    state = State(list(prompt), end, target.new_cache(end + max(rows) + 1), sampling)
+    state = State.begin(target, prompt, room, max(rows), sampling=sampling)
     times: dict[int, list[float]] = {n: [] for n in rows}
     cycles = generate(target, _Refused(in_a_row), [state], Budget(1, 1, max(rows)))
     for index, (n, (cycle,)) in enumerate(zip(endlessly(in_a_row), cycles, strict=False)):
@@ -142,20 +141,20 @@ def _draft_seconds(
 
     A verification before each, as in real cycles, leaves none of the drafter's weights in the cache.
     """
-    state = State(list(prompt), len(prompt) + _DEEP + 1, target.new_cache(len(prompt) + 1), sampling)
-    (whole,) = target.prefill([state])
-    proposer.propose([state], [whole], Budget(1, 1, 1))
-    read = min(_READ, len(whole.tokens))
-    last = Committed(whole.tokens[-read:], whole.features[-read:], whole.start + len(whole.tokens) - read)
+    state = State.begin(target, prompt, _DEEP + 1, sampling=sampling)
+    state.prefill(target, proposer.layers)
+    features, rows = state.unread.features, state.unread.end
+    proposer.propose([state], Budget(1, 1, 1))
+    read = min(_READ, rows)
     times: dict[tuple[int, int], list[float]] = {(k, depth): [] for k in top_ks for depth in (1, _DEEP)}
     for _ in range(repeats + 1):
         for (k, depth), seconds in times.items():
-            rows = state.cache.length
-            logits, _ = target.verify([state], [DraftTree.root(state.tokens[-1])])
+            logits, _ = target.verify([state.cache], [DraftTree.root(state.tokens[-1])])
             state.cache.keep(rows)
+            state.unread = Unread(rows - read, (features[-read:],))
             logits[0][0, 0].item()  # a GPU is waited for
             begin = perf_counter()
-            (tree,) = proposer.propose([state], [last], Budget(k, depth, 15))
+            (tree,) = proposer.propose([state], Budget(k, depth, 15))
             tree.scores[-1].item()
             seconds.append(perf_counter() - begin)
     return {size: _median(seconds) for size, seconds in times.items()}

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from coral.decoding.generate import Proposer, generate
+from coral.decoding.cycle import Proposer, generate
 from coral.decoding.sampling import Sampling
-from coral.decoding.state import Committed, State
+from coral.decoding.state import State
 from coral.device import CPU
 from coral.target.target import Target
 from coral.tree import Budget, DraftTree
@@ -43,12 +43,10 @@ class _Recorder:
     """Lets `proposer` grow its tree, keeps it, and proposes nothing."""
 
     def __init__(self, proposer: Proposer, pool: Budget) -> None:
-        self.proposer, self.pool, self.pools = proposer, pool, list[DraftTree]()
+        self.proposer, self.pool, self.pools, self.layers = proposer, pool, list[DraftTree](), proposer.layers
 
-    def propose(
-        self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
-    ) -> list[DraftTree]:
-        self.pools += [tree.to(CPU) for tree in self.proposer.propose(states, committed, self.pool)]
+    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
+        self.pools += [tree.to(CPU) for tree in self.proposer.propose(states, self.pool)]
         return [DraftTree.root(state.tokens[-1]) for state in states]
 
 
@@ -85,12 +83,5 @@ def new_state(
     target: Target, prompt: list[int], room: int, sampling: Sampling | None, index: int, nodes: int = 0
 ) -> State:
     """A text of up to `room` tokens that ends where the target ends it."""
-    end = len(prompt) + room
-    return State(
-        list(prompt),
-        end,
-        target.new_cache(end + nodes + 1),
-        sampling or Sampling(),
-        index,
-        eos_ids=target.eos_ids,
-    )
+    options = {"sampling": sampling or Sampling(), "sequence_id": index, "eos_ids": target.eos_ids}
+    return State.begin(target, prompt, room, nodes, **options)

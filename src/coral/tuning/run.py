@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from coral.bench.costs import PlainPadded
 from coral.bench.methods import sized
-from coral.decoding.generate import Proposer, generate
+from coral.decoding.cycle import Proposer, generate
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.device import has_queue

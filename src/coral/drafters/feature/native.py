@@ -1,10 +1,8 @@
-"""A whole draft tree in one call on the CPU: `native.cpp`, the fast twin of `proposers/feature.py`'s levels.
+"""A whole draft tree in one call on the CPU: `native/draft.cpp`, the fast twin of `propose.py`'s levels.
 
-A draft step of a small tree is some fifteen products that each take a few microseconds, so calling them is
-what it costs: 1.6 ms a level as compiled calls, 0.45 of which the weights need. Here the levels of a tree and
-the choice of nodes between them are one call on one team of threads, and the weights are bytes with a scale
-of each output, rows whole numbers of 16 bits: a quarter of what is to be read, multiplied twice as fast, for
-a rounding that drafts hardly show.
+A draft step of a small tree is some fifteen small products, and calling them one by one costs more than they
+do. Here one team of threads grows all levels of a tree in one call. Weights are bytes with a scale of each
+output, rows integers of 16 bits: a quarter of float32's bytes, for a rounding that drafts hardly show.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor
 
 from coral.cache import KVCache
-from coral.decoding.state import Committed, State
+from coral.decoding.state import State
 from coral.drafters.feature.network import Drafter, DraftLayer
 from coral.drafters.heads.reduced import Table
 from coral.native.build import SOURCES, build
@@ -42,7 +40,7 @@ class _Layer(Structure):
 
 
 class _Job(Structure):
-    """As in native.cpp, field by field."""
+    """As in draft.cpp, field by field."""
 
     _fields_ = (
         *((name, c_int64) for name in ("threads", "hidden", "heads", "kv_heads", "head_size", "inner")),
@@ -137,22 +135,20 @@ class NativeDrafter:
         """Bytes of weights that a level reads, with this head."""
         return self._num_bytes + (table.rows.numel() if table.fixed else table.rows.nbytes)
 
-    def grow(
-        self, state: State, pairs: Committed, cache: KVCache, table: Table, budget: Budget, pool: int
-    ) -> DraftTree:
-        """The tree of one sequence.
+    def grow(self, state: State, cache: KVCache, table: Table, budget: Budget, pool: int) -> DraftTree:
+        """The tree of one sequence, of which one row at least is unread.
 
         Args:
-            pairs: what was accepted behind what the cache holds, at least one; the cache then has their rows,
-                too.
+            cache: the drafter's, of the rows in front of the unread ones; it then has these, too.
             budget: with at least one level.
             pool: ids of a node that compete after the sampler's noise is added; 0: it is not.
         """
-        length, n = cache.length, len(pairs.tokens)
+        length, tokens, features = cache.length, state.unread_tokens, state.unread.features.contiguous()
+        n = len(tokens)
         cache.reserve(n + budget.top_k * budget.max_depth, self._no_rows)
         if self._rotated < cache.capacity:
             self._rotate(cache.capacity)
-        ids, features = (c_int64 * n)(*pairs.tokens), pairs.features.contiguous()
+        ids = (c_int64 * n)(*tokens)
         most = min(budget.num_nodes, budget.top_k * (1 + (budget.max_depth - 1) * budget.top_k))
         tree_ids, parents = (c_int64 * (most + 1))(), (c_int64 * (most + 1))()
         scores = (c_float * (most + 1))()

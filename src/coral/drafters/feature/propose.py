@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
 from coral.cache import KVCache, pack
-from coral.decoding.state import Committed, State
+from coral.decoding.state import State
 from coral.device import upload
 from coral.drafters.feature.growth import Growth, Rows
 from coral.drafters.feature.native import NativeDrafter
@@ -44,10 +44,12 @@ class Feature:
 
     Args:
         target: if its forward is compiled, draft steps of one sequence are too, those that are not native
-            (`decoding/native.py`).
+            (`native.py`).
         coupled: at temperature > 0 rank children by log q plus the noise that the target's sampler will add
             at that position, so that the drafted child tends to be the token the target samples.
     """
+
+    layers = (-1,)
 
     def __init__(
         self, drafter: Drafter, target: Target, head: Head | None = None, coupled: bool = True
@@ -59,33 +61,31 @@ class Feature:
         self._fixed: Callable[..., Tensor] | None = None
 
     @torch.inference_mode()
-    def propose(
-        self, states: Sequence[State], committed: Sequence[Committed], budget: Budget
-    ) -> list[DraftTree]:
-        pairs = [*zip(states, committed, strict=True)]
-        trees = [self._at_once(*pair, budget) for pair in pairs]
-        rest = [pair for pair, tree in zip(pairs, trees, strict=True) if tree is None]
+    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
+        trees = [self._at_once(state, budget) for state in states]
+        rest = [state for state, tree in zip(states, trees, strict=True) if tree is None]
         grown = iter(self._level_by_level(rest, budget))
+        for state in states:
+            state.has_read()
         return [next(grown) if tree is None else tree for tree in trees]
 
-    def _at_once(self, state: State, pairs: Committed, budget: Budget) -> DraftTree | None:
+    def _at_once(self, state: State, budget: Budget) -> DraftTree | None:
         """The tree of one sequence in one call; None where that cannot be done."""
         sampling, budget = state.sampling, budget.within(state.remaining)
         pool = _POOL if self.coupled and sampling.temperature > 0 else 0
         if (
             self._native is None
-            or not pairs.tokens
+            or not state.unread.parts
             or min(budget.max_depth, budget.num_nodes) == 0
             or (pool and sampling.filters)
             or (table := self.head.table(state)) is None
         ):
             return None
-        cache = self._cache(state, pairs.start, budget)
-        return self._native.grow(state, pairs, cache, table, budget, pool)
+        return self._native.grow(state, self._cache(state, budget), table, budget, pool)
 
-    def _level_by_level(self, pairs: Sequence[tuple[State, Committed]], budget: Budget) -> list[DraftTree]:
+    def _level_by_level(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
         """The trees of several sequences, which share a forward a level."""
-        texts = [self._begin(*pair, budget) for pair in pairs]
+        texts = [self._begin(state, budget) for state in states]
         live = [text for text in texts if len(text.growth.rows.ids)]
         while live:
             for text, children in zip(live, self._draft(live, budget), strict=True):
@@ -95,20 +95,31 @@ class Feature:
             text.cache.keep(text.length)
         return [text.growth.finish() for text in texts]
 
-    def _begin(self, state: State, pairs: Committed, budget: Budget) -> _Text:
-        """The first draft step reads the accepted pairs; the last row is the root."""
-        cache = self._cache(state, pairs.start, budget)
-        growth = Growth(state.tokens[-1], _accepted(pairs, cache.length), budget.within(state.remaining))
-        return _Text(state, cache, growth, cache.length + len(pairs.tokens))
+    def _begin(self, state: State, budget: Budget) -> _Text:
+        """The first draft step reads the unread pairs; the last row is the root."""
+        cache = self._cache(state, budget)
+        growth = Growth(state.tokens[-1], self._unread(state), budget.within(state.remaining))
+        return _Text(state, cache, growth, state.unread.end)
 
-    def _cache(self, state: State, start: int, budget: Budget) -> KVCache:
-        """The drafter's cache of a sequence, cut to the rows in front of `start`."""
-        cache = state.memory
-        if not isinstance(cache, KVCache):
+    def _unread(self, state: State) -> Rows:
+        """The unread pairs as a draft step reads them, behind the rows that the drafter's cache holds; none
+        where the text is one token.
+        """
+        unread, nothing = state.unread, self.target.head_weight[:0]
+        features = unread.features if unread.parts else nothing
+        keys = torch.arange(unread.end, device=nothing.device)
+        positions = keys[unread.start :]
+        ids = upload(state.unread_tokens, nothing.device)
+        return Rows(ids, features, positions, keys[None, :] <= positions[:, None])
+
+    def _cache(self, state: State, budget: Budget) -> KVCache:
+        """The drafter's cache of a sequence, cut to the rows in front of the unread ones."""
+        cache: KVCache | None = state.memory.get(self)
+        if cache is None:
             room = budget.top_k * budget.max_depth + _MOST
             capacity = self.target.room(state.max_length + room)
-            cache = state.memory = KVCache(len(self.drafter.layers), capacity)
-        cache.keep(min(cache.length, start))
+            cache = state.memory[self] = KVCache(len(self.drafter.layers), capacity)
+        cache.keep(state.unread.start)
         return cache
 
     def _draft(self, texts: Sequence[_Text], budget: Budget) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -177,15 +188,6 @@ class Feature:
 
 def _padded(n: int) -> int:
     return -(-n // _STEP) * _STEP
-
-
-def _accepted(pairs: Committed, length: int) -> Rows:
-    """Accepted pairs as a draft step reads them, behind the `length` rows that the drafter's cache holds."""
-    device = pairs.features.device
-    keys = torch.arange(length + len(pairs.tokens), device=device)
-    positions = keys[length:]
-    ids = upload(pairs.tokens, device)
-    return Rows(ids, pairs.features, positions, keys[None, :] <= positions[:, None])
 
 
 def _best(state: State, depth: int, ids: Tensor, log_probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

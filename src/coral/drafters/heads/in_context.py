@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -38,7 +37,6 @@ class InContextHead:
         weight = target.head_weight
         self.target, self.size = target, min(window, len(weight))
         self.num_bytes = self.size * weight.shape[1] * weight.element_size()
-        self._windows: WeakKeyDictionary[Any, _Window] = WeakKeyDictionary()
 
     def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
         found = []
@@ -55,9 +53,9 @@ class InContextHead:
 
     def window(self, state: Any) -> _Window:
         """The window of a sequence, with all in it that arrived up to now."""
-        window = self._windows.get(state)
+        window: _Window | None = state.memory.get(self)
         if window is None:
-            window = self._windows[state] = _Window(self.target, self.size)
+            window = state.memory[self] = _Window(self.target, self.size)
         window.read(state)
         return window
 

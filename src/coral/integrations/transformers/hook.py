@@ -24,8 +24,8 @@ from transformers import (
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from coral.api import Pair, choose_budget, located, make_proposer
+from coral.decoding.cycle import generate as decode
 from coral.decoding.fallback import Fallback
-from coral.decoding.generate import generate as decode
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
@@ -153,13 +153,14 @@ def _write(
             f"max_new_tokens={context - width + min(padding)}."
         )
     states = [
-        State(
+        State.begin(
+            pair.target,
             prompt,
-            end - left,
-            pair.target.new_cache(end - left + pair.budget.num_nodes + 1),
-            sampling,
-            row,
-            eos,
+            end - left - len(prompt),
+            pair.budget.num_nodes,
+            sampling=sampling,
+            sequence_id=row,
+            eos_ids=eos,
         )
         for row, (prompt, left) in enumerate(zip(prompts, padding, strict=True))
     ]

@@ -32,7 +32,10 @@ def test_ids_in_every_form(pair: Pair, models: Path) -> None:
     assert isinstance(encoded, BatchEncoding)
     padded = {"input_ids": [0, 0, *ids], "attention_mask": [0, 0, *[1] * len(ids)]}
     forms = [torch.tensor(ids), torch.tensor([ids]), np.array(ids), np.array([ids]), list(np.array(ids))]
-    for form in [*forms, tuple(ids), [ids], [torch.tensor(ids)], encoded, padded]:
+    nested: Any = ids
+    for _ in range(2000):  # deeper than Python calls itself
+        nested = [nested]
+    for form in [*forms, tuple(ids), [ids], [torch.tensor(ids)], nested, encoded, padded]:
         assert pair.encode(form) == ids and pair.generate_text(form, max_new_tokens=6) == wanted
 
 
@@ -55,6 +58,9 @@ def test_ids_in_every_form(pair: Pair, models: Path) -> None:
         ([{"content": "x"}], "a chat message holds content; give it"),
         ("caf\udce9", "is no readable text: its character 4 is half of one, or a byte that is no UTF-8"),
         ([{"role": "user", "content": "\ud800"}], "a chat message is no readable text"),
+        ({"input_ids": [1, 2, 3], "attention_mask": [1, 1]}, "the attention_mask is none of the input_ids"),
+        ({"input_ids": [1, 2], "attention_mask": 1}, "the attention_mask is none of the input_ids"),
+        ({"input_ids": [1, 2], "attention_mask": [0, 0]}, "the prompt is empty"),
     ],
 )
 def test_what_is_no_prompt_is_called_what_it_is(pair: Pair, prompt: Any, message: str) -> None:

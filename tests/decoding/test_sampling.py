@@ -118,6 +118,14 @@ def test_rough_noise_is_near_the_noise_everywhere():
     assert (_rough_gumbel(bits) - _gumbel(bits)).abs().max() < _ROUGH / 2
 
 
+def test_a_nucleus_of_nothing_is_the_likeliest_id():
+    """Stops an IndexError where float32 rounds top_p to 0."""
+    logits = torch.randn(3, V)
+    for top_p in (1e-46, 1e-300):
+        kept = Sampling(1.0, top_p=top_p).process(logits) > -math.inf
+        assert torch.equal(kept.nonzero()[:, 1], logits.argmax(-1))
+
+
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
 def test_nucleus_is_the_same_however_many_ids_are_sorted(top_p):
     """Stops a row from being cut elsewhere when its nucleus is wider than what is sorted first."""

@@ -147,3 +147,13 @@ def test_foreign_files_that_are_damaged(target: Path, file: str, content: str) -
         load(target)
     except CoralError as error:
         assert str(error).endswith(".")
+
+
+@pytest.mark.parametrize("content", ['{"model": {"type": "Nope"}}', '{"version": "1.0"}', "", '{"a'])
+def test_a_damaged_tokenizer_is_a_sentence(target: Path, content: str, coral, tmp_path: Path) -> None:
+    """Stops a traceback of tokenizers, and a message that blames the name."""
+    (target / "tokenizer.json").write_text(content)
+    line = ("data", "prepare", "x.jsonl", "--tokenizer", target, "--output", tmp_path / "out")
+    told = coral(*line)
+    assert told.code == 2 and "check its files" in told.err, told.err
+    assert "tokenizer.json is no JSON" in told.err or content.endswith("}")

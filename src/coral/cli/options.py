@@ -191,20 +191,18 @@ def read_tokenizer(source: str, revision: str | None, trust_remote_code: bool) -
     """What --tokenizer names.
 
     Raises:
-        CoralError: there is no such tokenizer.
+        CoralError: there is no such tokenizer, or its files are damaged.
     """
-    from transformers import AutoTokenizer
-
     from coral.target.gguf import cache as gguf
+    from coral.target.loading import load_tokenizer
 
     if (found := gguf.tokenizer(source, revision)) is not None:
         return found
     refuse_missing(source, "tokenizer")
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise CoralError(f"cannot load a tokenizer from {source!r}: {reason}; check the name.") from error
+    loaded: PreTrainedTokenizerBase = load_tokenizer(
+        source, source, revision=revision, trust_remote_code=trust_remote_code
+    )
+    return loaded
 
 
 def quiet_transformers() -> None:

@@ -29,11 +29,14 @@ def read(prompt: Any) -> str | list[int] | list[dict[str, str]]:
             raise CoralError(_EMPTY)
         return readable(prompt, "the prompt")
     if isinstance(prompt, Mapping) and "input_ids" in prompt:
-        mask = _listed(prompt.get("attention_mask"))
-        ids = read(prompt["input_ids"])
-        mask = mask[0] if mask and isinstance(mask[0], list) else mask
-        return [i for i, seen in zip(ids, mask, strict=True) if seen] if mask else ids  # type: ignore[return-value]
-    listed = _listed(prompt)
+        ids: Any = read(prompt["input_ids"])
+        mask = _row(prompt.get("attention_mask"))
+        if mask is None or isinstance(ids, str):
+            return ids
+        if not isinstance(mask, list) or len(mask) != len(ids):
+            raise CoralError("the attention_mask is none of the input_ids: give a number for each, or none.")
+        return read([each for each, seen in zip(ids, mask, strict=True) if seen])
+    listed = _row(prompt)
     if not isinstance(listed, list):
         raise CoralError(
             f"the prompt is {type(prompt).__name__}; give a text, chat messages, or the token ids of one "
@@ -48,8 +51,6 @@ def read(prompt: Any) -> str | list[int] | list[dict[str, str]]:
     rows = [row for each in listed if isinstance(row := _listed(each), list)]
     if len(rows) == len(listed) > 1:
         raise CoralError(f"the prompt is a batch of {len(rows)}; give one at a time.")
-    if rows and len(listed) == 1:
-        return read(rows[0])
     odd = next(each for each in listed if not _is_id(each))
     raise CoralError(
         f"the prompt holds {odd!r:.60}, which is neither a token id nor a chat message; give a text, chat "
@@ -84,6 +85,14 @@ def _message(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _row(value: Any) -> Any:
+    """As `_listed`, and the one row of a batch without the lists around it."""
+    value = _listed(value)
+    while isinstance(value, list) and len(value) == 1 and isinstance(row := _listed(value[0]), list):
+        value = row
+    return value
 
 
 def _listed(value: Any) -> Any:

@@ -162,7 +162,8 @@ def _crossing(log_probs: Tensor, top_p: float, count: int) -> Tensor:
     values = log_probs.topk(count, dim=-1).values
     probs = (values - log_probs.logsumexp(-1, keepdim=True)).exp()
     before = probs.cumsum(-1) - probs
-    least = values.gather(-1, (before < top_p).sum(-1, keepdim=True) - 1).squeeze(-1)
+    crossing = (before < top_p).sum(-1, keepdim=True) - 1  # float32 rounds the smallest top_p to 0: none
+    least = values.gather(-1, crossing.clamp(min=0)).squeeze(-1)
     further = before[:, -1] + probs[:, -1] < top_p
     if count < log_probs.shape[-1] and further.any():
         least[further] = _crossing(log_probs[further], top_p, log_probs.shape[-1])

@@ -6,6 +6,7 @@ text would be another one without a word, so both are refused here.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -48,7 +49,7 @@ def load_tokenizer(place: str, name: str, **common: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(place, **common)
     except Exception as error:  # as above; tokenizers raises Exception itself
-        reason = pointer(Path(place)) or _first_line(error)
+        reason = pointer(Path(place)) or _damaged_json(Path(place)) or _first_line(error)
         raise CoralError(f"cannot load the tokenizer of {name!r}: {reason}; check its files.") from error
 
 
@@ -97,6 +98,16 @@ def pointer(directory: Path) -> str | None:
     for file in (file for pattern in _WEIGHTS for file in sorted(directory.glob(pattern))):
         if is_pointer(file):
             return f"{file.name} {POINTER}"
+    return None
+
+
+def _damaged_json(directory: Path) -> str | None:
+    """Which of a tokenizer's files is no JSON; the error of who read it does not name it."""
+    for file in sorted(directory.glob("*.json")) if directory.is_dir() else ():
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return f"{file.name} is no JSON ({error})"
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,8 +72,7 @@ def train_head(
 ) -> None:
     """Give a trained drafter a cheaper LM head. The text stays the target's own; only the speed changes.
 
-    The training of a router that was stopped goes on with the same command. What is stopped leaves the
-    drafter's heads as they were.
+    If it is stopped, the drafter's heads stay as they were, and the same command starts again.
     """
     from coral.data import shards
     from coral.drafters import checkpoint, tuned
@@ -124,42 +122,17 @@ def _routed(
     from coral.drafters.heads import store as heads
     from coral.drafters.heads.groups import outside, split
     from coral.drafters.heads.vocabulary import most_frequent, special_ids
-    from coral.training import router_state
     from coral.training.head_loop import HeadConfig
     from coral.training.router import train_router
 
     config = HeadConfig(updates=updates, seed=seed)
-    settings = {
-        "groups": groups,
-        "active": active,
-        "grouping": grouping,
-        "core": core,
-        "router": asdict(config),
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "rows": len(rows.dataset),
-    }
-    state = router_state.load(directory, settings)
-    if state is None:
-        counts = frequencies(rows.dataset, target.vocab_size)
-        frequent = most_frequent(counts, special_ids(target), core)
-        ids = split(grouping, groups, target.head_weight, counts, seed, frequent)
-    else:
-        ids = state.ids
-    router, recall = train_router(
-        target,
-        network,
-        rows.dataset,
-        ids,
-        active,
-        config,
-        Console(stderr=True),
-        state=state,
-        keep=lambda state: router_state.save(directory, settings, state),
-    )
+    counts = frequencies(rows.dataset, target.vocab_size)
+    frequent = most_frequent(counts, special_ids(target), core)
+    ids = split(grouping, groups, target.head_weight, counts, seed, frequent)
+    router, recall = train_router(target, network, rows.dataset, ids, active, config, Console(stderr=True))
     tensors = {f"router.{name}": tensor for name, tensor in router.state_dict().items()}
     core = len(outside(ids, target.vocab_size))  # with all special ids, it may be more than asked for
     heads.save(directory, "routed", {**tensors, "ids": ids.int()}, active=active, core=core)
-    router_state.remove(directory)
     what = f"{active} of {groups} groups" + (f" beside a core of {core} ids" if core else "")
     shown = " ".join(f"{part:.1%}" for part in recall)
     print(f"routed head: {what}, recall by draft step {shown}: {directory}")

@@ -137,7 +137,12 @@ def load(
         raise CoralError(f"{path} cannot be read ({reason}); {elsewhere}") from error
     stored: Any = json_file.check(found, _Stored, str(path), elsewhere)
     state = RunState(**stored["state"])
-    refuse_changed(output, stored["config"], asdict(config), "choose another output directory")
+    if changed := _changed(stored["config"], asdict(config)):
+        key, old, new = changed
+        raise CoralError(
+            f"the run in {output} was started with {key}={old!r}, now it is {new!r}; use the old value, or "
+            "choose another output directory."
+        )
     if stored["examples"] != examples:
         raise CoralError(
             f"the run in {output} was started on {stored['examples']} rows of data, now there are "
@@ -175,16 +180,6 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def refuse_changed(place: Path, before: dict[str, Any], now: dict[str, Any], instead: str) -> None:
-    """Raise CoralError with the first setting in which a run that is to go on differs from itself before."""
-    if changed := _changed(before, now):
-        key, old, new = changed
-        raise CoralError(
-            f"the run in {place} was started with {key}={old!r}, now it is {new!r}; use the old value, "
-            f"or {instead}."
-        )
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:

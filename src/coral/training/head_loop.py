@@ -74,10 +74,7 @@ def descend(
         CoralError: no data, features of another target, or a loss that is not finite.
         KeyboardInterrupt: SIGINT or SIGTERM arrived; it is raised between two updates.
     """
-    if len(dataset) == 0:
-        raise CoralError("the prepared data holds no rows; prepare it from other conversations.")
-    refuse_other_target(dataset, target)
-    order = torch.randperm(len(dataset), generator=random_generator(config.seed)).tolist()
+    order = row_order(target, dataset, config.seed)
     optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
     console = console or Console(stderr=True)
     losses = list[float]()  # since the last report
@@ -105,6 +102,18 @@ def descend(
                     part = (update + 1) / config.updates
                     console.print(f"{part:4.0%}  {text}", highlight=False, soft_wrap=True)
                 losses.clear()
+
+
+def row_order(target: HeadTarget, dataset: Rows, seed: int) -> list[int]:
+    """All rows of the data in random order.
+
+    Raises:
+        CoralError: no data, or features of another target.
+    """
+    if len(dataset) == 0:
+        raise CoralError("the prepared data holds no rows; prepare it from other conversations.")
+    refuse_other_target(dataset, target)
+    return torch.randperm(len(dataset), generator=random_generator(seed)).tolist()
 
 
 def _bar(console: Console) -> Progress:

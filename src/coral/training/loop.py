@@ -283,9 +283,9 @@ def _accumulate(
     rows: list[int],
     update: int,
     steps: int,
-) -> tuple[float, Tensor]:
+) -> tuple[float, dict[str, Tensor]]:
     """Leave the gradient of the mean loss over `rows` in so many draft steps in the learner; the summed loss,
-    and sums [S,6].
+    and the sums of `Outcome`.
 
     Batch n of an update is the same, with the same random draws, whichever process reads it. So N processes
     that accumulate A batches learn what one does that accumulates N x A.
@@ -297,7 +297,7 @@ def _accumulate(
     trained = torch.stack([trained_rows(b.loss_mask, b.document_starts, 1).sum() for b in batches]).sum()
     count = accelerator.reduce(trained.float()).clamp(min=1)
     loss = torch.zeros((), device=target.device)
-    sums = torch.zeros(config.steps, 6, device=target.device)
+    sums: dict[str, Tensor] = {}
     for number, batch in zip(numbers, batches, strict=True):
         last = number == numbers[-1]
         with nullcontext() if last else parallel.without_exchange(accelerator, learner):
@@ -305,5 +305,8 @@ def _accumulate(
             outcome = learner(batch, target.head_weight, target.head_bias, generator, steps)
             # The mean is over the rows of all processes, but gradients are averaged over processes.
             accelerator.backward(outcome.loss * world / count)
-        loss, sums = loss + outcome.loss.detach(), sums + outcome.sums
-    return accelerator.reduce(loss).item(), accelerator.reduce(sums).cpu()
+        loss = loss + outcome.loss.detach()
+        sums = {name: part + sums.get(name, 0) for name, part in outcome.sums.items()}
+    return accelerator.reduce(loss).item(), {
+        name: accelerator.reduce(part).cpu() for name, part in sums.items()
+    }

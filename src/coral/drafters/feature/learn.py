@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +10,10 @@ from torch.nn.functional import pad
 
 from coral.data.features import FeatureBatch
 from coral.drafters.feature import candidates
-from coral.drafters.feature.alignment import alignment_loss
+from coral.drafters.feature.alignment import AlignmentConfig, alignment_loss
 from coral.drafters.feature.drafted import draft
-from coral.drafters.feature.losses import draft_losses, rows_at_a_time
+from coral.drafters.feature.losses import LossConfig, draft_losses, rows_at_a_time
 from coral.drafters.feature.network import Drafter
-
-if TYPE_CHECKING:
-    from coral.training.recipe import TrainConfig
 
 
 class Outcome(NamedTuple):
@@ -24,14 +21,37 @@ class Outcome(NamedTuple):
 
     loss: Tensor
     """Scalar with gradient."""
-    sums: Tensor
-    """float32 [S,6] without gradient: rows, correct, regression, cross-entropy, top-K, alignment."""
+    sums: dict[str, Tensor]
+    """What is reported, float32 without gradient, the same names every time. Each is a sum over the trained
+    rows of every draft step, [S], or a scalar over those of step 1. `rows` counts them, and `correct` those
+    whose likeliest draft token is the target's."""
+
+
+class Options(Protocol):
+    """What the learner reads of a recipe (`coral.training.recipe.TrainConfig`)."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def detach(self) -> bool: ...
+    @property
+    def noise(self) -> float: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def checkpoint_steps(self) -> bool: ...
+    @property
+    def head_chunk(self) -> int | None: ...
+    @property
+    def loss(self) -> LossConfig: ...
+    @property
+    def alignment(self) -> AlignmentConfig: ...
 
 
 class Learner(nn.Module):
     """Holds the drafter, so that distributed engines see one forward pass for one backward pass."""
 
-    def __init__(self, drafter: Drafter, config: TrainConfig) -> None:
+    def __init__(self, drafter: Drafter, config: Options) -> None:
         super().__init__()
         self.drafter = drafter
         self.config = config
@@ -89,6 +109,13 @@ class Learner(nn.Module):
             views = (drafts, wanted, kept, sequence, tokens)
             aligned = alignment_loss(*views, config.alignment, generator) * len(row)
             loss = loss + config.alignment.weight * aligned
-        parts = (losses.rows, losses.correct, losses.regression, losses.cross_entropy, losses.top_k)
-        sums = torch.stack([*(part.float() for part in parts), aligned.detach().expand(len(drafts))], dim=1)
-        return Outcome(loss, pad(sums, (0, 0, 0, config.steps - len(drafts))))
+        sums = {
+            "rows": losses.rows,
+            "correct": losses.correct,
+            "regression": losses.regression,
+            "cross_entropy": losses.cross_entropy,
+            "top_k": losses.top_k,
+        }
+        absent = config.steps - len(drafts)
+        sums = {name: pad(part.float(), (0, absent)) for name, part in sums.items()}
+        return Outcome(loss, {**sums, "alignment": aligned.detach()})

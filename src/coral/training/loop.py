@@ -22,8 +22,8 @@ from coral.data.features import Rows, feature_batch
 from coral.data.rows_digest import digest_of
 from coral.data.shards import refuse_other_target
 from coral.drafters import checkpoint
+from coral.drafters.feature.drafted import trained_rows
 from coral.drafters.feature.learn import Learner
-from coral.drafters.feature.losses import trained_rows
 from coral.drafters.feature.network import Drafter
 from coral.errors import CoralError
 from coral.locks import locks_output

@@ -12,7 +12,7 @@ from coral.data.features import FeatureBatch
 from coral.drafters.feature import candidates
 from coral.drafters.feature.alignment import AlignmentConfig, alignment_loss
 from coral.drafters.feature.drafted import draft
-from coral.drafters.feature.losses import LossConfig, draft_losses, rows_at_a_time
+from coral.drafters.feature.losses import FrozenHead, LossConfig, Wanted, draft_losses, rows_at_a_time
 from coral.drafters.feature.network import Drafter
 
 
@@ -73,7 +73,7 @@ class Learner(nn.Module):
             noise = torch.rand(features.shape, generator=generator).to(features.device)
             read = features + (2 * noise - 1) * config.noise
         with torch.autocast(features.device.type, torch.bfloat16, config.precision == "bfloat16"):
-            drafts, wanted, kept, sequence, row = draft(
+            drafted = draft(
                 self.drafter,
                 batch,
                 steps or config.steps,
@@ -81,32 +81,22 @@ class Learner(nn.Module):
                 detach=config.detach,
                 checkpoint_steps=config.checkpoint_steps,
             )
+        drafts, goals, valid, sequence, row = drafted
         tokens = batch.input_ids[sequence, row + 2]
-        follows = (sequence[1:] == sequence[:-1]) & (row[1:] == row[:-1] + 1)
-        before = torch.where(pad(follows, (1, 0)), torch.arange(len(row), device=row.device), 0) - 1
-        certain = None
+        head = FrozenHead(head_weight, head_bias, len(head_weight))
         if 0 < config.loss.candidates < len(head_weight):
             chunk = config.head_chunk or rows_at_a_time(len(head_weight))
-            head = head_weight, head_bias
-            chosen = candidates.choose(wanted, tokens, *head, config.loss.candidates, generator, chunk)
-            head_weight, head_bias, certain = chosen.weight, chosen.bias, chosen.certain
+            chosen = candidates.choose(
+                goals, tokens, head_weight, head_bias, config.loss.candidates, generator, chunk
+            )
+            head = FrozenHead(chosen.weight, chosen.bias, chosen.certain)
             tokens = chosen.places(tokens)
-        losses = draft_losses(
-            drafts,
-            wanted,
-            kept,
-            tokens,
-            before,
-            head_weight,
-            head_bias,
-            config.loss,
-            config.head_chunk,
-            certain,
-        )
+        wanted = Wanted(goals, valid, tokens, drafted.before)
+        losses = draft_losses(drafts, wanted, head, config.loss, config.head_chunk)
         loss = losses.total.sum()
         aligned = torch.zeros((), device=drafts.device)
         if config.alignment.kind != "none":
-            views = (drafts, wanted, kept, sequence, tokens)
+            views = (drafts, goals, valid, sequence, tokens)
             aligned = alignment_loss(*views, config.alignment, generator) * len(row)
             loss = loss + config.alignment.weight * aligned
         sums = {

@@ -4,7 +4,8 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -80,12 +81,12 @@ class Reporter:
         if kept != [*lines, *([torn] if torn else [])]:
             atomic_bytes(self.path, b"".join(line + b"\n" for line in kept))
 
-    def pause(self) -> float:
-        """Call before work that is not training; hand the answer to `go_on` after it."""
-        return time.monotonic()
-
-    def go_on(self, paused: float) -> None:
-        self.since += time.monotonic() - paused
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Work in here is not training: its time does not count in the speed."""
+        begin = time.monotonic()
+        yield
+        self.since += time.monotonic() - begin
 
     def add(self, loss: float, sums: dict[str, Tensor]) -> None:
         """Count one update: its summed loss and the sums of `Outcome`, over all processes."""

@@ -31,8 +31,8 @@ class DrafterOptions:
     init_layer: int | None = None
     """Start from this decoder layer of the target (-1 is the last) instead of from random weights."""
     init_drafter: str | None = None
-    """Start from the weights of this drafter directory or hub id, ours or one in the plain EAGLE layout; it
-    may have fewer layers or a narrower feed-forward block, what is added then starts without effect."""
+    """Start from the weights of this drafter directory or hub id. It may have fewer layers or a narrower
+    feed-forward block; what is added starts without effect."""
 
 
 @dataclass(frozen=True)

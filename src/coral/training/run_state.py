@@ -1,6 +1,6 @@
 """The state of a run on disk, inside the drafter's own directory, so that both are replaced in one step.
 
-    OUTPUT/                 a drafter, at every moment (see drafter/checkpoint.py)
+    OUTPUT/                 a drafter, at every moment (see drafters/checkpoint.py)
     OUTPUT/coral/training/  state.pt (optimiser, position, clock) and metrics.jsonl
 
 There is no random state to keep: every draw is a function of the seed and of the number of the update.
@@ -28,9 +28,8 @@ from coral.target.record import TargetRecord
 from coral.training.recipe import TrainConfig
 
 MAY_CHANGE = {"limits", "reports", "checkpoint_steps", "head_chunk", "accumulate"}
-"""Keys that leave every update what it was (but for rounding, for some; of `accumulate` the product with the
-number of processes must stay).
-"""
+"""Keys that may differ when a run goes on: every update stays what it was, but for rounding with some. The
+product of `accumulate` with the number of processes must stay."""
 
 
 @dataclass

@@ -59,19 +59,19 @@ def begin(target: TrainTarget, data: Data, output: Path, config: TrainConfig, re
     learner = parallel.distribute(accelerator, Learner(drafter, config))
     parameters = list(drafter.parameters())
     run = Run(
-        target,
-        record,
-        dataset,
-        digest,
-        output,
-        config,
-        accelerator,
-        drafter,
-        learner,
-        parameters,
-        Optimiser(parameters, config.optimiser),
-        RunState(processes=accelerator.num_processes),
-        resumed,
+        target=target,
+        record=record,
+        dataset=dataset,
+        digest=digest,
+        output=output,
+        config=config,
+        accelerator=accelerator,
+        drafter=drafter,
+        learner=learner,
+        parameters=parameters,
+        optimiser=Optimiser(parameters, config.optimiser),
+        state=RunState(processes=accelerator.num_processes),
+        resumed=resumed,
     )
     if resumed:
         _resume(run)

@@ -42,8 +42,8 @@ from torch.utils._pytree import tree_leaves
 
 from coral.data.features import FeatureBatch
 from coral.drafters.feature.alignment import alignment_loss
+from coral.drafters.feature.drafted import trained_rows
 from coral.drafters.feature.learn import Learner
-from coral.drafters.feature.losses import trained_rows
 from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.native.memory import keep_freed_memory
 from coral.target.default import TOY

@@ -311,7 +311,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> N
         (PREPARE, "coral.data.prepared._truncate", 2),
         (REGENERATE + "--batch-size 2", "coral.decoding.batch.write_padded", 1),
         (FEATURES, "coral.data.shards.feature_batch", 1),
-        (TRAIN, "coral.training.loop.feature_batch", 1),
+        (TRAIN, "coral.training.run.feature_batch", 0),
         (BENCH, "coral.bench.run.compare", 3),
     ],
 )

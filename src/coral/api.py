@@ -187,7 +187,7 @@ def make_proposer(
     from coral.drafters.lookup import NGram
 
     if isinstance(drafter, Drafter):
-        own = heads.of_target(target, heads.UNMADE if head == "auto" else head)
+        own = heads.of_target(target, heads.DEFAULT_HEAD if head == "auto" else head)
         return Feature(_fitted(drafter, target), target, own, coupled)
     source, head, lookup = read_name(drafter, head)
     if source is None:

@@ -8,7 +8,7 @@ from test_losses import CONFIG
 from torch.nn.functional import linear
 
 from coral.drafters.feature.candidates import choose
-from coral.drafters.feature.losses import LossConfig, draft_losses
+from coral.drafters.feature.losses import FrozenHead, LossConfig, Wanted, draft_losses
 
 S, R, H, V = 2, 12, 8, 400
 
@@ -30,7 +30,8 @@ def drawn(features, tokens, weight, bias, size, seed=0):
 def slope(drafts, features, tokens, weight, bias, config, certain=None):
     drafts = drafts.clone().requires_grad_()
     valid, before = torch.ones(S, R, dtype=torch.bool), torch.arange(R) - 1
-    losses = draft_losses(drafts, features, valid, tokens, before, weight, bias, config, 7, certain)
+    head = FrozenHead(weight, bias, len(weight) if certain is None else certain)
+    losses = draft_losses(drafts, Wanted(features, valid, tokens, before), head, config, 7)
     return losses, torch.autograd.grad(losses.total.sum(), drafts)[0]
 
 

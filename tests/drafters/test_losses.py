@@ -8,7 +8,8 @@ import torch
 from tiny_training import tiny_drafter
 from torch.nn.functional import linear, smooth_l1_loss
 
-from coral.drafters.feature.losses import LossConfig, draft_losses, trained_rows
+from coral.drafters.feature.drafted import trained_rows
+from coral.drafters.feature.losses import FrozenHead, LossConfig, Wanted, draft_losses
 from coral.drafters.feature.unroll import unroll
 
 S, R, H, V = 3, 13, 8, 31
@@ -27,7 +28,8 @@ def inputs(bias, dtype=torch.float32):
 
 def losses_of(drafts, features, valid, weight, bias, config=CONFIG, chunk=512):
     tokens, before = torch.arange(len(features)) % V, torch.arange(len(features)) - 1
-    return draft_losses(drafts, features, valid, tokens, before, weight, bias, config, chunk)
+    wanted = Wanted(features, valid, tokens, before)
+    return draft_losses(drafts, wanted, FrozenHead(weight, bias, V), config, chunk)
 
 
 def dense(drafts, features, valid, weight, bias, divergence="kl"):
@@ -135,7 +137,8 @@ def test_rows_that_decoding_would_not_reach_are_left_out(chunk):
     assert 0 < reached[2].sum() < reached[1].sum() < R
     everywhere = torch.ones_like(valid)
     config = replace(CONFIG, aligned_top=6)
-    losses = draft_losses(drafts, features, everywhere, tokens, before, weight, None, config, chunk)
+    wanted = Wanted(features, everywhere, tokens, before)
+    losses = draft_losses(drafts, wanted, FrozenHead(weight, None, V), config, chunk)
     (gradient,) = torch.autograd.grad(losses.total.sum(), drafts)
     expected, _ = dense(drafts, features, reached, weight, None)
     torch.testing.assert_close(losses.total, expected, rtol=1e-5, atol=1e-5)

@@ -85,7 +85,9 @@ def test_tuning_brings_the_factors_to_the_targets_distribution():
     """Stops tuning on the rows of another token, the divergence turned round, and a drafter that learns."""
     target, data, drafter = training_target(), tiny_data(rows=24), tiny_drafter().eval()
     weights = [parameter.detach().clone() for parameter in drafter.parameters()]
-    up, down = factorise(target.head_weight, second_moment(target, drafter, data.dataset, 3, steps=2), 5)
+    up, down = factorise(
+        target.head_weight, second_moment(target, drafter, data.dataset, 3, HeadConfig(steps=2)), 5
+    )
 
     def divergence(up, down):
         """Of each draft step, over all rows of the data, from the models alone."""

@@ -9,9 +9,11 @@ from safetensors.torch import save_file
 from test_train import CONFIG, run, weights
 from tiny_training import a_batch, tiny_drafter, tiny_target
 
+from coral.drafters import checkpoint
 from coral.errors import CoralError
 from coral.export import layout as eagle
 from coral.export.read import read
+from coral.target.record import TargetRecord
 from coral.training.recipe import DrafterOptions, Limits
 from coral.training.start import new_drafter
 
@@ -103,7 +105,8 @@ def test_a_trained_bias_of_fc_is_kept(tmp_path, claim):
     directory = write(tmp_path / "e", published() | {"fc.bias": bias}, **claim)
     read = eagle.read(directory, tiny_target())
     assert read.config.fc_bias and torch.equal(read.fc.bias, bias)
-    config = replace(CONFIG, drafter=DrafterOptions(init_drafter=str(directory)))
+    checkpoint.save(read, tmp_path / "ours", target=TargetRecord.of(tiny_target()))
+    config = replace(CONFIG, drafter=DrafterOptions(init_drafter=str(tmp_path / "ours")))
     assert torch.equal(new_drafter(tiny_target(), config, a_batch()).fc.bias, bias.float())
 
 
@@ -185,11 +188,17 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         eagle.read(directory, tiny_target())
 
 
-def test_training_starts_from_an_eagle_directory(tmp_path):
+def test_training_starts_from_an_eagle_directory_that_was_taken_in(tmp_path):
     """Stops: a warm start that keeps random weights, or another rotary base than the weights know."""
     target, directory = tiny_target(), write(tmp_path / "e", kind="bin")
     config = replace(CONFIG, drafter=DrafterOptions(init_drafter=str(directory)), limits=Limits(updates=1))
-    started, source = new_drafter(target, config, a_batch(target)), eagle.read(directory, target).float()
+    with pytest.raises(CoralError, match="coral import"):
+        new_drafter(target, config, a_batch(target))
+    source = eagle.read(directory, target).float()
+    taken_in = DrafterOptions(init_drafter=str(tmp_path / "ours"))
+    checkpoint.save(source, tmp_path / "ours", target=TargetRecord.of(target))
+    config = replace(config, drafter=taken_in)
+    started = new_drafter(target, config, a_batch(target))
     rows, positions = torch.randn(2, 1, 5, 16), torch.arange(5)[None]
     assert started.config == replace(source.config, intermediate_size=24)  # the target's own width
     torch.testing.assert_close(started(*rows, positions), source(*rows, positions), rtol=1e-4, atol=1e-5)

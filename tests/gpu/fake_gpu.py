@@ -25,7 +25,7 @@ from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
 from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.drafters.feature.propose import Feature
-from coral.gpu.kernels import group_logits_slowly
+from coral.drafters.heads.routed import group_logits
 from coral.native.packed import PackedGroups
 from coral.target.attention import GROUPED_SDPA
 from coral.target.target import Target
@@ -75,7 +75,7 @@ def move(head: Any, target: Target) -> Any:
             setattr(head, name, target)
         elif isinstance(value, PackedGroups):
             weight = torch.empty(len(value.weights), *value.weights[0].shape, device=GPU)
-            setattr(head, name, partial(group_logits_slowly, weight, None))
+            setattr(head, name, partial(group_logits, weight, None))
     return head
 
 

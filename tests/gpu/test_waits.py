@@ -22,8 +22,8 @@ def test_a_cycle_waits_for_nothing_else():
     keep: each empties the queue, and the GPU idles until the host has filled it again.
     """
     run = [sys.executable, Path(__file__).with_name("fake_gpu.py")]
-    threads = os.environ | {"OMP_NUM_THREADS": "1"}
-    found = subprocess.run(run, capture_output=True, text=True, env=threads)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run(run, capture_output=True, text=True, env=environment)
     assert found.returncode == 0, found.stderr
     # The last one does wait: what is looked for is found.
     assert [line.split(":")[0] for line in found.stdout.splitlines()] == ["Curious"], found.stdout

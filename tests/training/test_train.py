@@ -18,6 +18,7 @@ from coral.drafters.heads import store as heads
 from coral.errors import CoralError
 from coral.target.record import TargetRecord
 from coral.training.loop import train
+from coral.training.progress import Reporter
 from coral.training.recipe import Limits, OptimiserConfig, Reports, TrainConfig
 from coral.training.schedule import learning_rate
 from coral.training.start import new_drafter
@@ -256,6 +257,21 @@ def test_every_row_is_read_once_an_epoch(tmp_path):
     outcome, _ = run(tmp_path / "o", config, data=data)
     assert outcome.update == 11
     assert sorted(seen[-22:-11]) == sorted(seen[-11:]) == list(range(11)) and seen[-22:-11] != seen[-11:]
+
+
+def test_a_learner_brings_its_own_sums(tmp_path):
+    """Stops: reports that know one kind of drafter by heart, and a mean over the rows of another step."""
+    (tmp_path / "coral" / "training").mkdir(parents=True)
+    sums = {"rows": torch.tensor([8.0, 2.0]), "correct": torch.tensor([4.0, 2.0])}
+    sums |= {"depth": torch.tensor([16.0, 5.0]), "balance": torch.tensor(2.0)}
+    with Reporter(tmp_path, False, Console(file=io.StringIO())) as reporter:
+        reporter.add(16.0, sums)
+        reporter.add(8.0, {name: 0 * part for name, part in sums.items()})
+        reporter.log(2, 0.5, seconds=1.0)
+        reporter.log(3, 0.6, seconds=1.0)  # nothing was counted since
+    (line,) = metrics(tmp_path)
+    assert line["loss"] == 3.0 and line["accuracy"] == [0.5, 1.0]
+    assert line["depth"] == [2.0, 2.5] and line["balance"] == 0.25
 
 
 def test_schedule_rises_then_falls():

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import replace
+from typing import Annotated
 
 import typer
 
 from coral.cli import options
 from coral.errors import CoralError
-
-if TYPE_CHECKING:
-    from coral.data.prepared import PreparedData
-    from coral.drafters.feature.network import Drafter
-    from coral.target.target import Target
 
 _OPTIONS = {  # which kind reads which option
     "routed": ("groups", "active", "grouping", "core", "updates"),
@@ -73,13 +67,48 @@ def train_head(
 ) -> None:
     """Give a trained drafter a cheaper LM head. The text stays the target's own; only the speed changes.
 
-    The training of a router that was stopped goes on with the same command. What is stopped leaves the
-    drafter's heads as they were.
+    If it is stopped, the drafter's heads stay as they were, and the same command starts again.
     """
-    from coral.data import shards
-    from coral.drafters import checkpoint, tuned
-    from coral.locks import locked
+    from rich.console import Console
 
+    from coral.data import shards
+    from coral.drafters import checkpoint
+    from coral.training import heads
+    from coral.training.head_loop import HeadConfig
+    from coral.training.low_rank import TUNING
+
+    _refuse_options_of_others(context, kind)
+    if kind == "routed" and updates == 0:
+        raise CoralError("a router that is not trained is of no use; ask for at least one of --updates.")
+    directory = checkpoint.own_directory(drafter)
+    rows = shards.load(data)
+    loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows)
+    given, console = (directory, loaded, rows.dataset), Console(stderr=True)
+    match kind:
+        case "static":
+            static = heads.make_static(*given, size)
+            share = f"{len(static.ids)} ids, which are {static.share:.2%} of what the target wrote"
+            print(f"static head: {share}: {directory}")
+            print(f"token map for SGLang (--speculative-token-map): {static.token_map}")
+        case "routed":
+            wanted = heads.RoutedOptions(groups, active, grouping, core)
+            config = HeadConfig(updates=updates or 300, seed=seed)
+            routed = heads.make_routed(*given, wanted, config, console)
+            what = f"{active} of {groups} groups"
+            what += f" beside a core of {routed.core} ids" if routed.core else ""
+            recall = " ".join(f"{part:.1%}" for part in routed.recall)
+            print(f"routed head: {what}, recall by draft step {recall}: {directory}")
+        case "low_rank":
+            tuning = replace(TUNING, updates=updates or 0, seed=seed)
+            factors = heads.LowRankOptions(rank, rescored, batches)
+            rank = heads.make_low_rank(*given, factors, tuning, console)
+            what = f"rank {rank} of {loaded.hidden_size}, {rescored} ids rescored"
+            what += f", tuned in {updates} updates" if updates else ""
+            print(f"low-rank head: {what}: {directory}")
+
+
+def _refuse_options_of_others(context: typer.Context, kind: str) -> None:
+    """Raise CoralError for an unknown kind of head, or an option that only another kind reads."""
     if kind not in _OPTIONS:
         raise CoralError(f"kind {kind!r} is not known; use {', '.join(_OPTIONS)}.")
     for other, names in _OPTIONS.items():
@@ -87,126 +116,3 @@ def train_head(
             source = context.get_parameter_source(name)
             if source is not None and source.name != "DEFAULT":
                 raise CoralError(f"--{name} belongs to --kind {other}; leave it out with --kind {kind}.")
-    if kind == "routed" and updates == 0:
-        raise CoralError("a router that is not trained is of no use; ask for at least one of --updates.")
-    directory = checkpoint.own_directory(drafter)
-    rows = shards.load(data)
-    loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows)
-    with locked(directory):
-        network = checkpoint.load(directory, loaded, device=loaded.device).float()
-        match kind:
-            case "routed":
-                updates = updates or 300
-                _routed(directory, network, loaded, rows, groups, active, grouping, core, updates, seed)
-            case "static":
-                _static(directory, loaded, rows, size or loaded.vocab_size // 4)
-            case "low_rank":
-                rank = rank or max(2, loaded.hidden_size // 8)
-                _low_rank(directory, network, loaded, rows, rank, rescored, batches, updates or 0, seed)
-        tuned.forget(directory, kind)
-
-
-def _routed(
-    directory: Path,
-    network: Drafter,
-    target: Target,
-    rows: PreparedData,
-    groups: int,
-    active: int,
-    grouping: str,
-    core: int,
-    updates: int,
-    seed: int,
-) -> None:
-    from rich.console import Console
-
-    from coral.data.features import frequencies
-    from coral.drafters.heads import store as heads
-    from coral.drafters.heads.groups import outside, split
-    from coral.drafters.heads.vocabulary import most_frequent, special_ids
-    from coral.training import router_state
-    from coral.training.head_loop import HeadConfig
-    from coral.training.router import train_router
-
-    config = HeadConfig(updates=updates, seed=seed)
-    settings = {
-        "groups": groups,
-        "active": active,
-        "grouping": grouping,
-        "core": core,
-        "router": asdict(config),
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "rows": len(rows.dataset),
-    }
-    state = router_state.load(directory, settings)
-    if state is None:
-        counts = frequencies(rows.dataset, target.vocab_size)
-        frequent = most_frequent(counts, special_ids(target), core)
-        ids = split(grouping, groups, target.head_weight, counts, seed, frequent)
-    else:
-        ids = state.ids
-    router, recall = train_router(
-        target,
-        network,
-        rows.dataset,
-        ids,
-        active,
-        config,
-        Console(stderr=True),
-        state=state,
-        keep=lambda state: router_state.save(directory, settings, state),
-    )
-    tensors = {f"router.{name}": tensor for name, tensor in router.state_dict().items()}
-    core = len(outside(ids, target.vocab_size))  # with all special ids, it may be more than asked for
-    heads.save(directory, "routed", {**tensors, "ids": ids.int()}, active=active, core=core)
-    router_state.remove(directory)
-    what = f"{active} of {groups} groups" + (f" beside a core of {core} ids" if core else "")
-    shown = " ".join(f"{part:.1%}" for part in recall)
-    print(f"routed head: {what}, recall by draft step {shown}: {directory}")
-
-
-def _static(directory: Path, target: Target, rows: PreparedData, size: int) -> None:
-    from coral.data.features import frequencies
-    from coral.drafters.heads import store as heads
-    from coral.drafters.heads.vocabulary import most_frequent, special_ids
-
-    counts = frequencies(rows.dataset, target.vocab_size)
-    ids = most_frequent(counts, special_ids(target), size)
-    heads.save(directory, "static", {"ids": ids.int()})
-    token_map = heads.save_token_map(directory, ids)
-    share = float(counts[ids].sum() / counts.sum().clamp(min=1))
-    print(f"static head: {len(ids)} ids, which are {share:.2%} of what the target wrote: {directory}")
-    print(f"token map for SGLang (--speculative-token-map): {token_map}")
-
-
-def _low_rank(
-    directory: Path,
-    network: Drafter,
-    target: Target,
-    rows: PreparedData,
-    rank: int,
-    rescored: int,
-    batches: int,
-    updates: int,
-    seed: int,
-) -> None:
-    from rich.console import Console
-
-    from coral.data.features import frequencies
-    from coral.drafters.heads import store as heads
-    from coral.drafters.heads.reduced import factorise
-    from coral.training.head_loop import HeadConfig
-    from coral.training.low_rank import TUNING_RATE, second_moment, tune
-
-    if rank > target.hidden_size:
-        raise CoralError(f"rank {rank} is above the hidden size {target.hidden_size}; ask for less.")
-    console = Console(stderr=True)
-    moment = second_moment(target, network, rows.dataset, batches, seed=seed, console=console)
-    weights = frequencies(rows.dataset, target.vocab_size).float().add(1).sqrt()
-    up, down = factorise(target.head_weight, moment, rank, weights)
-    if updates:
-        config = HeadConfig(updates=updates, learning_rate=TUNING_RATE, seed=seed)
-        up, down = tune(target, network, rows.dataset, up, down, config, console)
-    heads.save(directory, "low_rank", {"up": up, "down": down}, rescored=rescored)
-    tuned = f", tuned in {updates} updates" if updates else ""
-    print(f"low-rank head: rank {rank} of {target.hidden_size}, {rescored} ids rescored{tuned}: {directory}")

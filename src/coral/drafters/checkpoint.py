@@ -34,7 +34,7 @@ CUSTOM_GENERATE = Path(__file__).parents[1] / "integrations" / "transformers" / 
 """What transformers runs for `generate(..., custom_generate=DRAFTER)`; every drafter carries a copy."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WEIGHTS = ("config.json", "model.safetensors", "coral/config.json", "custom_generate/*")
-_MADE_FOR_WEIGHTS = ("coral/trees.json", "coral/head_training.pt", "coral/training/*")
+_MADE_FOR_WEIGHTS = ("coral/trees.json", "coral/training/*")
 
 
 @dataclass(frozen=True)

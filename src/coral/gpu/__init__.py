@@ -1,1 +1,1 @@
-"""Recorded forwards and kernels for a GPU. No GPU has run them yet: benchmarks/gpu.py is to be run first."""
+"""Recorded forwards for a GPU. No GPU has run them yet: benchmarks/gpu.py is to be run first."""

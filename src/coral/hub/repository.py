@@ -9,7 +9,7 @@ from coral.errors import CoralError
 from coral.target.download import PARTS, explained
 
 CARD = "README.md"
-_LOCAL = ("coral/training/*", "coral/head_training.pt", ".cache/huggingface/*", ".gitattributes")
+_LOCAL = ("coral/training/*", ".cache/huggingface/*", ".gitattributes")
 """What may lie beside them and is not pushed: the state of training, and what downloads leave behind."""
 
 

@@ -61,37 +61,26 @@ def descend(
     gradient: Callable[[int, FeatureBatch], float],
     config: HeadConfig,
     console: Console | None = None,
-    *,
-    optimiser: torch.optim.Optimizer | None = None,
-    first: int = 0,
     report: Callable[[], str] = str,
-    before: Callable[[int, bool], None] | None = None,
 ) -> None:
-    """Train `parameters`, in place, in the updates `first` .. `config.updates`.
+    """Train `parameters` in place by AdamW without decay, at a learning rate that falls as a cosine.
 
     Args:
         name: what is trained, for the bar and for errors.
         gradient: leaves the gradient of a batch in the parameters and returns the loss.
-        optimiser: one that goes on from an earlier run; None: a new one.
         report: what else is known since it was last called, shown beside the loss.
-        before: called ahead of each update, with its number and whether a signal asks to stop.
 
     Raises:
         CoralError: no data, features of another target, or a loss that is not finite.
         KeyboardInterrupt: SIGINT or SIGTERM arrived; it is raised between two updates.
     """
-    if len(dataset) == 0:
-        raise CoralError("the prepared data holds no rows; prepare it from other conversations.")
-    refuse_other_target(dataset, target)
-    order = torch.randperm(len(dataset), generator=random_generator(config.seed)).tolist()
-    optimiser = optimiser or new_optimiser(parameters)
+    order = row_order(target, dataset, config.seed)
+    optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
     console = console or Console(stderr=True)
     losses = list[float]()  # since the last report
     with _bar(console) as progress, stop_signals() as stop:
-        task = progress.add_task(name, total=config.updates, completed=first)
-        for update in range(first, config.updates):
-            if before is not None:
-                before(update, bool(stop))
+        task = progress.add_task(name, total=config.updates)
+        for update in range(config.updates):
             if stop:
                 raise KeyboardInterrupt
             at = update * config.batch_size
@@ -115,9 +104,16 @@ def descend(
                 losses.clear()
 
 
-def new_optimiser(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """AdamW without decay; `descend` sets its learning rate."""
-    return torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
+def row_order(target: HeadTarget, dataset: Rows, seed: int) -> list[int]:
+    """All rows of the data in random order.
+
+    Raises:
+        CoralError: no data, or features of another target.
+    """
+    if len(dataset) == 0:
+        raise CoralError("the prepared data holds no rows; prepare it from other conversations.")
+    refuse_other_target(dataset, target)
+    return torch.randperm(len(dataset), generator=random_generator(seed)).tolist()
 
 
 def _bar(console: Console) -> Progress:

@@ -7,37 +7,37 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import kl_div, linear
 
-from coral.data.features import FeatureBatch, FeatureSource, Rows, feature_batch
+from coral.data.features import FeatureBatch, Rows, feature_batch
 from coral.drafters.feature.drafted import draft
 from coral.drafters.feature.network import Drafter
 from coral.progress import bar
-from coral.training.head_loop import HeadConfig, HeadTarget, descend, target_laws
-from coral.training.run_state import random_generator
+from coral.training.head_loop import HeadConfig, HeadTarget, descend, row_order, target_laws
 
-TUNING_RATE = 4e-4
-"""Learning rate of `tune` (SlimSpec's)."""
+TUNING = HeadConfig(updates=0, learning_rate=4e-4)
+"""SlimSpec's learning rate; without updates the factors are not tuned."""
 
 
 @torch.no_grad()
 def second_moment(
-    target: FeatureSource,
+    target: HeadTarget,
     drafter: Drafter,
     dataset: Rows,
     batches: int,
-    *,
-    batch_size: int = 8,
-    steps: int = 4,
-    seed: int = 0,
+    config: HeadConfig,
     console: Console | None = None,
 ) -> Tensor:
-    """E[f f^T] [h, h] float32 over the draft features f of all draft steps, on random rows of data."""
-    order = torch.randperm(len(dataset), generator=random_generator(seed)).tolist()
-    width = drafter.config.hidden_size
+    """E[f f^T] [h, h] float32 over the draft features f of all draft steps, on random rows of data.
+
+    Raises:
+        CoralError: no data, or features of another target.
+    """
+    order = row_order(target, dataset, config.seed)
+    width, size = drafter.config.hidden_size, config.batch_size
     moment, count = torch.zeros(width, width, device=target.device), 0
     with bar(console, "draft features", batches) as advance:
-        for start in range(0, min(batches * batch_size, len(order)), batch_size):
-            batch = feature_batch(target, dataset, order[start : start + batch_size])
-            drafted = draft(drafter, batch, steps)
+        for start in range(0, min(batches * size, len(order)), size):
+            batch = feature_batch(target, dataset, order[start : start + size])
+            drafted = draft(drafter, batch, config.steps)
             drafts = drafted.drafts[drafted.valid]  # [N,h]
             moment += drafts.T @ drafts
             count += len(drafts)

@@ -2,8 +2,8 @@
 
 `accelerate launch` starts them. Every process reads its own rows of each update; the drafter is whole in all
 of them (DDP), or with `--use_fsdp` spread over them (FSDP2), and the frozen target may be spread likewise.
-Spreading is torch's `fully_shard`, applied here: accelerate knows it on GPUs only, and one path for every
-device can be tested without them.
+Torch's `fully_shard` spreads them. It is called here and not by accelerate, which supports it on GPUs only:
+one path for every device can be tested on a CPU.
 """
 
 import os

@@ -4,7 +4,8 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,13 +13,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from coral import json_file
 from coral.errors import CoralError
 from coral.files import atomic_bytes
 from coral.training.run_state import folder
-
-_COLUMNS = ("correct", "regression", "cross_entropy", "top_k", "alignment")
 
 
 class Reporter:
@@ -46,7 +46,7 @@ class Reporter:
             disable=mute or not self.console.is_terminal,
         )
         self.task = self.bar.add_task("starting", total=1.0)
-        self.sums: torch.Tensor | None = None
+        self.sums: dict[str, Tensor] = {}
         self.loss = 0.0
         self.since = time.monotonic()
         self.expected = False
@@ -81,27 +81,25 @@ class Reporter:
         if kept != [*lines, *([torn] if torn else [])]:
             atomic_bytes(self.path, b"".join(line + b"\n" for line in kept))
 
-    def pause(self) -> float:
-        """Call before work that is not training; hand the answer to `go_on` after it."""
-        return time.monotonic()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Work in here is not training: its time does not count in the speed."""
+        begin = time.monotonic()
+        yield
+        self.since += time.monotonic() - begin
 
-    def go_on(self, paused: float) -> None:
-        self.since += time.monotonic() - paused
-
-    def add(self, loss: float, sums: torch.Tensor) -> None:
-        """Count one update: its summed loss and the sums of `learner.Outcome`, over all processes."""
+    def add(self, loss: float, sums: dict[str, Tensor]) -> None:
+        """Count one update: its summed loss and the sums of `Outcome`, over all processes."""
         self.loss += loss
-        self.sums = sums if self.sums is None else self.sums + sums
+        self.sums = {name: part + self.sums.get(name, 0) for name, part in sums.items()}
 
     def log(self, update: int, fraction: float, **more: Any) -> None:
         """Write the average since the last call to metrics.jsonl, and show it."""
-        if self.sums is None:
+        if not self.sums:
             return
-        rows = self.sums[:, 0].clamp(min=1)
-        average = {
-            name: [round(x, 5) for x in (self.sums[:, i + 1] / rows).tolist()]
-            for i, name in enumerate(_COLUMNS)
-        }
+        counts = self.sums.pop("rows")
+        rows = counts.clamp(min=1)
+        average = {name: _average(part, rows) for name, part in self.sums.items()}
         elapsed = time.monotonic() - self.since
         speed = rows[0].item() / max(elapsed, 1e-9)
         line = {
@@ -114,9 +112,8 @@ class Reporter:
             "memory_bytes": _memory(),
             **more,
         }
-        line["alignment"] = line["alignment"][0]
         self.write(line)
-        learnt = zip(line["accuracy"], self.sums[:, 0].tolist(), strict=True)
+        learnt = zip(line["accuracy"], counts.tolist(), strict=True)
         accuracy = " ".join(f"{x:.1%}" for x, count in learnt if count)
         text = (
             f"update {update}  loss {line['loss']:.4f}  top-1 {accuracy}  {speed:,.0f} trained tokens/s  "
@@ -130,7 +127,7 @@ class Reporter:
             left = more["seconds"] * (1 / fraction - 1)
             self.say(f"at this pace, {speed:,.0f} trained tokens/s, it ends in {elapsed_text(left)}")
             self.expected = True
-        self.loss, self.sums, self.since = 0.0, None, time.monotonic()
+        self.loss, self.sums, self.since = 0.0, {}, time.monotonic()
 
     def write(self, line: dict[str, Any]) -> None:
         if not self.mute:
@@ -138,6 +135,13 @@ class Reporter:
                 file.write(json.dumps(line) + "\n")
             if self.track is not None:
                 self.track(line)
+
+
+def _average(sums: Tensor, rows: Tensor) -> list[float] | float:
+    """The mean over the rows [S] of each draft step, or of step 1 for a scalar."""
+    if sums.dim() == 0:
+        return round((sums / rows[0]).item(), 5)
+    return [round(x, 5) for x in (sums / rows).tolist()]
 
 
 def _update(line: bytes) -> int | None:

@@ -31,8 +31,8 @@ class DrafterOptions:
     init_layer: int | None = None
     """Start from this decoder layer of the target (-1 is the last) instead of from random weights."""
     init_drafter: str | None = None
-    """Start from the weights of this drafter directory or hub id, ours or one in the plain EAGLE layout; it
-    may have fewer layers or a narrower feed-forward block, what is added then starts without effect."""
+    """Start from the weights of this drafter directory or hub id. It may have fewer layers or a narrower
+    feed-forward block; what is added starts without effect."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class TrainConfig:
     detach: bool = True
     """Stop gradients between draft steps."""
     one_step: Part = 0.0
-    """Part of the run, from its start, in which there is one draft step only: what later steps build on is
-    learnt three times as fast alone."""
+    """Part of the run, from its start, with one draft step only. Later steps build on the first, which learns
+    three times as fast alone."""
     noise: Annotated[float, Field(ge=0, le=1e3)] = 0.0
     """Half-width of uniform noise added to the target features that the drafter reads (EAGLE: 0.1)."""
     batch_size: Annotated[int, Field(ge=1, le=2**20)] = 16
@@ -111,7 +111,7 @@ class TrainConfig:
     """Trained rows that meet the LM head at a time, each with V float32 scores; none: as many as fill 64 MB,
     and no fewer than 256, below which the products get slow."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of the initial weights, the order of the data and every other random draw."""
+    """Seed of the initial weights, the order of the data and every other random draw."""
     drafter: DrafterOptions = field(default_factory=DrafterOptions)
     loss: LossConfig = field(default_factory=LossConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)

@@ -1,6 +1,6 @@
 """The state of a run on disk, inside the drafter's own directory, so that both are replaced in one step.
 
-    OUTPUT/                 a drafter, at every moment (see drafter/checkpoint.py)
+    OUTPUT/                 a drafter, at every moment (see drafters/checkpoint.py)
     OUTPUT/coral/training/  state.pt (optimiser, position, clock) and metrics.jsonl
 
 There is no random state to keep: every draw is a function of the seed and of the number of the update.
@@ -28,9 +28,8 @@ from coral.target.record import TargetRecord
 from coral.training.recipe import TrainConfig
 
 MAY_CHANGE = {"limits", "reports", "checkpoint_steps", "head_chunk", "accumulate"}
-"""Keys that leave every update what it was (but for rounding, for some; of `accumulate` the product with the
-number of processes must stay).
-"""
+"""Keys that may differ when a run goes on: every update stays what it was, but for rounding with some. The
+product of `accumulate` with the number of processes must stay."""
 
 
 @dataclass
@@ -137,7 +136,12 @@ def load(
         raise CoralError(f"{path} cannot be read ({reason}); {elsewhere}") from error
     stored: Any = json_file.check(found, _Stored, str(path), elsewhere)
     state = RunState(**stored["state"])
-    refuse_changed(output, stored["config"], asdict(config), "choose another output directory")
+    if changed := _changed(stored["config"], asdict(config)):
+        key, old, new = changed
+        raise CoralError(
+            f"the run in {output} was started with {key}={old!r}, now it is {new!r}; use the old value, or "
+            "choose another output directory."
+        )
     if stored["examples"] != examples:
         raise CoralError(
             f"the run in {output} was started on {stored['examples']} rows of data, now there are "
@@ -175,16 +179,6 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def refuse_changed(place: Path, before: dict[str, Any], now: dict[str, Any], instead: str) -> None:
-    """Raise CoralError with the first setting in which a run that is to go on differs from itself before."""
-    if changed := _changed(before, now):
-        key, old, new = changed
-        raise CoralError(
-            f"the run in {place} was started with {key}={old!r}, now it is {new!r}; use the old value, "
-            f"or {instead}."
-        )
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:

@@ -1,30 +1,112 @@
-"""Where a drafter starts: random weights, a layer of the target, or another drafter."""
+"""How a run begins: anew, from random weights, a layer of the target or another drafter; or where it
+stopped.
+"""
 
 from dataclasses import asdict, replace
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
 
-from coral.data.features import FeatureBatch, FeatureSource
+from coral.data.features import FeatureBatch, Rows, feature_batch
+from coral.data.rows_digest import digest_of
+from coral.data.shards import refuse_other_target
 from coral.drafters import checkpoint
+from coral.drafters.feature.learn import Learner
 from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.errors import CoralError
-from coral.target.record import TargetLike
-from coral.training import parallel
-from coral.training.recipe import TrainConfig
-from coral.training.run_state import random_generator
+from coral.machine import has_fast_bfloat16
+from coral.target.record import TargetRecord
+from coral.training import parallel, run_state, trackers
+from coral.training.optimiser import Optimiser
+from coral.training.recipe import TrainConfig, check
+from coral.training.run import Run, TrainTarget
+from coral.training.run_state import RunState, random_generator
 
 
-class TrainTarget(TargetLike, FeatureSource, Protocol):
-    """What training asks of a target."""
+class Data(Protocol):
+    """Prepared data, with or without stored features."""
 
     @property
-    def model(self) -> Any: ...
-    @property
-    def config(self) -> Any: ...
-    @property
-    def head_bias(self) -> Tensor | None: ...
+    def dataset(self) -> Rows: ...
+
+
+def begin(target: TrainTarget, data: Data, output: Path, config: TrainConfig, resume: bool) -> Run:
+    """A run in `output` that is ready for its next update. Nothing is written yet.
+
+    Raises:
+        CoralError: as `coral.training.loop.train`.
+    """
+    check(config)
+    config = replace(config, precision=_precision(config, target))
+    checkpoint.refuse_foreign(output)
+    dataset = data.dataset
+    if len(dataset) == 0:
+        raise CoralError("the prepared data holds no rows; prepare it from other conversations.")
+    refuse_other_target(dataset, target)
+    accelerator = parallel.new_accelerator(
+        target.device, log_with=trackers.make(config.reports.tracker, output) or None
+    )
+    resumed = resume and (output / "coral" / "config.json").exists()
+    _refuse_different(accelerator, resumed=resumed, rows=len(dataset))  # before the main process writes
+    record, digest = TargetRecord.of(target), digest_of(data)
+    if resumed:
+        drafter = checkpoint.load(output, target)
+    else:
+        drafter = new_drafter(target, config, feature_batch(target, dataset, [0]))
+    drafter = drafter.to(device=target.device, dtype=torch.float32).train().requires_grad_(True)
+    learner = parallel.distribute(accelerator, Learner(drafter, config))
+    parameters = list(drafter.parameters())
+    run = Run(
+        target=target,
+        record=record,
+        dataset=dataset,
+        digest=digest,
+        output=output,
+        config=config,
+        accelerator=accelerator,
+        drafter=drafter,
+        learner=learner,
+        parameters=parameters,
+        optimiser=Optimiser(parameters, config.optimiser),
+        state=RunState(processes=accelerator.num_processes),
+        resumed=resumed,
+    )
+    if resumed:
+        _resume(run)
+    return run
+
+
+def _resume(run: Run) -> None:
+    """Give a run the state and the moments that lie in its output."""
+    processes = run.accelerator.num_processes
+    run.state, moments = run_state.load(run.output, run.config, len(run.dataset), run.digest, processes)
+    try:
+        run.optimiser.load(moments)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CoralError(
+            f"the training state in {run.output} is damaged ({error}); choose another output directory."
+        ) from error
+
+
+def _precision(config: TrainConfig, target: TrainTarget) -> Literal["float32", "bfloat16"]:
+    """What "auto" means beside this target on this device."""
+    if config.precision != "auto":
+        return config.precision
+    half = target.head_weight.dtype in (torch.bfloat16, torch.float16)
+    return "bfloat16" if half and has_fast_bfloat16(target.device) else "float32"
+
+
+def _refuse_different(accelerator: Accelerator, *, resumed: bool, rows: int) -> None:
+    """Raise CoralError unless all processes see the same run and as much data."""
+    own = torch.tensor([[int(resumed), rows]], device=accelerator.device)
+    seen = accelerator.gather(own)
+    if (seen != own).any():
+        raise CoralError(
+            f"processes see different runs: [goes on, rows of data] are {seen.tolist()}; give every machine "
+            "the same data, and an output directory that they share."
+        )
 
 
 def new_drafter(target: TrainTarget, config: TrainConfig, batch: FeatureBatch) -> Drafter:

@@ -32,7 +32,7 @@ class AlignmentConfig:
     """Options of the alignment loss."""
 
     kind: Literal["none", "csra", "cosine", "topology"] = "none"
-    """Which loss; see the head of `training/alignment.py`."""
+    """Which loss; see the head of `alignment.py`."""
     weight: Annotated[float, Field(ge=0, le=1e6)] = 0.1
     """Weight beside the other losses."""
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 0.1

@@ -3,7 +3,7 @@
 The losses of draft steps are sums over ids, p(x) of the target's and log q(x) of the drafter's softmax. Here
 they run over the ids that hold most of the target's probability in the batch, its own tokens among them, and
 over ids drawn evenly from all others, each of which stands for as many as it was drawn from: n of N drawn
-ids count N/n times. So every sum of the kind "over x of w(x) exp(logit)" is without bias, normalisers of both
+ids count N/n times. So every sum of the kind "over x of w(x) exp(logit)" is unbiased, normalisers of both
 softmaxes included, and their ratios, which the losses are made of, are consistent: importance sampling, as in
 sampled softmax (Jean et al., arXiv 1412.2007). To count an id w times is to add log w to its logit, so the
 candidates are a head of fewer rows with a bias, and a drafter that equals its target still has no slope.
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 SURVEYED = 256
-"""Rows of a batch, about, that meet the whole head and so say which ids hold most of the probability. The
-estimates are without bias whatever is certain, and the whole head would be most of what a batch costs."""
+"""About how many rows of a batch meet the whole head, which shows which ids hold most of the probability.
+With all rows this product would be most of a batch's cost; the estimates are unbiased whichever ids are
+certain."""
 
 
 class Candidates(NamedTuple):

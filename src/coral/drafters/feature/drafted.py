@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from coral.data.features import FeatureBatch
-from coral.drafters.feature.losses import trained_rows
 from coral.drafters.feature.network import Drafter
-from coral.drafters.feature.unroll import unroll
+from coral.drafters.feature.unroll import offsets_in_document, unroll
 
 
 class Drafted(NamedTuple):
@@ -27,6 +27,26 @@ class Drafted(NamedTuple):
     """The sequence of the batch that each row comes from, int64 [R]."""
     row: Tensor
     """Where in it, int64 [R]."""
+
+    @property
+    def before(self) -> Tensor:
+        """Where the row just before each stands among the R, int64 [R]; -1 if it is not trained."""
+        sequence, row = self.sequence, self.row
+        follows = (sequence[1:] == sequence[:-1]) & (row[1:] == row[:-1] + 1)
+        return torch.where(pad(follows, (1, 0)), torch.arange(len(row), device=row.device), 0) - 1
+
+
+def trained_rows(loss_mask: Tensor, document_starts: Tensor | None, steps: int) -> Tensor:
+    """Which rows carry a loss at each step, bool [S,B,L].
+
+    Row t predicts the feature of token t+1, from which the LM head predicts token t+2. So row t is trained if
+    the target is to write token t+2 (`loss_mask` [B,L], not shifted) and that token lies in the row's
+    document; at step s the first s-1 rows of a document stand for no state of decoding and are left out.
+    """
+    offsets = offsets_in_document(document_starts, loss_mask.shape).to(loss_mask.device)
+    trained = torch.zeros_like(loss_mask, dtype=torch.bool)
+    trained[:, :-2] = loss_mask[:, 2:].bool() & (offsets[:, 2:] == offsets[:, :-2] + 2)
+    return torch.stack([trained & (offsets >= step) for step in range(steps)])
 
 
 def draft(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +10,10 @@ from torch.nn.functional import pad
 
 from coral.data.features import FeatureBatch
 from coral.drafters.feature import candidates
-from coral.drafters.feature.alignment import alignment_loss
+from coral.drafters.feature.alignment import AlignmentConfig, alignment_loss
 from coral.drafters.feature.drafted import draft
-from coral.drafters.feature.losses import draft_losses, rows_at_a_time
+from coral.drafters.feature.losses import FrozenHead, LossConfig, Wanted, draft_losses, rows_at_a_time
 from coral.drafters.feature.network import Drafter
-
-if TYPE_CHECKING:
-    from coral.training.recipe import TrainConfig
 
 
 class Outcome(NamedTuple):
@@ -24,14 +21,37 @@ class Outcome(NamedTuple):
 
     loss: Tensor
     """Scalar with gradient."""
-    sums: Tensor
-    """float32 [S,6] without gradient: rows, correct, regression, cross-entropy, top-K, alignment."""
+    sums: dict[str, Tensor]
+    """What is reported, float32 without gradient, the same names every time. Each is a sum over the trained
+    rows of every draft step, [S], or a scalar over those of step 1. `rows` counts them, and `correct` those
+    whose likeliest draft token is the target's."""
+
+
+class Options(Protocol):
+    """What the learner reads of a recipe (`coral.training.recipe.TrainConfig`)."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def detach(self) -> bool: ...
+    @property
+    def noise(self) -> float: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def checkpoint_steps(self) -> bool: ...
+    @property
+    def head_chunk(self) -> int | None: ...
+    @property
+    def loss(self) -> LossConfig: ...
+    @property
+    def alignment(self) -> AlignmentConfig: ...
 
 
 class Learner(nn.Module):
     """Holds the drafter, so that distributed engines see one forward pass for one backward pass."""
 
-    def __init__(self, drafter: Drafter, config: TrainConfig) -> None:
+    def __init__(self, drafter: Drafter, config: Options) -> None:
         super().__init__()
         self.drafter = drafter
         self.config = config
@@ -53,7 +73,7 @@ class Learner(nn.Module):
             noise = torch.rand(features.shape, generator=generator).to(features.device)
             read = features + (2 * noise - 1) * config.noise
         with torch.autocast(features.device.type, torch.bfloat16, config.precision == "bfloat16"):
-            drafts, wanted, kept, sequence, row = draft(
+            drafted = draft(
                 self.drafter,
                 batch,
                 steps or config.steps,
@@ -61,34 +81,31 @@ class Learner(nn.Module):
                 detach=config.detach,
                 checkpoint_steps=config.checkpoint_steps,
             )
+        drafts, goals, valid, sequence, row = drafted
         tokens = batch.input_ids[sequence, row + 2]
-        follows = (sequence[1:] == sequence[:-1]) & (row[1:] == row[:-1] + 1)
-        before = torch.where(pad(follows, (1, 0)), torch.arange(len(row), device=row.device), 0) - 1
-        certain = None
+        head = FrozenHead(head_weight, head_bias, len(head_weight))
         if 0 < config.loss.candidates < len(head_weight):
             chunk = config.head_chunk or rows_at_a_time(len(head_weight))
-            head = head_weight, head_bias
-            chosen = candidates.choose(wanted, tokens, *head, config.loss.candidates, generator, chunk)
-            head_weight, head_bias, certain = chosen.weight, chosen.bias, chosen.certain
+            chosen = candidates.choose(
+                goals, tokens, head_weight, head_bias, config.loss.candidates, generator, chunk
+            )
+            head = FrozenHead(chosen.weight, chosen.bias, chosen.certain)
             tokens = chosen.places(tokens)
-        losses = draft_losses(
-            drafts,
-            wanted,
-            kept,
-            tokens,
-            before,
-            head_weight,
-            head_bias,
-            config.loss,
-            config.head_chunk,
-            certain,
-        )
+        wanted = Wanted(goals, valid, tokens, drafted.before)
+        losses = draft_losses(drafts, wanted, head, config.loss, config.head_chunk)
         loss = losses.total.sum()
         aligned = torch.zeros((), device=drafts.device)
         if config.alignment.kind != "none":
-            views = (drafts, wanted, kept, sequence, tokens)
+            views = (drafts, goals, valid, sequence, tokens)
             aligned = alignment_loss(*views, config.alignment, generator) * len(row)
             loss = loss + config.alignment.weight * aligned
-        parts = (losses.rows, losses.correct, losses.regression, losses.cross_entropy, losses.top_k)
-        sums = torch.stack([*(part.float() for part in parts), aligned.detach().expand(len(drafts))], dim=1)
-        return Outcome(loss, pad(sums, (0, 0, 0, config.steps - len(drafts))))
+        sums = {
+            "rows": losses.rows,
+            "correct": losses.correct,
+            "regression": losses.regression,
+            "cross_entropy": losses.cross_entropy,
+            "top_k": losses.top_k,
+        }
+        absent = config.steps - len(drafts)
+        sums = {name: pad(part.float(), (0, absent)) for name, part in sums.items()}
+        return Outcome(loss, {**sums, "alignment": aligned.detach()})

@@ -1,5 +1,5 @@
-"""What a draft feature is compared with: the target's feature, and the target's distribution over the
-vocabulary.
+"""Losses of draft features: their distance from the target's features, and that of the two distributions
+over the vocabulary.
 
 All sums run over the trained rows only, which are gathered first; the LM head then sees a few rows at a time,
 so no (batch x length x V) tensor ever exists. Scores are in the head's dtype, sums over them in float32. The
@@ -16,14 +16,12 @@ Shapes: S draft steps, R trained rows, V vocabulary, h hidden size.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
-
-from coral.drafters.feature.unroll import offsets_in_document
 
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 
@@ -41,7 +39,7 @@ class LossConfig:
     + (1 - w) * tv with w = exp(-3 alpha) held constant, so that kl leads while p and q hardly overlap.
     """
     divergence_weight: Weight = 0.1
-    """Weight of that."""
+    """Weight of the divergence."""
     top_k_weight: Weight = 0.0
     """Weight of the top-K loss: cross-entropy on the target's K likeliest tokens, not renormalised (HASS:
     1.0).
@@ -49,7 +47,7 @@ class LossConfig:
     top_k: Annotated[int, Field(ge=1, le=2**20)] = 10
     """K of the top-K loss."""
     candidates: Annotated[int, Field(ge=0, le=2**20)] = 0
-    """Ids that draft steps are scored on, chosen for each batch and in part drawn (`training/candidates.py`):
+    """Ids that draft steps are scored on, chosen for each batch and in part drawn (`candidates.py`):
     less to compute where the vocabulary is large; 0 takes all."""
     step_decay: Annotated[float, Field(ge=0, le=10)] = 1.0
     """Draft step s counts with step_decay ** (s-1)."""
@@ -75,53 +73,48 @@ class DraftLosses:
     rows: Tensor
 
 
-def trained_rows(loss_mask: Tensor, document_starts: Tensor | None, steps: int) -> Tensor:
-    """Which rows carry a loss at each step, bool [S,B,L].
+class Wanted(NamedTuple):
+    """What draft features are compared with, for the R trained rows in their order in the sequences."""
 
-    Row t predicts the feature of token t+1, from which the LM head predicts token t+2. So row t is trained if
-    the target is to write token t+2 (`loss_mask` [B,L], not shifted) and that token lies in the row's
-    document; at step s the first s-1 rows of a document stand for no state of decoding and are left out.
-    """
-    offsets = offsets_in_document(document_starts, loss_mask.shape).to(loss_mask.device)
-    trained = torch.zeros_like(loss_mask, dtype=torch.bool)
-    trained[:, :-2] = loss_mask[:, 2:].bool() & (offsets[:, 2:] == offsets[:, :-2] + 2)
-    return torch.stack([trained & (offsets >= step) for step in range(steps)])
+    features: Tensor
+    """The target's features of the same tokens, [R,h]."""
+    valid: Tensor
+    """bool [S,R], False where a row carries no loss at that step."""
+    tokens: Tensor
+    """The token that each row is to predict, as a row of the head, int64 [R]."""
+    before: Tensor
+    """Where the row just before each stands among the R, int64 [R]; -1 if it is not trained."""
+
+
+class FrozenHead(NamedTuple):
+    """The LM head that both features are scored with; it does not learn."""
+
+    weight: Tensor
+    """[V,h]."""
+    bias: Tensor | None
+    """[V]."""
+    certain: int
+    """Rows, from the first, that stand for one id each; the others stand for more, see `candidates.py`."""
 
 
 def draft_losses(
-    drafts: Tensor,
-    features: Tensor,
-    valid: Tensor,
-    tokens: Tensor,
-    before: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    config: LossConfig,
-    chunk: int | None = None,
-    certain: int | None = None,
+    drafts: Tensor, wanted: Wanted, head: FrozenHead, config: LossConfig, chunk: int | None = None
 ) -> DraftLosses:
-    """Compare draft features [S,R,h] with the target's features [R,h] of the same tokens.
+    """Compare draft features [S,R,h] with what is wanted of them.
 
     Args:
-        valid: bool [S,R], False where a row carries no loss at that step.
-        tokens: the token that each row is to predict, int64 [R].
-        before: where the row just before each stands among the R, int64 [R]; -1 if it is not trained. Rows
-            come in their order in the sequence.
-        head_weight: the target's frozen LM head [V,h]; head_bias: [V] or None.
         chunk: rows that meet the LM head at a time; None: as `TrainConfig.head_chunk` says.
-        certain: rows of the head, from the first, that stand for one id each; None: all.
     """
-    chunk = chunk or rows_at_a_time(len(head_weight))
-    certain = len(head_weight) if certain is None else certain
+    chunk = chunk or rows_at_a_time(len(head.weight))
     decay = torch.tensor([config.step_decay**step for step in range(len(drafts))], device=drafts.device)
-    features, kept = features.to(drafts.dtype), valid
+    wanted = wanted._replace(features=wanted.features.to(drafts.dtype))
+    valid = kept = wanted.valid
     zero = torch.zeros(len(drafts), device=drafts.device)
     total, cross_entropy, top_k, correct = zero, zero, zero, zero
     if config.divergence_weight or config.top_k_weight or config.aligned_top:
-        total, cross_entropy, top_k, correct, kept = _HeadLoss.apply(
-            drafts, features, valid, tokens, before, head_weight, head_bias, config, chunk, certain
-        )
-    distance = smooth_l1_loss(drafts, features.expand_as(drafts), reduction="none").mean(-1)  # [S,R]
+        total, cross_entropy, top_k, correct, kept = _HeadLoss.apply(drafts, wanted, head, config, chunk)
+    goals = wanted.features.expand_as(drafts)
+    distance = smooth_l1_loss(drafts, goals, reduction="none").mean(-1)  # [S,R]
     total = total + config.regression * (distance * kept).sum(1)
     regression = (distance.detach() * valid).sum(1)
     return DraftLosses(total * decay, regression, cross_entropy, top_k, correct, valid.sum(1))
@@ -137,81 +130,117 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        drafts: Tensor,
-        features: Tensor,
-        valid: Tensor,
-        tokens: Tensor,
-        before: Tensor,
-        head_weight: Tensor,
-        head_bias: Tensor | None,
-        config: LossConfig,
-        chunk: int,
-        certain: int,
+        ctx: Any, drafts: Tensor, wanted: Wanted, head: FrozenHead, config: LossConfig, chunk: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         steps, rows, _ = drafts.shape
+        valid, tokens, certain = wanted.valid, wanted.tokens, head.certain
         gradient = torch.empty(drafts.shape, dtype=torch.float32, device=drafts.device)  # [S,R,h]
         sums = torch.zeros(4, steps, device=drafts.device)  # divergence, cross-entropy, top-K, correct
         kept, hits = valid.clone(), torch.ones_like(valid)
-        buffer = head_weight.new_empty(min(chunk, max(rows, 1)), head_weight.shape[0])
-        overlap = config.divergence != "kl"
-        own = torch.empty_like(buffer) if overlap else buffer  # p is needed beside q
-        weight, k = config.divergence_weight, config.top_k_weight
+        buffer = head.weight.new_empty(min(chunk, max(rows, 1)), head.weight.shape[0])
+        own = buffer if config.divergence == "kl" else torch.empty_like(buffer)  # p is needed beside q
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
-            p = _logits(features[part], head_weight, head_bias, own)  # [c,V]
-            p = torch.softmax(p, dim=-1, out=p)
-            top, ids = p[:, :certain].topk(min(config.top_k if k else 1, certain), dim=-1)  # [c,K]
-            top = top.float()
-            mass = top.sum(-1)  # P_K
-            p_head = _times_head(p, head_weight)  # p W: [c,h]
-            top_head = torch.bmm(top.unsqueeze(1), head_weight[ids].to(top.dtype)).squeeze(1)  # [c,h]
-            p_bias, top_bias = torch.zeros_like(mass), torch.zeros_like(mass)
-            if head_bias is not None:
-                p_bias = (p @ head_bias.to(p.dtype)).float()
-                top_bias = (top * head_bias[ids].float()).sum(-1)
+            law = _target_law(wanted.features[part], head, config, own)
             for step in range(steps):
-                draft = drafts[step, part]
-                q = _logits(draft, head_weight, head_bias, buffer)
+                q = _logits(drafts[step, part], head, buffer)
                 highest = q.amax(-1)  # several times faster on CPU than the index of the maximum
                 likeliest = highest if certain == q.shape[1] else q[:, :certain].amax(-1)
-                correct = q.gather(1, ids[:, :1]).squeeze(1) >= likeliest
+                correct = q.gather(1, law.ids[:, :1]).squeeze(1) >= likeliest
                 if config.aligned_top:
                     above = q > q.gather(1, tokens[part, None])
                     hits[step, part] = above.sum(-1) < config.aligned_top
-                    if step:  # the row before was settled earlier: rows come in order
-                        kept[step, part] &= (before[part] < 0) | hits[step - 1, before[part]]
-                    hits[step, part] &= kept[step, part] | ~valid[step, part]
+                    _leave_out(kept, hits, wanted, step, part)
                 q = torch.softmax(q, dim=-1, out=q)
                 normaliser = highest.float() - q.amax(-1).float().log()  # log-sum-exp of the logits
-                cross_entropy = normaliser - (draft * p_head).sum(-1) - p_bias
-                top_k = mass * normaliser - (draft * top_head).sum(-1) - top_bias
-                divergence, kl, tv = cross_entropy, torch.ones_like(mass), torch.zeros_like(mass)
-                if overlap:
-                    alpha = torch.minimum(p, q).sum(-1, dtype=torch.float32)
-                    divergence, kl, tv = _overlap_loss(config.divergence, cross_entropy, alpha)
-                losses = torch.stack([divergence, cross_entropy, top_k]) * kept[step, part]
-                sums[:3, step] += losses.sum(1)
+                losses, slope = _compare(drafts[step, part], q, normaliser, law, head, config)
+                sums[:3, step] += (losses * kept[step, part]).sum(1)
                 sums[3, step] += (correct & valid[step, part]).sum()
-                # Slope in the logits: weight * (kl * (q - p) + tv * slope of 1 - alpha) + k * (P_K q - top).
-                if overlap:
-                    inside = q * (p > q)
-                    outer = weight * (kl + tv * inside.sum(-1, dtype=torch.float32)) + k * mass
-                    q = q.mul_(outer[:, None]).sub_(inside.mul_((weight * tv)[:, None]))
-                    slope = _times_head(q, head_weight)
-                else:
-                    slope = (weight + k * mass)[:, None] * _times_head(q, head_weight)
-                slope -= (weight * kl)[:, None] * p_head + k * top_head
                 gradient[step, part] = slope * kept[step, part, None]
         ctx.save_for_backward(gradient)
         ctx.dtype = drafts.dtype
         ctx.mark_non_differentiable(kept)
-        return weight * sums[0] + k * sums[2], sums[1], sums[2], sums[3], kept
+        total = config.divergence_weight * sums[0] + config.top_k_weight * sums[2]
+        return total, sums[1], sums[2], sums[3], kept
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * upstream[0][:, None, None]).to(ctx.dtype), *[None] * 9
+        return (gradient * upstream[0][:, None, None]).to(ctx.dtype), None, None, None, None
+
+
+class _TargetLaw(NamedTuple):
+    """The target's distribution p of c rows, and its products with the head W, the same for all steps."""
+
+    p: Tensor
+    """[c,V]; kl: it is in the buffer of q, and gone once a step is scored."""
+    p_head: Tensor
+    """p W, [c,h]."""
+    p_bias: Tensor
+    """p with the head's bias, [c]."""
+    ids: Tensor
+    """The K likeliest ids, [c,K]."""
+    mass: Tensor
+    """P_K, their probability, [c]."""
+    top_head: Tensor
+    """The sum over these ids of p(x) W_x, [c,h]."""
+    top_bias: Tensor
+    """The same of the bias, [c]."""
+
+
+def _target_law(features: Tensor, head: FrozenHead, config: LossConfig, out: Tensor) -> _TargetLaw:
+    """The target's distribution after features [c,h], made in `out` [>= c,V]."""
+    p = _logits(features, head, out)
+    p = torch.softmax(p, dim=-1, out=p)
+    k = min(config.top_k if config.top_k_weight else 1, head.certain)
+    top, ids = p[:, : head.certain].topk(k, dim=-1)
+    top = top.float()
+    mass = top.sum(-1)
+    p_head = _times_head(p, head.weight)
+    top_head = torch.bmm(top.unsqueeze(1), head.weight[ids].to(top.dtype)).squeeze(1)
+    p_bias, top_bias = torch.zeros_like(mass), torch.zeros_like(mass)
+    if head.bias is not None:
+        p_bias = (p @ head.bias.to(p.dtype)).float()
+        top_bias = (top * head.bias[ids].float()).sum(-1)
+    return _TargetLaw(p, p_head, p_bias, ids, mass, top_head, top_bias)
+
+
+def _leave_out(kept: Tensor, hits: Tensor, wanted: Wanted, step: int, part: slice) -> None:
+    """Update `kept` [S,R] for `aligned_top`, and from it `hits` [S,R]: all tokens up to this were likely.
+
+    The row before each was settled earlier: rows come in order.
+    """
+    if step:
+        before = wanted.before[part]
+        kept[step, part] &= (before < 0) | hits[step - 1, before]
+    hits[step, part] &= kept[step, part] | ~wanted.valid[step, part]
+
+
+def _compare(
+    draft: Tensor, q: Tensor, normaliser: Tensor, law: _TargetLaw, head: FrozenHead, config: LossConfig
+) -> tuple[Tensor, Tensor]:
+    """Divergence, cross-entropy and top-K loss of rows [3,c], and the slope of their weighted sum [c,h].
+
+    Args:
+        draft: draft features [c,h] whose distribution is q [c,V], which is used up, and whose logits have the
+            log-sum-exp `normaliser` [c].
+    """
+    weight, k, mass = config.divergence_weight, config.top_k_weight, law.mass
+    cross_entropy = normaliser - (draft * law.p_head).sum(-1) - law.p_bias
+    top_k = mass * normaliser - (draft * law.top_head).sum(-1) - law.top_bias
+    # Slope in the logits: weight * (kl * (q - p) + tv * slope of 1 - alpha) + k * (P_K q - top).
+    if config.divergence == "kl":
+        divergence, kl = cross_entropy, torch.ones_like(mass)
+        slope = (weight + k * mass)[:, None] * _times_head(q, head.weight)
+    else:
+        alpha = torch.minimum(law.p, q).sum(-1, dtype=torch.float32)
+        divergence, kl, tv = _overlap_loss(config.divergence, cross_entropy, alpha)
+        inside = q * (law.p > q)
+        outer = weight * (kl + tv * inside.sum(-1, dtype=torch.float32)) + k * mass
+        q = q.mul_(outer[:, None]).sub_(inside.mul_((weight * tv)[:, None]))
+        slope = _times_head(q, head.weight)
+    slope -= (weight * kl)[:, None] * law.p_head + k * law.top_head
+    return torch.stack([divergence, cross_entropy, top_k]), slope
 
 
 def _overlap_loss(kind: str, cross_entropy: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,10 +254,10 @@ def _overlap_loss(kind: str, cross_entropy: Tensor, alpha: Tensor) -> tuple[Tens
     return kl * cross_entropy + (1 - kl) * (1 - alpha), kl, 1 - kl
 
 
-def _logits(rows: Tensor, head_weight: Tensor, head_bias: Tensor | None, buffer: Tensor) -> Tensor:
+def _logits(rows: Tensor, head: FrozenHead, buffer: Tensor) -> Tensor:
     """Logits [c,V] in the head's dtype, written into `buffer`."""
-    logits = torch.mm(rows.to(head_weight.dtype), head_weight.t(), out=buffer[: len(rows)])
-    return logits if head_bias is None else logits.add_(head_bias)
+    logits = torch.mm(rows.to(head.weight.dtype), head.weight.t(), out=buffer[: len(rows)])
+    return logits if head.bias is None else logits.add_(head.bias)
 
 
 def _times_head(probabilities: Tensor, head_weight: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class Rotary(LlamaRotaryEmbedding):
 
 class Attention(nn.Module):
     """The four projections of a layer; the product itself is `coral.target.attention.attend` or
-    `training.unroll.unrolled_attention`.
+    `unroll.unrolled_attention`.
     """
 
     def __init__(self, config: DrafterConfig) -> None:
@@ -188,14 +188,8 @@ class DraftLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class LayerCache(Protocol):
-    """Keys and values of one layer: `update` appends and returns all of them, each [B,K,M,d]."""
-
-    def update(self, key: Tensor, value: Tensor, /) -> tuple[Tensor, Tensor]: ...
-
-
 class Cache(Protocol):
-    """What `Drafter.forward` asks of a cache."""
+    """What `Drafter.forward` asks of a cache: layers whose `update(key, value)` appends and returns all."""
 
     @property
     def layers(self) -> Any: ...

@@ -69,8 +69,8 @@ def by_frequency(counts: Tensor, groups: int) -> Tensor:
 def kmeans(head_weight: Tensor, groups: int, rounds: int = 20, seed: int = 0) -> Tensor:
     """Groups of equal size whose rows of the LM head [V, h] point the same way: balanced k-means.
 
-    In each round every row asks for the nearest centre that has room, and a centre takes the nearest of those
-    that ask, until all are placed; then centres move to the mean of their rows.
+    In each round every row asks for the nearest centre that is not full, and a centre takes the nearest of
+    the rows that ask, until all are placed. Then each centre moves to the mean of its rows.
     """
     rows = normalize(head_weight.detach().float().cpu(), dim=-1)
     generator = torch.Generator().manual_seed(seed)
@@ -84,7 +84,7 @@ def kmeans(head_weight: Tensor, groups: int, rounds: int = 20, seed: int = 0) ->
 
 
 def _place(nearness: Tensor) -> Tensor:
-    """The group [V] of each row, no group larger than ceil(V / G); nearness [V, G] is used up."""
+    """The group [V] of each row, no group larger than ceil(V / G); nearness [V, G] is overwritten."""
     vocab_size, groups = nearness.shape
     room = torch.full((groups,), -(-vocab_size // groups))
     placed = torch.full((vocab_size,), -1)

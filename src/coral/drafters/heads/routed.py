@@ -113,8 +113,10 @@ class RoutedHead:
 
 def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
     """(features [N, h], chosen groups [A]) -> logits [N, A * R], of weight [G, R, h] and bias [G, R]."""
-    if weight.device.type == "cpu":
-        return PackedGroups(weight, bias)
-    from coral.gpu.kernels import group_logits
+    return PackedGroups(weight, bias) if weight.device.type == "cpu" else partial(group_logits, weight, bias)
 
-    return partial(group_logits, weight, bias)
+
+def group_logits(weight: Tensor, bias: Tensor | None, features: Tensor, chosen: Tensor) -> Tensor:
+    """The product of `_product`. It gathers the chosen groups on the device, so the host need not wait."""
+    logits = torch.einsum("nh,arh->nar", features.float(), weight[chosen].float())
+    return (logits if bias is None else logits + bias[chosen]).flatten(1)

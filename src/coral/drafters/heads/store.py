@@ -33,16 +33,16 @@ from coral.target.target import Target
 
 KINDS = ("routed", "static", "low_rank")
 HEADS = ("auto", "full", "in_context", *KINDS)
-UNMADE = "in_context"
-"""The head of a drafter for which none was made: no slower than the others and not less accepted
-(benchmarks/README.md), and it needs no training."""
+DEFAULT_HEAD = "in_context"
+"""The head of a drafter for which none was made: it needs no training, is no slower than the others and its
+tokens are accepted as often (benchmarks/README.md)."""
 _FOLDER = Path("coral") / "heads"
 _TOKEN_MAP = "token_map.pt"
 _OWN = "own"  # a file that names the head that is used if none is asked for
 
 
 class Head(Protocol):
-    """See above."""
+    """Turns draft features into draft tokens; see the head of this file."""
 
     @property
     def num_bytes(self) -> int:
@@ -98,7 +98,7 @@ def save(directory: Path, kind: str, tensors: Mapping[str, Tensor], **numbers: i
 
 def resolve(directory: Path, which: str) -> str:
     """The kind of head that `which` names in a drafter's directory; "auto" is the one made last, else
-    `UNMADE`.
+    `DEFAULT_HEAD`.
 
     Raises:
         CoralError: an unknown head, or a file that names none.
@@ -109,7 +109,7 @@ def resolve(directory: Path, which: str) -> str:
     if which != "auto":
         return which
     if not own.exists():
-        return UNMADE
+        return DEFAULT_HEAD
     try:
         named = own.read_bytes().decode("ascii", "replace").strip()
     except OSError as error:

@@ -15,8 +15,9 @@ def special_ids(target: Any) -> list[int]:
 
 
 def most_frequent(counts: Tensor, special: list[int], size: int) -> Tensor:
-    """int64 [size]: the ids that are written most, all special ones first; counts [V]. With fewer than one
-    there are none at all; otherwise the special ids are in it even if they are more than `size`.
+    """int64 [size]: the special ids, then those that are written most; counts [V].
+
+    All special ids are in it, even if they are more than `size`. With a `size` of 0 it is empty.
     """
     order = counts.clone()
     order[special] = order.max() + 1

@@ -18,6 +18,7 @@ from coral.drafters.heads import store as heads
 from coral.errors import CoralError
 from coral.target.record import TargetRecord
 from coral.training.loop import train
+from coral.training.optimiser import Float32Muon
 from coral.training.progress import Reporter
 from coral.training.recipe import Limits, OptimiserConfig, Reports, TrainConfig
 from coral.training.schedule import learning_rate
@@ -265,8 +266,8 @@ def test_a_learner_brings_its_own_sums(tmp_path):
     sums = {"rows": torch.tensor([8.0, 2.0]), "correct": torch.tensor([4.0, 2.0])}
     sums |= {"depth": torch.tensor([16.0, 5.0]), "balance": torch.tensor(2.0)}
     with Reporter(tmp_path, False, Console(file=io.StringIO())) as reporter:
-        reporter.add(16.0, sums)
-        reporter.add(8.0, {name: 0 * part for name, part in sums.items()})
+        reporter.add(1, 0.1, 16.0, sums)
+        reporter.add(2, 0.2, 8.0, {name: 0 * part for name, part in sums.items()})
         reporter.log(2, 0.5, seconds=1.0)
         reporter.log(3, 0.6, seconds=1.0)  # nothing was counted since
     (line,) = metrics(tmp_path)
@@ -358,3 +359,23 @@ def test_weights_that_are_not_finite_are_no_result(tmp_path):
     with pytest.raises(CoralError, match=r"fc\.weight is not finite"):
         checkpoint.save(drafter, tmp_path / "d", target=TargetRecord.of(tiny_target()))
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (9, 9)])
+def test_muon_in_float32_is_muon(shape: tuple[int, int]) -> None:
+    """Stops another step, size or state than torch's, whose products are in bfloat16: a run may go on with
+    the other one on another machine.
+    """
+    torch.manual_seed(0)
+    first = torch.randn(shape)
+    matrices = [torch.nn.Parameter(first.clone()) for _ in range(2)]
+    options = {"lr": 0.1, "weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
+    ours, theirs = Float32Muon([matrices[0]], **options), torch.optim.Muon([matrices[1]], **options)
+    for _ in range(3):
+        gradient = torch.randn(shape)
+        for matrix, muon in zip(matrices, (ours, theirs), strict=True):
+            matrix.grad = gradient.clone()
+            muon.step()
+    moved = [matrix.detach() - first for matrix in matrices]
+    torch.testing.assert_close(moved[0], moved[1], rtol=0.03, atol=0.03 * float(moved[1].abs().max()))
+    theirs.load_state_dict(ours.state_dict())

@@ -248,7 +248,7 @@ def features(
     from coral.data import prepared, shards
 
     rows = prepared.load(data)
-    loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows)
+    loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows, reads_much=True)
     stored = shards.store(
         loaded,
         rows,

@@ -82,7 +82,7 @@ def train_head(
         raise CoralError("a router that is not trained is of no use; ask for at least one of --updates.")
     directory = checkpoint.own_directory(drafter)
     rows = shards.load(data)
-    loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows)
+    loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows, reads_much=True)
     given, console = (directory, loaded, rows.dataset), Console(stderr=True)
     match kind:
         case "static":

@@ -187,7 +187,9 @@ def train(
     device = parallel.join(device, device_map)
     # A target that is to be sharded goes to the devices layer by layer.
     place = None if shard_target else device
-    loaded = options.load_target(target, dtype, place, revision, trust_remote_code, rows, device_map)
+    loaded = options.load_target(
+        target, dtype, place, revision, trust_remote_code, rows, device_map, reads_much=True
+    )
     if shard_target:
         parallel.shard_target(loaded)
     prompts = [p for p in rows.held_out_prompts if len(p) < loaded.context_length - 64][:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -160,11 +161,13 @@ def load_target(
     rows: PreparedData | None = None,
     device_map: str | None = None,
     to_write: bool = False,
+    reads_much: bool = False,
 ) -> Target_:
     """The target that a command works on, by default SmolLM2; `rows` must have been prepared for it.
 
     Args:
         to_write: load the default as `coral generate` does.
+        reads_much: of many rows at a time; "auto" is then float32 where bfloat16 is slow.
 
     Raises:
         CoralError: it cannot be loaded, or the data is for another tokenizer.
@@ -175,6 +178,18 @@ def load_target(
     from coral.target.target import Target as Target_
 
     quiet_transformers()
+    if (
+        reads_much
+        and dtype == "auto"
+        and device in (None, "cpu")
+        and not device_map
+        and _is_slow_in_bfloat16()
+    ):
+        print(
+            "the target computes in float32: this CPU is slow in bfloat16 (--dtype says otherwise)",
+            file=sys.stderr,
+        )
+        dtype = "float32"
     placed: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": device_map}
     with waiting(f"Loading {target or models.SMOLLM2.name}"):
         if target is None:
@@ -185,6 +200,15 @@ def load_target(
     if rows is not None:
         check(rows.info, loaded.vocab_size, loaded.tokenizer)
     return loaded
+
+
+def _is_slow_in_bfloat16() -> bool:
+    """Whether the CPU lacks instructions for many rows of bfloat16."""
+    import torch
+
+    from coral.machine import has_fast_bfloat16
+
+    return not has_fast_bfloat16(torch.device("cpu"))
 
 
 def read_tokenizer(source: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -112,7 +112,7 @@ def _loop(run: Run, reporter: Reporter, stop: list[int], acceptance: Acceptance 
         made = run.update(fraction)
         broken = 0 if made.finite else broken + 1
         if made.finite:
-            reporter.add(made.loss, made.sums)
+            reporter.add(state.update, fraction, made.loss, made.sums)
         else:
             _say_skipped(run, reporter, made, broken)
         if state.update % TRIM_EVERY == 0:
@@ -142,6 +142,7 @@ def _loop(run: Run, reporter: Reporter, stop: list[int], acceptance: Acceptance 
             "check the data and the recipe's numbers."
         )
     if measured != state.update:
+        run.save()  # to measure takes a minute, in which nothing may be lost
         _measure(run, reporter, acceptance)
     return True
 
@@ -160,6 +161,7 @@ def _measure(run: Run, reporter: Reporter, acceptance: Acceptance | None) -> Non
     drafter, state = run.whole_drafter(), run.state
     if acceptance is not None and run.accelerator.is_main_process:
         with reporter.paused(), torch.no_grad():
+            reporter.show("measuring the acceptance length", run.progress)
             drafter.eval()
             state.acceptance = acceptance(drafter)
             drafter.train()

@@ -8,8 +8,39 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from coral.errors import CoralError
+from coral.machine import has_fast_bfloat16
 from coral.training import parallel
 from coral.training.recipe import OptimiserConfig
+
+
+class Float32Muon(torch.optim.Muon):
+    """Muon with torch's numbers and state, and products in float32: torch's are in bfloat16, which takes many
+    times as long on a processor that has no instructions for it.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if (gradient := matrix.grad) is None:
+                    continue
+                buffer = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(gradient))
+                buffer.lerp_(gradient, 1 - group["momentum"])
+                step = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+                size = 0.2 * max(matrix.shape) ** 0.5  # "match_rms_adamw"
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(_orthogonal(step, group), alpha=-group["lr"] * size)
+
+
+def _orthogonal(matrix: Tensor, group: dict[str, Any]) -> Tensor:
+    """Near U V^T of [m, n] = U S V^T, by the Newton-Schulz iteration of Jordan 2024, in float32."""
+    a, b, c = group["ns_coefficients"]
+    wide = matrix.float() if matrix.shape[0] <= matrix.shape[1] else matrix.float().T
+    wide = wide / wide.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
 
 
 class Optimiser:
@@ -35,9 +66,8 @@ class Optimiser:
             torch.optim.AdamW(rest, lr=0.0, betas=(options.beta1, options.beta2), weight_decay=decay)
         ]
         if matrices:
-            self.parts.append(
-                torch.optim.Muon(matrices, lr=0.0, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-            )
+            muon = torch.optim.Muon if has_fast_bfloat16(matrices[0].device) else Float32Muon
+            self.parts.append(muon(matrices, lr=0.0, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
 
     def step(self, learning_rate: float) -> None:
         for part in self.parts:

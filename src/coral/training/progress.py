@@ -88,8 +88,15 @@ class Reporter:
         yield
         self.since += time.monotonic() - begin
 
-    def add(self, loss: float, sums: dict[str, Tensor]) -> None:
+    def show(self, doing: str, fraction: float) -> None:
+        """Show on the bar what goes on, when `fraction` of the run is done."""
+        self.bar.update(self.task, description=doing, completed=fraction)
+
+    def add(self, update: int, fraction: float, loss: float, sums: dict[str, Tensor]) -> None:
         """Count one update: its summed loss and the sums of `Outcome`, over all processes."""
+        self.bar.update(self.task, completed=fraction)
+        if not self.expected:  # nothing was averaged yet
+            self.show(f"update {update}", fraction)
         self.loss += loss
         self.sums = {name: part + self.sums.get(name, 0) for name, part in sums.items()}
 
@@ -119,7 +126,7 @@ class Reporter:
             f"update {update}  loss {line['loss']:.4f}  top-1 {accuracy}  {speed:,.0f} trained tokens/s  "
             f"{line['memory_bytes'] / 2**30:.1f} GiB"
         )
-        self.bar.update(self.task, description=text, completed=fraction)
+        self.show(text, fraction)
         if not self.console.is_terminal:
             left = elapsed_text(more["seconds"] * (1 / fraction - 1)) if fraction else "?"
             self.say(f"{fraction:4.0%}  {text}  {left} left")

@@ -60,8 +60,8 @@ def recordings(monkeypatch):
 def replaying(target, drafter, head=None):
     """The target and its proposer as they are on a GPU, but for the compiler."""
     fast = copy(target)
-    fast.sizes = (1, BUDGET.num_nodes + 1)
-    fast._decode = Replayed(fast._forward_and_score, 5)
+    fast._forward = fast._forward.fixed((1, BUDGET.num_nodes + 1))
+    fast._forward._decode = Replayed(fast._forward._forward_and_score, 5)
     proposer = Feature(drafter, fast, head)
     proposer._native, proposer._fixed = None, Replayed(proposer._fixed_step, 5)
     return fast, proposer

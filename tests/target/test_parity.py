@@ -91,6 +91,19 @@ def test_feature_is_the_input_of_the_head(kind, attention, monkeypatch):
 
 
 @torch.no_grad()
+def test_states_are_those_that_enter_the_layers(kind):
+    """Stops states of another layer, of another order, or without the final norm."""
+    target, prompt = tiny_target(kind), prompt_of(9)
+    output = target.decoder(torch.tensor([prompt]), output_hidden_states=True)
+    expected = torch.cat([output.hidden_states[0], output.last_hidden_state, output.hidden_states[1]], -1)[0]
+    for way in (target, target.compiled((1,))):
+        state = new_state(way, prompt)
+        state.prefill(way, (0, -1, 1))
+        _, (states,) = way.verify([state.cache], [tree_of([prompt[-1]], [-1])], (0, -1, 1))
+        torch.testing.assert_close(torch.cat([state.unread.features, states]), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_packed_documents_do_not_see_each_other(kind, monkeypatch):
     """Stops features of packed training rows that differ from those of each document alone, also where a
     block of rows ends within one.

@@ -259,7 +259,7 @@ def test_each_drafter_is_padded_to_its_own_tree() -> None:
     small = sized(compiled, 6)
     state = tiny.new_state(target, tiny.prompt_of(5))
     state.prefill(target, (-1,))
-    assert [small._size([state], [n]) for n in (1, 2, 6, 7)] == [1, 6, 6, None]
+    assert [small._forward._size([state.cache], [n]) for n in (1, 2, 6, 7)] == [1, 6, 6, None]
     assert compiled.sizes == (1, 2, 6, 16)
 
 

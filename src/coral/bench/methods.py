@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -83,10 +82,7 @@ def sized(target: Target, rows: int) -> Target:
 
     A target that is not compiled comes back as it is.
     """
-    if target.pads:
-        target = copy(target)
-        target.sizes = tuple({1, rows})
-    return target
+    return target.sized(rows)
 
 
 def hugging_face(target: Target, assistant: PreTrainedModel | None = None, **options: Any) -> Write:

@@ -231,11 +231,14 @@ class NativeForward:
             )
         return native
 
-    def verify(self, caches: Sequence[KVCache], trees: Sequence[DraftTree]) -> tuple[Tensor, Tensor]:
-        """Logits [N, V] and features [N, h] of all nodes of trees on the CPU, which the caches take in."""
+    def verify(
+        self, caches: Sequence[KVCache], trees: Sequence[DraftTree], wanted: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [N, V] and, if wanted, features [N, h] of all nodes on the CPU; the caches take their rows."""
         nodes = [tree.lists[:2] for tree in trees]
         logits = self._no_rows.new_empty(sum(map(len, trees)), self._vocab_size)
-        return logits, self._rows(caches, nodes, logits)
+        features = self._rows(caches, nodes, logits)
+        return logits, features if wanted else None
 
     def read(self, cache: KVCache, tokens: Sequence[int]) -> Tensor:
         """Features [n, h] of tokens behind what the cache holds, which takes their rows."""

@@ -17,14 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from coral.cache import KVCache, pack, pack_masks
-from coral.device import upload
+from coral.cache import KVCache
 from coral.errors import CoralError
-from coral.gpu.compiled import compiled, fix, fixed_cache
 from coral.gpu.graphs import steady
 from coral.native.packed import pack_linears
 from coral.target.attention import GROUPED_SDPA
-from coral.target.families import alike, check_supported, context_length, eos_ids, sliding_window
+from coral.target.families import check_supported, context_length, eos_ids, sliding_window
+from coral.target.forward import ModelForward, is_simple
 from coral.target.gguf import cache as gguf
 from coral.target.ids import outer_weights
 from coral.target.loading import load_config, load_model, load_tokenizer
@@ -52,7 +51,6 @@ class Target:
         eos_ids: ids that end a text.
         precision: "packed", or the name of the dtype.
         window: the sliding window of the layers that have one; None where none has.
-        sizes: numbers of rows for which verification is compiled; see `compiled`.
     """
 
     def __init__(
@@ -93,8 +91,7 @@ class Target:
         self.context_length = context_length(model.config)
         self.eos_ids = eos_ids(model, tokenizer)
         self.window = sliding_window(model.config)
-        self.sizes: tuple[int, ...] = ()
-        self._decode: Any = None
+        self._forward = ModelForward(model, self.window)
         self.blocks, self.precision = blocks, "packed" if blocks else str(self.dtype).removeprefix("torch.")
         self._native = None if blocks is None else NativeForward.packed(self)
 
@@ -164,7 +161,12 @@ class Target:
     @property
     def pads(self) -> bool:
         """Whether trees are padded to one of `sizes`, so that each costs what that size does."""
-        return self._decode is not None
+        return self._forward.pads
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of rows for which forwards of fixed shape were made; see `compiled`."""
+        return self._forward.sizes
 
     @property
     def hidden_size(self) -> int:
@@ -183,17 +185,18 @@ class Target:
         few seconds a layer on a CPU.
         """
         target = copy(self)
-        target.sizes = tuple(sorted(set(rows)))
         target._native = self._native if self.blocks else NativeForward.of(self)
         if target._native is None:
-            target._decode = compiled(self._forward_and_score, self.device, inputs=5)
+            target._forward = self._forward.fixed(rows)
         return target
 
-    def _size(self, caches: Sequence[KVCache], counts: list[int]) -> int | None:
-        """To how many rows this forward is padded and compiled; None: neither."""
-        if not self.pads or len(counts) > 1 or caches[0].length == 0:
-            return None
-        return next((size for size in self.sizes if size >= counts[0]), None)
+    def sized(self, rows: int) -> Target:
+        """This target, with trees padded to `rows` alone; where it does not pad them, as it is."""
+        if not self.pads:
+            return self
+        target = copy(self)
+        target._forward = self._forward.only({1, rows})
+        return target
 
     @property
     def is_stale(self) -> bool:
@@ -217,19 +220,7 @@ class Target:
             document_starts: [B, L] bool, True where a packed document begins; positions restart there and
                 attention does not look across. None: one document a row.
         """
-        rows = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
-        if document_starts is None and (self.window is None or len(rows[0]) <= self.window):
-            return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state.to(self.device)
-        starts = torch.zeros_like(rows)
-        if document_starts is not None:
-            starts = torch.where(document_starts, rows, 0).cummax(-1).values
-        positions = rows - starts
-        if self.config._attn_implementation != GROUPED_SDPA:
-            allowed = (starts[:, :, None] == starts[:, None, :]) & (rows[:, :, None] >= rows[:, None, :])
-            return self._forward(input_ids, positions, allowed, positions, cache=None)[0]
-        near = starts if self.window is None else torch.maximum(starts, rows - self.window + 1)
-        mask = self._for_layers(starts[:, None, None], near[:, None, None])
-        return self._run(input_ids, positions, mask, cache=None)[0]
+        return self._forward.features(input_ids, document_starts)
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty KV cache with room for `capacity` rows or more (it grows when that is not enough)."""
@@ -243,15 +234,10 @@ class Target:
     @torch.inference_mode()
     def read(self, cache: KVCache, tokens: Sequence[int], layers: tuple[int, ...]) -> Tensor | None:
         """Read a piece of a prompt behind what the cache holds, without logits; its states as of `verify`."""
-        if self._native and _is_simple(layers):
+        if self._native and is_simple(layers):
             features = self._native.read(cache, tokens)
             return features if layers else None
-        key_positions = torch.arange(cache.length + len(tokens), device=self.device)
-        positions = key_positions[cache.length :]
-        allowed = key_positions[None, :] <= positions[:, None]
-        ids = upload(tokens, self.device)[None]
-        _, states = self._forward(ids, positions[None], allowed[None], key_positions[None], cache, layers)
-        return None if states is None else states[0]
+        return self._forward.read(cache, tokens, layers)
 
     @torch.inference_mode()
     def verify(
@@ -278,110 +264,11 @@ class Target:
                 f"a draft tree reaches position {last}, but the target's context is {self.context_length}; "
                 "rotary frequencies may change there; a proposer must keep to budget.within(state.remaining)."
             )
-        native = self._native if _is_simple(layers) else None
-        verified = native.verify(caches, trees) if native else self._verify(caches, trees, layers, last + 1)
-        logits, states = _split(verified[0], counts), verified[1]
-        return logits, [None] * len(counts) if states is None or not layers else [*_split(states, counts)]
-
-    def _verify(
-        self,
-        caches: Sequence[KVCache],
-        trees: Sequence[DraftTree],
-        layers: tuple[int, ...],
-        length: int,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logits [N, V] and states of all nodes, by transformers' code or a compiled forward."""
-        counts, lengths = [len(tree) for tree in trees], [cache.length for cache in caches]
-        ids = torch.cat([tree.tokens for tree in trees])[None]
-        new = [length + tree.depth for length, tree in zip(lengths, trees, strict=True)]
-        positions = torch.cat(new)[None]
-        mask, key_positions = pack_masks(lengths, [tree.mask for tree in trees], new)
-        size = self._size(caches, counts) if _is_simple(layers) else None
-        if size is None:
-            # In plain decoding one row sees everything, and a kernel without a mask is faster.
-            allowed, cache = (None if counts == [1] else mask), pack(list(caches), counts)
-            features, states = self._forward(ids, positions, allowed, key_positions, cache, layers, length)
-            return self.head(features[0]), None if states is None else states[0]
-        allowed, slots, storage = fix(caches[0], size, mask)
-        ids, positions = (F.pad(rows, (0, size - counts[0])) for rows in (ids, positions))
-        key_positions = F.pad(key_positions, (0, allowed.shape[2] - key_positions.shape[1]))
-        torch._dynamo.mark_dynamic(key_positions, 1)
-        features, logits = self._decode(ids, positions, allowed, key_positions, slots, *storage)
-        return logits[: counts[0]], features[: counts[0]]
-
-    def _forward(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        allowed: Tensor | None,
-        key_positions: Tensor | None,
-        cache: Any,
-        layers: tuple[int, ...] = (),
-        length: int = 0,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Features [B, N, h], and the states of `layers`; `allowed` [B, N, keys] bool says who attends to
-        whom, before any window. None: the one row to all `length` rows.
-        """
-        window = self.window
-        if allowed is None and window is not None and length > window:
-            key_positions = torch.arange(length, device=ids.device)[None]
-            allowed = torch.ones(1, 1, length, dtype=torch.bool, device=ids.device)
-        mask: Any = None
-        if allowed is not None:
-            assert key_positions is not None
-            mask = full = self._mask(allowed)
-            if window is not None:
-                near = positions[:, :, None] - key_positions[:, None, :] < window
-                mask = self._for_layers(full, self._mask(allowed & near))
-        return self._run(ids, positions, mask, cache, layers)
-
-    def _for_layers(self, full: Tensor, windowed: Tensor) -> Any:
-        """Masks of layers without and with a window as the model's family takes them."""
-        if self.window is None:
-            return full
-        kinds = {"full_attention": full, "sliding_attention": windowed}
-        return windowed if alike(self.config) else kinds
-
-    def _run(
-        self, ids: Tensor, positions: Tensor, mask: Any, cache: Any, layers: tuple[int, ...] = ()
-    ) -> tuple[Tensor, Tensor | None]:
-        output = self.decoder(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **({} if _is_simple(layers) else {"output_hidden_states": True}),
-        )
-        features = output.last_hidden_state.to(self.device)
-        states = [
-            features if layer == -1 else output.hidden_states[layer].to(self.device) for layer in layers
-        ]
-        return features, torch.cat(states, -1) if len(states) > 1 else next(iter(states), None)
-
-    def _forward_and_score(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        allowed: Tensor,
-        key_positions: Tensor,
-        slots: Tensor,
-        *storage: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        features = self._forward(ids, positions, allowed, key_positions, fixed_cache(slots, storage))[0][0]
-        return features, self.head(features)
-
-    def _mask(self, allowed: Tensor) -> Tensor:
-        """[B, N, keys] bool -> [B, 1, N, keys]: boolean for sdpa, additive for eager."""
-        if self.config._attn_implementation != "eager":
-            return allowed[:, None]
-        zero = torch.zeros((), dtype=self.dtype, device=allowed.device)
-        return torch.where(allowed, zero, torch.finfo(self.dtype).min)[:, None]
-
-
-def _is_simple(layers: tuple[int, ...]) -> bool:
-    """Whether no state from within the model is wanted, which only transformers' code gives."""
-    return set(layers) <= {-1}
+        if self._native and is_simple(layers):
+            logits, states = self._native.verify(caches, trees, bool(layers))
+        else:
+            logits, states = self._forward.verify(caches, trees, layers, last + 1)
+        return _split(logits, counts), [None] * len(counts) if states is None else [*_split(states, counts)]
 
 
 def _split(rows: Tensor, counts: list[int]) -> list[Tensor]:

@@ -234,7 +234,7 @@ class NativeForward:
     def verify(
         self, caches: Sequence[KVCache], trees: Sequence[DraftTree], wanted: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits [N, V] and, if wanted, features [N, h] of all nodes on the CPU; the caches take their rows."""
+        """Logits [N, V] and, if wanted, features [N, h] of all nodes, whose rows the caches take in."""
         nodes = [tree.lists[:2] for tree in trees]
         logits = self._no_rows.new_empty(sum(map(len, trees)), self._vocab_size)
         features = self._rows(caches, nodes, logits)

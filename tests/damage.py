@@ -64,7 +64,7 @@ def a_bench(directory: Path) -> None:
         "settings": {"max_new_tokens": 2, "deepen": None, "note": "", "drafters": {"a": "d"}},
         "commit": "c",
     }
-    costs = Costs("float32", "1 row, eager", {"1 row, eager": 0.1}, 0.1, {1: 0.1, 4: 0.2}, {"a": 0.1})
+    costs = Costs("float32", "eager", {"eager": 0.1}, 0.1, {1: 0.1, 4: 0.2}, {"a": 0.1})
     written = log.Log(directory / "records.jsonl", header)
     written.add(costs)
     written.add_trees("float32", {"a": {"budget": Budget(2, 3, 5), "origin": "default"}})

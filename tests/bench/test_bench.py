@@ -146,8 +146,8 @@ def test_repetition_is_counted_by_10_grams() -> None:
 
 
 def test_v_is_relative_to_the_plain_step_used() -> None:
-    """Stops a ceiling against one row when plain decoding is the faster padded one."""
-    costs = Costs("float32", "padded to 2 rows", {}, 0.5, {1: 1.0, 2: 0.5, 4: 0.9}, {})
+    """Stops a ceiling against the step of another way of plain decoding than the fastest."""
+    costs = Costs("float32", "eager", {}, 0.5, {1: 1.0, 2: 0.5, 4: 0.9}, {})
     assert (costs.v(2), costs.v(3), costs.v(99)) == (1.0, 1.4, 1.8)
 
 
@@ -204,7 +204,7 @@ def test_speedup_is_of_tokens_a_second() -> None:
         Record(**shared, kind=kind, method=name, tokens=[1] * n, seconds=s, prefill_seconds=p)
         for kind, name, n, s, p in texts
     ]
-    costs = Costs("float32", "1 row, eager", {}, 1.0, {1: 1.0, 2: 1.0}, {})
+    costs = Costs("float32", "eager", {}, 1.0, {1: 1.0, 2: 1.0}, {})
     found = {row["drafter"]: row for row in made_rows.rows(records, {"float32": costs})}
     assert found["hf_generate"]["speedup"] == pytest.approx((5 / 3) / (10 / 2))
     assert found["hf_generate"]["speedup_without_prefill"] == pytest.approx((5 / 0.5) / (10 / 1))

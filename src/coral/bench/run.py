@@ -195,7 +195,7 @@ def bench(
             costs, tie_references = log.costs[dtype_], references(loaded)
             shown = ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in costs.plain_seconds.items())
             console.print(f"{dtype_}: plain decoding is {costs.plain!r}, the fastest, per token: {shown}")
-            plain, _, _ = plain_variants(targets)[costs.plain]
+            plain = plain_variants(targets)[costs.plain]
             eos_ids = frozenset[int]() if ignore_eos else loaded.eos_ids
             for temperature in temperatures:
                 sampling = Sampling(temperature=temperature, seed=seed)

@@ -142,7 +142,7 @@ def _show(found: Tuned) -> None:
         table.add_column(column, justify="left" if column == "tree" else "right")
     rows = {f"{one.budget}": one for one in found.candidates[:5]}
     rows[f"{found.default.budget} (built in)"] = found.default
-    rows[f"plain ({'padded to 2 rows' if found.plain_rows == 2 else '1 row'})"] = found.plain
+    rows["plain"] = found.plain
     for name, one in rows.items():
         table.add_row(
             name,

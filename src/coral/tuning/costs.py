@@ -50,14 +50,9 @@ class Costs:
         return cls(means(cycle), means(first), means(level), costs[0].padded)
 
     @property
-    def plain_rows(self) -> int:
-        """Rows of the faster way of plain decoding: 1, or 2 of which one is padding."""
-        return min((n for n in (1, 2) if n in self.cycle), key=self.cycle.__getitem__)
-
-    @property
     def plain(self) -> float:
         """Seconds of a plain step."""
-        return self.cycle[self.plain_rows]
+        return self.cycle[1]
 
     def of_rows(self, rows: int) -> float:
         """Seconds of a cycle that drafts nothing, linear between the measured sizes."""

@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from coral.bench.costs import PlainPadded
 from coral.bench.methods import sized
 from coral.decoding.cycle import Proposer, generate
 from coral.decoding.plain import Plain
@@ -48,7 +47,7 @@ class Tuned:
     """What tuning found.
 
     candidates: see `fastest`. default: `tree.DEFAULT` or `tree.CPU_DEFAULT`.
-    plain: plain decoding, from the same costs; plain_rows: see `Costs.plain_rows`.
+    plain: plain decoding, from the same costs.
     predicted: the best budget's speedup, from costs measured anew between the texts that were decoded.
     decoded: tokens a second of the best budget and of plain decoding, when both decode the same prompts.
     """
@@ -56,7 +55,6 @@ class Tuned:
     candidates: list[Prediction]
     default: Prediction
     plain: Prediction
-    plain_rows: int
     predicted: float
     decoded: tuple[float, float]
 
@@ -125,10 +123,9 @@ def tune(
         predictions = {budget: _predict(run, costs) for budget, run in runs.items()}
         best = fastest([*predictions.values()])
         progress.update(task, description="decoding")
-        plain = Plain() if costs.plain_rows == 1 else PlainPadded()
         chosen = (
             _Decoded(proposer, best[0].budget),
-            _Decoded(plain, Budget(1, 0, max(1, costs.plain_rows - 1))),
+            _Decoded(Plain(), Budget(1, 0, 1)),
         )
         meanwhile = list[Costs]()  # the machine may be faster or slower by now than it was at first
         for index, prompt in enumerate([prompts[0], *prompts]):
@@ -148,7 +145,7 @@ def tune(
     predicted = _predict(runs[best[0].budget], Costs.mean(meanwhile)).speedup
     by_cost = Prediction(chosen[1].budget, 1.0, 0.0, 0.0, 1 / costs.plain, 1.0)
     fast, slow = (way.tokens / way.seconds for way in chosen)
-    return Tuned(best, predictions[default], by_cost, costs.plain_rows, predicted, (fast, slow))
+    return Tuned(best, predictions[default], by_cost, predicted, (fast, slow))
 
 
 def grid(most_nodes: int, min_gains: Sequence[float] = MIN_GAIN) -> list[Budget]:

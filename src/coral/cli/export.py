@@ -15,13 +15,13 @@ from coral.errors import CoralError
 
 def export(
     drafter: Annotated[str, typer.Argument(help="Drafter that `coral train` wrote: a directory or hub id.")],
-    to: Annotated[str, typer.Option(help="vllm, vllm-coral, sglang, eagle or speculators.")],
+    to: Annotated[str, typer.Option(help="vllm, vllm-coral, sglang or eagle.")],
     output: Annotated[Path, typer.Option(help="Directory to write: new, empty or an older export.")],
     target: Annotated[
         str | None,
         typer.Option(
-            help="Target: a directory or hub id, named in the command that serves; eagle and speculators "
-            "read it. Default: the one that the drafter was trained for."
+            help="Target: a directory or hub id, named in the command that serves; eagle reads it. "
+            "Default: the one that the drafter was trained for."
         ),
     ] = None,
     dtype: Annotated[
@@ -44,8 +44,6 @@ def export(
                  train-head --kind static) goes along as its token map.
     eagle        The EAGLE code base: pytorch_model.bin with the target's
                  embedding.
-    speculators  The `eagle` format of the speculators library up to 0.6, for
-                 archives: no engine serves it.
 
     What a format cannot carry is refused by name; heads that it has no place for are left out, and named.
     `coral import` reads each of them back.
@@ -92,9 +90,6 @@ def export(
             "no token map: for drafting with fewer ids, run `coral train-head "
             f"{drafter} --data DATA --kind static`, and export again"
         )
-    if not done.command:
-        print(f"no engine serves a {to} directory")
-        return
     print("serve it with:")
     if convert:
         print(f"coral convert {shlex.quote(target)} {shlex.quote(served)}")

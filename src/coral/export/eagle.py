@@ -15,7 +15,6 @@ from torch import Tensor
 from coral.drafters.checkpoint import engine_config
 from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.export import plain
-from coral.target.record import TargetRecord
 from coral.target.target import Target
 from coral.tree import DEFAULT
 
@@ -48,9 +47,7 @@ def tensors(drafter: Drafter, target: Target | None) -> dict[str, Tensor]:
     return {"embed_tokens.weight": embedding.to(drafter.fc.weight), **plain.tensors(drafter)}
 
 
-def config_json(
-    config: DrafterConfig, dtype: torch.dtype, record: TargetRecord, target: Target | None
-) -> dict[str, Any]:
+def config_json(config: DrafterConfig, dtype: torch.dtype) -> dict[str, Any]:
     content = {key: value for key, value in engine_config(config, dtype).items() if key in KEYS}
     if (rope := config.rope_parameters)["rope_type"] == "linear":  # two keys and a float, or it is refused
         content["rope_scaling"] = {"type": "linear", "factor": float(rope["factor"])}

@@ -16,7 +16,6 @@ from torch import Tensor
 from coral.drafters.checkpoint import engine_config
 from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.export import plain
-from coral.target.record import TargetRecord
 from coral.target.target import Target
 
 FILE = "model.safetensors"
@@ -40,9 +39,7 @@ def tensors(drafter: Drafter, target: Target | None) -> dict[str, Tensor]:
     return plain.tensors(drafter)
 
 
-def config_json(
-    config: DrafterConfig, dtype: torch.dtype, record: TargetRecord, target: Target | None
-) -> dict[str, Any]:
+def config_json(config: DrafterConfig, dtype: torch.dtype) -> dict[str, Any]:
     return engine_config(config, dtype)
 
 

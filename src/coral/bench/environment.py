@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers.utils.import_utils import is_sklearn_available
 
-from coral.machine import cpu_info, device_name
+from coral.device import cpu_info, device_name
 
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 

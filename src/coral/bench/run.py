@@ -42,11 +42,11 @@ from coral.drafters.feature.propose import Feature
 from coral.errors import CoralError
 from coral.files import atomic_text
 from coral.locks import locks_output
+from coral.progress import spinner
 from coral.suites import prompts as suites_
 from coral.target import default as models
 from coral.target.target import Target
 from coral.tree import DEFAULT, LOOKUP_NODES, Budget
-from coral.waiting import waiting
 
 
 @locks_output
@@ -149,7 +149,7 @@ def bench(
     console = Console(stderr=True, soft_wrap=True)
     try:
         for dtype in dtypes:
-            with waiting("Loading the target"):
+            with spinner("Loading the target"):
                 loaded = _load(target, dtype, device)
                 end_answers(loaded)
             suites_.check(suites, loaded.vocab_size, loaded.tokenizer)

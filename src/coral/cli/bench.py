@@ -9,7 +9,7 @@ import typer
 
 from coral.cli import options
 from coral.errors import CoralError
-from coral.waiting import waiting
+from coral.progress import spinner
 
 bench = typer.Typer(invoke_without_command=True)
 
@@ -71,7 +71,7 @@ def _bench(
         return
     if output is None:  # not for typer to ask for: the commands below need none
         raise CoralError("missing option '--output'; see `coral bench --help`.")
-    with waiting("Loading"):
+    with spinner("Loading"):
         from coral.bench.report import report
         from coral.bench.run import bench as run
         from coral.target import default as models

@@ -9,7 +9,7 @@ import typer
 
 from coral.errors import CoralError
 from coral.files import refuse_missing
-from coral.waiting import waiting
+from coral.progress import spinner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -176,7 +176,7 @@ def load_target(
 
     quiet_transformers()
     placed: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": device_map}
-    with waiting(f"Loading {target or models.SMOLLM2.name}"):
+    with spinner(f"Loading {target or models.SMOLLM2.name}"):
         if target is None:
             loaded = (models.load_to_write if to_write else models.load)(**placed)
         else:

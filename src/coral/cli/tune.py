@@ -10,7 +10,7 @@ import typer
 
 from coral.cli import options
 from coral.errors import CoralError
-from coral.waiting import waiting
+from coral.progress import spinner
 
 if TYPE_CHECKING:
     from coral.data.prepared import PreparedData
@@ -57,7 +57,7 @@ def tune(
     best one then decodes the same prompts for real. `coral generate` and `coral bench` use it from then on,
     on this device, with this dtype, head, number of layers and --compile, unless --tree is given.
     """
-    with waiting("Loading"):
+    with spinner("Loading"):
         from coral.api import make_proposer, read_name
         from coral.bench.deepen import deepen as deepen_
         from coral.data import shards

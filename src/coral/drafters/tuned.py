@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from coral import __version__, json_file
+from coral.device import device_name
 from coral.files import atomic_text
 from coral.json_file import STRICT, Seconds
-from coral.machine import device_name
 from coral.target.target import Target
 from coral.tree import Budget
 

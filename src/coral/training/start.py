@@ -16,7 +16,7 @@ from coral.drafters import checkpoint
 from coral.drafters.feature.learn import Learner
 from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.errors import CoralError
-from coral.machine import has_fast_bfloat16
+from coral.device import has_fast_bfloat16
 from coral.target.record import TargetRecord
 from coral.training import parallel, run_state, trackers
 from coral.training.optimiser import Optimiser

@@ -15,6 +15,7 @@ import coral as library
 from coral.bench.deepen import deepen
 from coral.bench.methods import sized
 from coral.bench.run import bench
+from coral.bench.settings import BenchConfig
 from coral.data import prepared
 from coral.decoding.cycle import acceptance_length, generate
 from coral.decoding.sampling import Sampling
@@ -219,8 +220,8 @@ def test_bench_gives_each_drafter_its_tree(models: Path, pair: tuple[Path, Targe
     suite = tmp_path / "mine.jsonl"
     suite.write_text("".join(json.dumps({"id": i, "turns": [f"ask {i}"]}) + "\n" for i in range(2)))
     drafters = {"mine": drafter, "untuned": models / "drafter"}
-    options = {"max_new_tokens": 8, "peers": False, "command": "coral bench"}
-    results = bench(target, drafters, str(suite), tmp_path / "out", **options)
+    options = {"max_new_tokens": 8, "peers": False}
+    results = bench(target, drafters, str(suite), tmp_path / "out", BenchConfig(**options))
 
     def read() -> dict:
         return json.loads(results.read_text())
@@ -245,9 +246,10 @@ def test_bench_gives_each_drafter_its_tree(models: Path, pair: tuple[Path, Targe
     same = compare(["mine"], ["mine"], [read_log(tmp_path / "out")])
     assert "trees differ" not in line(same[0], "mine", "mine")
     (drafter / "coral" / "trees.json").unlink()
-    bench(target, drafters, str(suite), tmp_path / "out", **options)
+    bench(target, drafters, str(suite), tmp_path / "out", BenchConfig(**options))
     assert read()["trees"]["float32"] == trees
-    asked = bench(target, drafters, str(suite), tmp_path / "asked", budget=Budget(1, 2, 2), **options)
+    config = BenchConfig(budget=Budget(1, 2, 2), **options)
+    asked = bench(target, drafters, str(suite), tmp_path / "asked", config)
     assert {t["origin"] for t in json.loads(asked.read_text())["trees"]["float32"].values()} == {"asked for"}
 
 

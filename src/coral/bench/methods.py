@@ -149,39 +149,51 @@ class Method:
     write: Write
 
 
+@dataclass(frozen=True)
+class Rivals:
+    """Who is measured beside plain decoding.
+
+    made, budgets: of the drafters, by name. lookup: the n-gram peer's budget, unless it is one of them.
+    assistant: the draft model of Hugging Face's assisted generation.
+    """
+
+    made: Mapping[str, MakeProposer]
+    budgets: Mapping[str, Budget]
+    lookup: Budget
+    assistant: PreTrainedModel | None = None
+
+    @property
+    def rows(self) -> set[int]:
+        """Sizes of the trees that are verified, root included."""
+        return {budget.num_nodes + 1 for budget in (self.lookup, *self.budgets.values())}
+
+
 def all_methods(
-    target: Target,
-    plain: Write,
-    made: Mapping[str, MakeProposer],
-    coupled: Sequence[bool],
-    budgets: Mapping[str, Budget],
-    peers: bool,
-    lookup: Budget,
-    assistant: PreTrainedModel | None = None,
-    fallback: bool = False,
+    target: Target, plain: Write, rivals: Rivals, coupled: Sequence[bool], peers: bool, fallback: bool = False
 ) -> list[Method]:
     """Plain decoding first: the others are compared with what it wrote.
 
     Args:
-        budgets: of the drafters, by name; lookup: of the n-gram peer, unless it is one of them.
+        coupled: each drafter writes once for each of these.
     """
+    made = rivals.made
     methods = [Method("plain", "plain", False, plain)]
     if peers:
         methods += [
             Method("peer", "hf_generate", False, hugging_face(target)),
             Method("peer", "hf_prompt_lookup", False, hugging_face(target, prompt_lookup_num_tokens=10)),
         ]
-        if assistant is not None:
-            methods.append(Method("peer", "hf_assisted", False, hugging_face(target, assistant)))
+        if rivals.assistant is not None:
+            methods.append(Method("peer", "hf_assisted", False, hugging_face(target, rivals.assistant)))
     if peers or "ngram" in made:
-        lookup = budgets.get("ngram", lookup)
+        lookup = rivals.budgets.get("ngram", rivals.lookup)
         proposer: Proposer = Fallback(NGram()) if fallback and "ngram" in made else NGram()
         found = ours(sized(target, lookup.num_nodes + 1), proposer, lookup)
         methods.append(Method("peer", "ngram", False, found))
     for name, make in made.items():
         if name == "ngram":
             continue  # measured above, once: it has no noise to share
-        budget = budgets[name]
+        budget = rivals.budgets[name]
         own = sized(target, budget.num_nodes + 1)
         for flag in coupled:
             proposer = make(own, flag)

@@ -74,6 +74,7 @@ def _bench(
     with spinner("Loading"):
         from coral.bench.report import report
         from coral.bench.run import bench as run
+        from coral.bench.settings import BenchConfig
         from coral.target import default as models
 
     drafters = options.read_drafters(drafter or [])
@@ -81,11 +82,7 @@ def _bench(
         own = str(models.DRAFTER)
         drafters = {"coral": own, "coral+ngram": f"{own}+ngram"}
     options.quiet_transformers()
-    results = run(
-        target,
-        drafters,
-        suite,
-        output,
+    config = BenchConfig(
         limit=limit,
         deepen=deepen,
         dtypes=tuple(dtype or ("auto",)),
@@ -103,7 +100,7 @@ def _bench(
         device=device,
         note=note,
     )
-    report(results)
+    report(run(target, drafters, suite, output, config))
 
 
 @bench.command()

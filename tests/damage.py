@@ -12,8 +12,9 @@ from tiny_training import tiny_data, tiny_drafter, tiny_info, tiny_target
 from coral.bench import log, results
 from coral.bench.costs import Costs
 from coral.bench.rows import Record, rows
-from coral.data import prepared, shards
+from coral.data import prepare, prepared, shards
 from coral.data.prepared import PreparedData
+from coral.data.write_shards import store
 from coral.decoding.state import Cycle
 from coral.drafters import checkpoint, tuned
 from coral.hub.card import card
@@ -128,9 +129,9 @@ def ours(directory: Path) -> None:
     tuned.save(directory, PLACE, Budget(2, 3, 5), 1.5, 1.4)
     a_bench(directory)
     lines = ({**row, "loss_mask": row["loss_mask"]} for row in tiny_data(4).dataset)
-    prepared._write_rows((prepared.Row(**row) for row in lines), directory)
+    prepare._write_rows((prepare.Row(**row) for row in lines), directory)
     (directory / "coral.json").write_text(json.dumps(tiny_info(4)))
     (directory / "held_out.json").write_text("[[1, 2], [3]]")
-    shards.store(target, PreparedData(tiny_data(4).dataset, [[1, 2]], tiny_info(4)), directory / "features")
+    store(target, PreparedData(tiny_data(4).dataset, [[1, 2]], tiny_info(4)), directory / "features")
     for file in (directory / "features").iterdir():
         file.rename(directory / file.name)

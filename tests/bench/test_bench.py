@@ -19,6 +19,7 @@ from coral.bench.rows import Record, acceptance_by_depth, repeated, tau, unrepea
 from coral.bench.run import bench
 from coral.bench.settings import BenchConfig
 from coral.data import prepared
+from coral.data.prepare import PrepareConfig, prepare
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle
@@ -110,7 +111,7 @@ def test_held_out_prompts_of_prepared_data(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     target = tiny_target()
     target.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}a{% endfor %}"
-    prepared.prepare([tmp_path / "c.jsonl"], target.tokenizer, tmp_path / "data", held_out=2)
+    prepare([tmp_path / "c.jsonl"], target.tokenizer, tmp_path / "data", PrepareConfig(held_out=2))
     data = str(tmp_path / "data")
     held_out = prepared.load(data).held_out_prompts
     assert [suites.render(None, prompt) for prompt in suites.load(data)["held_out"]] == held_out

@@ -16,7 +16,7 @@ from coral.bench.deepen import deepen
 from coral.bench.methods import sized
 from coral.bench.run import bench
 from coral.bench.settings import BenchConfig
-from coral.data import prepared
+from coral.data.prepare import PrepareConfig, prepare
 from coral.decoding.cycle import acceptance_length, generate
 from coral.decoding.sampling import Sampling
 from coral.drafters import checkpoint, tuned
@@ -273,7 +273,7 @@ def test_a_new_drafter_or_head_drops_what_was_tuned(
     static = tuned.Place.of(target, "static", False)
     tuned.save(drafter, static, TREE, 1.5, 1.4)
     source = conversations(tmp_path / "c.jsonl")
-    prepared.prepare([source], target.tokenizer, tmp_path / "data", held_out=1)
+    prepare([source], target.tokenizer, tmp_path / "data", PrepareConfig(held_out=1))
     made = coral("train-head", drafter, "--data", tmp_path / "data", "--target", models / "target",
                  "--kind", "static", "--size", 12)  # fmt: skip
     assert made.code == 0 and tuned.find(drafter, static) is None
@@ -287,7 +287,9 @@ def test_a_new_drafter_or_head_drops_what_was_tuned(
 def test_training_drops_what_was_tuned(coral, models: Path, tmp_path: Path) -> None:
     """Stops a tree of an earlier update's drafter."""
     target = Target.load(models / "target")
-    prepared.prepare([conversations(tmp_path / "c.jsonl")], target.tokenizer, tmp_path / "data", held_out=1)
+    prepare(
+        [conversations(tmp_path / "c.jsonl")], target.tokenizer, tmp_path / "data", PrepareConfig(held_out=1)
+    )
     command = ("train", "--data", tmp_path / "data", "--target", models / "target")
     command += ("--output", tmp_path / "d", "--set", "batch_size=2")
     assert coral(*command, "--updates", 1).code == 0
@@ -325,11 +327,11 @@ def test_tune_on_held_out_prompts_and_what_it_refuses(coral, models: Path, tmp_p
     shutil.copytree(models / "drafter", drafter)
     target = Target.load(models / "target")
     for held_out in (0, 2):
-        prepared.prepare(
+        prepare(
             [conversations(tmp_path / "c.jsonl")],
             target.tokenizer,
             tmp_path / f"data{held_out}",
-            held_out=held_out,
+            PrepareConfig(held_out=held_out),
         )
     command = ("tune", drafter, "--target", models / "target", "--max-new-tokens", 6)
     assert coral(*command, "--data", tmp_path / "data2").code == 0

@@ -20,7 +20,7 @@ import httpx2
 from rich.console import Console
 
 from coral.data.conversations import Message
-from coral.data.regenerate import Answer, Job
+from coral.data.jobs import Answer, Job
 from coral.data.replies import (
     HEADERS,
     LARGEST_LIST,
@@ -74,6 +74,14 @@ class Servers:
     @property
     def alive(self) -> list[Endpoint]:
         return [endpoint for endpoint in self.endpoints if not endpoint.dead]
+
+    def refuse_dead(self) -> None:
+        """Raise CoralError when no endpoint is left."""
+        if not self.alive:
+            why = ", ".join(f"{each.url}: {each.dead}" for each in self.endpoints)
+            raise CoralError(
+                f"no endpoint answers any more ({why}); start one, and run the same command to go on."
+            )
 
     def leave_out(self, endpoint: Endpoint, why: str) -> None:
         """Ask this endpoint nothing more, and say so."""

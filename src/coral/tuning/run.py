@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 
 import torch
@@ -14,6 +15,7 @@ from coral.bench.methods import sized
 from coral.decoding.cycle import Proposer, generate
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
+from coral.decoding.state import State
 from coral.device import has_queue
 from coral.errors import CoralError
 from coral.target.target import Target
@@ -27,6 +29,7 @@ MAX_DEPTH = (1, 2, 3, 4, 5, 6, 8, 10)
 NUM_NODES = (1, 2, 3, 5, 7, 9, 11, 13, 15, 19, 23, 27, 31, 39, 47, 63)
 MIN_GAIN = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # for which cycles are timed
+PLAIN = Budget(1, 0, 1)
 COMPILED_ROWS = (1, 8, 16, 32)  # fewer, since each takes a few seconds a layer to compile
 
 
@@ -94,58 +97,58 @@ def tune(
         CoralError: no prompt fits the target's context.
     """
     sampling, console = sampling or Sampling(), console or Console(stderr=True)
-    prompts = [ids for ids in prompts if len(ids) + max_new_tokens <= target.context_length]
-    if not prompts:
+    prompts = _fitting(target, prompts, max_new_tokens)
+    if compile:
+        target = target.compiled(COMPILED_ROWS)
+    rows = COMPILED_ROWS if target.pads else ROWS
+    proposer = make(target)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("measuring costs", total=2 * len(prompts) + 1)
+        costs = measure(target, proposer, max(prompts, key=len), sampling, rows, TOP_K)
+        progress.update(task, advance=1, description="recording")
+        told = partial(progress.advance, task)
+        texts = record(sized(target, 1), proposer, prompts, max_new_tokens, sampling, progress=told)
+        gains, default = _compared(target)
+        runs = {run.budget: run for run in simulate(texts, grid(max(rows) - 1, gains))}
+        predictions = {budget: _predict(run, costs) for budget, run in runs.items()}
+        candidates = fastest([*predictions.values()])
+        best = candidates[0].budget
+        progress.update(task, description="decoding")
+        ways = _Decoded(proposer, best), _Decoded(Plain(), PLAIN)
+        meanwhile = list[Costs]()  # the machine may be faster or slower by now than it was at first
+        for index, prompt in enumerate([prompts[0], *prompts]):
+            for way in ways:
+                state = new_state(target, prompt, max_new_tokens, sampling, index - 1, way.budget.num_nodes)
+                way.write(target, state, counted=index > 0)  # the first time warms up, and compiles
+            if index > 0:
+                meanwhile.append(measure(target, proposer, prompt, sampling, rows, [best.top_k], repeats=3))
+            told()
+    predicted = _predict(runs[best], Costs.mean(meanwhile)).speedup
+    plain = Prediction(PLAIN, 1.0, 0.0, 0.0, 1 / costs.plain, 1.0)
+    fast, slow = (way.tokens / way.seconds for way in ways)
+    return Tuned(candidates, predictions[default], plain, predicted, (fast, slow))
+
+
+def _fitting(target: Target, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """The prompts that leave room in the target's context.
+
+    Raises:
+        CoralError: none does.
+    """
+    fitting = [ids for ids in prompts if len(ids) + max_new_tokens <= target.context_length]
+    if not fitting:
         raise CoralError(
             f"no prompt leaves room for {max_new_tokens} tokens in the target's context of "
             f"{target.context_length}; use shorter prompts or a smaller --max-new-tokens."
         )
-    waits = has_queue(target.device)
-    with Progress(console=console, transient=True) as progress:
-        if compile:
-            target = target.compiled(COMPILED_ROWS)
-        rows = COMPILED_ROWS if target.pads else ROWS
-        proposer = make(target)
-        task = progress.add_task("measuring costs", total=2 * len(prompts) + 1)
-        costs = measure(target, proposer, max(prompts, key=len), sampling, rows, TOP_K)
-        progress.update(task, advance=1, description="recording")
-        texts = record(
-            sized(target, 1),
-            proposer,
-            prompts,
-            max_new_tokens,
-            sampling,
-            progress=lambda: progress.advance(task),
-        )
-        # On a GPU, growth does not stop early: that would have to be waited for.
-        gains, default = ((0.0,), replace(DEFAULT, min_gain=0.0)) if waits else (MIN_GAIN, CPU_DEFAULT)
-        runs = {run.budget: run for run in simulate(texts, grid(max(rows) - 1, gains))}
-        predictions = {budget: _predict(run, costs) for budget, run in runs.items()}
-        best = fastest([*predictions.values()])
-        progress.update(task, description="decoding")
-        chosen = (
-            _Decoded(proposer, best[0].budget),
-            _Decoded(Plain(), Budget(1, 0, 1)),
-        )
-        meanwhile = list[Costs]()  # the machine may be faster or slower by now than it was at first
-        for index, prompt in enumerate([prompts[0], *prompts]):
-            for way in chosen:
-                state = new_state(target, prompt, max_new_tokens, sampling, index - 1, way.budget.num_nodes)
-                at_size = sized(target, way.budget.num_nodes + 1)
-                spent = sum(
-                    cycle.seconds for (cycle,) in generate(at_size, way.proposer, [state], way.budget)
-                )
-                if index > 0:  # the first time warms up, and compiles
-                    way.seconds += spent
-                    way.tokens += len(state.written)
-            if index > 0:
-                top_k = best[0].budget.top_k
-                meanwhile.append(measure(target, proposer, prompt, sampling, rows, [top_k], repeats=3))
-            progress.advance(task)
-    predicted = _predict(runs[best[0].budget], Costs.mean(meanwhile)).speedup
-    by_cost = Prediction(chosen[1].budget, 1.0, 0.0, 0.0, 1 / costs.plain, 1.0)
-    fast, slow = (way.tokens / way.seconds for way in chosen)
-    return Tuned(best, predictions[default], by_cost, predicted, (fast, slow))
+    return fitting
+
+
+def _compared(target: Target) -> tuple[Sequence[float], Budget]:
+    """The values of `min_gain` that are compared, and the built-in budget, among them."""
+    if has_queue(target.device):  # growth does not stop early there: it would wait for the scores
+        return (0.0,), replace(DEFAULT, min_gain=0.0)
+    return MIN_GAIN, CPU_DEFAULT
 
 
 def grid(most_nodes: int, min_gains: Sequence[float] = MIN_GAIN) -> list[Budget]:
@@ -178,6 +181,15 @@ class _Decoded:
     budget: Budget
     seconds: float = 0.0
     tokens: int = 0
+
+    def write(self, target: Target, state: State, counted: bool) -> None:
+        """Write a text, and count its time and tokens if asked to."""
+        at_size = sized(target, self.budget.num_nodes + 1)
+        cycles = generate(at_size, self.proposer, [state], self.budget)
+        seconds = sum(cycle.seconds for (cycle,) in cycles)
+        if counted:
+            self.seconds += seconds
+            self.tokens += len(state.written)
 
 
 def _predict(run: Run, costs: Costs) -> Prediction:

@@ -22,7 +22,7 @@ from coral.target.record import TargetRecord
 from coral.tree import Budget
 
 ODD = [None, True, -1, 0, 1.5, 10**30, 1e308, "", "x", "\udcff", [], [1], {}, {"a": 1}, float("nan")]
-PLACE = tuned.Place("a CPU", 4, "float32", False, 8, "full")
+CONDITIONS = tuned.Conditions("a CPU", 4, "float32", False, 8, "full")
 
 
 def nodes(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -110,7 +110,7 @@ def read_prepared(directory: Path) -> None:
 
 FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "drafter": ("coral/config.json", read_drafter),
-    "trees": ("coral/trees.json", lambda directory: tuned.find(directory, PLACE)),
+    "trees": ("coral/trees.json", lambda directory: tuned.find(directory, CONDITIONS)),
     "features": ("features.json", shards.load),
     "prepared": ("coral.json", read_prepared),
     "held out": ("held_out.json", read_prepared),
@@ -126,7 +126,7 @@ def ours(directory: Path) -> None:
     record, metrics = TargetRecord.of(target), {"updates": 1, "acceptance": {"tree": 2.0}}
     metrics["seconds"] = 2
     checkpoint.save(tiny_drafter(), directory, target=record, recipe={"recipe": "coral"}, metrics=metrics)
-    tuned.save(directory, PLACE, Budget(2, 3, 5), 1.5, 1.4)
+    tuned.save(directory, CONDITIONS, Budget(2, 3, 5), 1.5, 1.4)
     a_bench(directory)
     lines = ({**row, "loss_mask": row["loss_mask"]} for row in tiny_data(4).dataset)
     prepare._write_rows((prepare.Row(**row) for row in lines), directory)

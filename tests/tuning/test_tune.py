@@ -25,10 +25,10 @@ from coral.errors import CoralError
 from coral.target.record import TargetRecord
 from coral.target.target import Target
 from coral.tree import CPU_DEFAULT, DEFAULT, LOOKUP_NODES, Budget, DraftTree
-from coral.tuning.costs import Costs, measure
-from coral.tuning.record import Text, everything, new_state, record
-from coral.tuning.run import MIN_GAIN, Prediction, fastest, grid
-from coral.tuning.simulate import Run, simulate
+from coral.tuning.cycle_costs import CycleCosts, measure_cycles
+from coral.tuning.recording import Text, everything, new_state, record
+from coral.tuning.simulate import Simulated, simulate
+from coral.tuning.tune import MIN_GAIN, Prediction, fastest, grid
 
 POOL = everything(4, 6, 0.0)
 NEW = 30
@@ -100,10 +100,10 @@ def test_an_end_inside_the_path_cuts_the_cycle() -> None:
 
 def test_costs_add_up() -> None:
     """Stops a compiled target's small trees from being cheaper than its large ones, and odd sizes between."""
-    costs = Costs({1: 1.0, 2: 0.8, 4: 2.0}, {3: 0.5}, {3: 0.25}, padded=False)
+    costs = CycleCosts({1: 1.0, 2: 0.8, 4: 2.0}, {3: 0.5}, {3: 0.25}, padded=False)
     assert costs.plain == 1.0
     assert (costs.of_rows(1), costs.of_rows(3), costs.of_rows(4), costs.of_rows(6)) == (1.0, 1.4, 2.0, 3.2)
-    run = Run(Budget(3, 2, 3), 9, 3, 3.0, 5, torch.tensor([0, 1, 0, 2]))
+    run = Simulated(Budget(3, 2, 3), 9, 3, 3.0, 5, torch.tensor([0, 1, 0, 2]))
     drafting = 3 * 0.5 + 2 * 0.25
     assert costs.seconds(run) == pytest.approx(1.0 + 2 * 1.4 + drafting)
     assert replace(costs, padded=True).seconds(run) == pytest.approx(1.0 + 2 * 2.0 + drafting)
@@ -112,7 +112,7 @@ def test_costs_add_up() -> None:
 def test_measured_costs_are_there() -> None:
     """Stops a size that is asked for and not timed, also where the context leaves little room."""
     target = tiny.tiny_target()
-    costs = measure(
+    costs = measure_cycles(
         target, tiny.random_drafter(target), tiny.prompt_of(60), Sampling(1.0), (1, 2, 8), (1, 4), 20
     )
     assert costs.cycle.keys() == {1, 2, 8} and costs.first.keys() == costs.level.keys() == {1, 4}
@@ -137,37 +137,37 @@ def test_the_grid_and_its_best() -> None:
 # ------------------------------------------------------------------------------------------- trees.json
 
 
-PLACE = tuned.Place("a CPU", 4, "float32", False, 8, "full")
+CONDITIONS = tuned.Conditions("a CPU", 4, "float32", False, 8, "full")
 TREE = Budget(2, 3, 5)
 
 
-def test_lookup_by_place(tmp_path: Path) -> None:
+def test_lookup_by_conditions(tmp_path: Path) -> None:
     """Stops a tree of another machine or head from being used, and one entry that replaces another."""
-    assert tuned.find(tmp_path, PLACE) is None
+    assert tuned.find(tmp_path, CONDITIONS) is None
     others = {
-        name: replace(PLACE, **{name: value})
+        name: replace(CONDITIONS, **{name: value})
         for name, value in {"device": "a GPU", "threads": 1, "dtype": "bfloat16", "compiled": True,
                             "layers": 32, "head": "static"}.items()
     }  # fmt: skip
-    path = tuned.save(tmp_path, PLACE, TREE, 1.5, 1.4)
+    path = tuned.save(tmp_path, CONDITIONS, TREE, 1.5, 1.4)
     assert all(tuned.find(tmp_path, other) is None for other in others.values())
     for n, other in enumerate(others.values()):
         tuned.save(tmp_path, other, replace(TREE, num_nodes=n + 6), 1.5, 1.4)
-    tuned.save(tmp_path, PLACE, replace(TREE, top_k=9), 1.6, 1.5)
-    assert tuned.find(tmp_path, PLACE) == replace(TREE, top_k=9)
+    tuned.save(tmp_path, CONDITIONS, replace(TREE, top_k=9), 1.6, 1.5)
+    assert tuned.find(tmp_path, CONDITIONS) == replace(TREE, top_k=9)
     assert len(json.loads(path.read_text())["trees"]) == 7
     tuned.forget(tmp_path, "static")
-    assert tuned.find(tmp_path, others["head"]) is None and tuned.find(tmp_path, PLACE) is not None
+    assert tuned.find(tmp_path, others["head"]) is None and tuned.find(tmp_path, CONDITIONS) is not None
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"trees": [{}]}', '{"trees": [{"place": 3}]}', "\xff"])
+@pytest.mark.parametrize("text", ["", "[]", '{"trees": [{}]}', '{"trees": [{"conditions": 3}]}', "\xff"])
 def test_a_corrupt_file_says_to_delete_it(tmp_path: Path, text: str) -> None:
     """Stops a broken file from being taken for none, and a traceback."""
     (tmp_path / "coral").mkdir()
     (tmp_path / "coral" / "trees.json").write_bytes(text.encode("latin-1"))
     for attempt in (
-        lambda: tuned.find(tmp_path, PLACE),
-        lambda: tuned.save(tmp_path, PLACE, TREE, 1, 1),
+        lambda: tuned.find(tmp_path, CONDITIONS),
+        lambda: tuned.save(tmp_path, CONDITIONS, TREE, 1, 1),
         lambda: tuned.forget(tmp_path, "full"),
     ):
         with pytest.raises(CoralError, match=r"trees\.json cannot be read .* delete it"):
@@ -179,7 +179,7 @@ def pair(models: Path, tmp_path: Path) -> tuple[Path, Target]:
     """A drafter of its own, with a tree tuned for the head `in_context` and the tiny target."""
     shutil.copytree(models / "drafter", tmp_path / "drafter")
     target = Target.load(models / "target")
-    tuned.save(tmp_path / "drafter", tuned.Place.of(target, "in_context", False), TREE, 1.5, 1.4)
+    tuned.save(tmp_path / "drafter", tuned.Conditions.of(target, "in_context", False), TREE, 1.5, 1.4)
     return tmp_path / "drafter", target
 
 
@@ -270,14 +270,14 @@ def test_a_new_drafter_or_head_drops_what_was_tuned(
 ) -> None:
     """Stops a tree that was tuned to weights which are gone."""
     drafter, target = pair
-    static = tuned.Place.of(target, "static", False)
+    static = tuned.Conditions.of(target, "static", False)
     tuned.save(drafter, static, TREE, 1.5, 1.4)
     source = conversations(tmp_path / "c.jsonl")
     prepare([source], target.tokenizer, tmp_path / "data", PrepareConfig(held_out=1))
     made = coral("train-head", drafter, "--data", tmp_path / "data", "--target", models / "target",
                  "--kind", "static", "--size", 12)  # fmt: skip
     assert made.code == 0 and tuned.find(drafter, static) is None
-    assert tuned.find(drafter, tuned.Place.of(target, "in_context", False)) == TREE
+    assert tuned.find(drafter, tuned.Conditions.of(target, "in_context", False)) == TREE
     assert heads.resolve(drafter, "auto") == "static"
     loaded = checkpoint.load(drafter, target)
     checkpoint.save(loaded, drafter, target=TargetRecord.of(target))
@@ -293,7 +293,7 @@ def test_training_drops_what_was_tuned(coral, models: Path, tmp_path: Path) -> N
     command = ("train", "--data", tmp_path / "data", "--target", models / "target")
     command += ("--output", tmp_path / "d", "--set", "batch_size=2")
     assert coral(*command, "--updates", 1).code == 0
-    path = tuned.save(tmp_path / "d", PLACE, TREE, 1.5, 1.4)
+    path = tuned.save(tmp_path / "d", CONDITIONS, TREE, 1.5, 1.4)
     assert coral(*command, "--updates", 2).code == 0 and not path.exists()
 
 
@@ -313,7 +313,7 @@ def test_tune_then_generate(coral, models: Path, tmp_path: Path) -> None:
     assert result.code == 0, result.err
     path = drafter / "coral" / "trees.json"
     (entry,) = json.loads(path.read_text())["trees"]
-    assert (entry["place"]["head"], entry["place"]["layers"]) == ("in_context", 3)
+    assert (entry["conditions"]["head"], entry["conditions"]["layers"]) == ("in_context", 3)
     assert entry["predicted_speedup"] > 0 < entry["achieved_speedup"]
     tree = str(Budget(**entry["budget"]))
     assert f"tree {tree}: {path}" in result.out

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from coral.drafters.feature.network import num_bytes
 from coral.errors import CoralError
+from coral.target.target import Target
 
 _ZEROED = ("self_attn.o_proj", "mlp.down_proj")  # what each half of a layer adds to the residual stream
 _WIDTH_MULTIPLE = 64
@@ -67,6 +68,19 @@ def deepen(
     for index, source in enumerate(sources, have):
         decoder.layers.append(_idle_copy(decoder.layers[source], wide, index, config))
     return width
+
+
+def append_layers(target: Target, layers: int | None, cost_ratio: float = 0.10) -> int | None:
+    """Deepen a target if `layers` says so; returns the FFN width of the appended layers.
+
+    Raises:
+        CoralError: see `deepen`; the target's weights are packed blocks.
+    """
+    if not layers:
+        return None
+    if target.blocks is not None:
+        raise CoralError("appended layers have no packed blocks; leave out --deepen, or use dtype auto.")
+    return deepen(target.model, layers, cost_ratio)
 
 
 def plain_bytes(model: PreTrainedModel) -> int:

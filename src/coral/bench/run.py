@@ -22,7 +22,7 @@ from rich.progress import Progress
 
 from coral.bench.assistant import load_assistant
 from coral.bench.costs import measure, plain_variants
-from coral.bench.deepen import deepen, plain_bytes
+from coral.bench.deepen import append_layers, plain_bytes
 from coral.bench.environment import commit, environment
 from coral.bench.equality import references
 from coral.bench.log import Log
@@ -174,7 +174,7 @@ class _Bench:
             end_answers(eager)
         suites_.check(self.suites, eager.vocab_size, eager.tokenizer)
         assistant = None if config.assistant is None else load_assistant(config.assistant, eager)
-        width = _deepen(eager, config)
+        width = append_layers(eager, config.deepen, config.cost_ratio)
         self.results["environment"] = environment(eager.device)
         self.results["target"] = {
             "name": eager.name,
@@ -242,15 +242,6 @@ class _Bench:
                 for reason in writing.conversation(suite, prompt):
                     progress.advance(task)
                     self.results["skipped"] += [reason] if reason else []
-
-
-def _deepen(target: Target, config: BenchConfig) -> int | None:
-    """Append the layers that are asked for; returns their FFN width."""
-    if not config.deepen:
-        return None
-    if target.blocks is not None:
-        raise CoralError("appended layers have no packed blocks; leave out --deepen, or use dtype auto.")
-    return deepen(target.model, config.deepen, config.cost_ratio)
 
 
 def _choose_trees(target: Target, drafters: Drafters, config: BenchConfig) -> dict[str, Tree]:

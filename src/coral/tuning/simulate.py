@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from coral.tree import Budget, DraftTree
-from coral.tuning.record import Text
+from coral.tuning.recording import Text
 
 _Key = TypeVar("_Key")
 _FAR = 2**30  # the rank of a node that is not there
 
 
 @dataclass(frozen=True)
-class Run:
+class Simulated:
     """What decoding all texts with a budget amounts to.
 
     tokens: written, the same for every budget. tau: acceptance length. steps: draft steps.
@@ -42,7 +42,7 @@ class Run:
     rows: Tensor
 
 
-def simulate(texts: Sequence[Text], budgets: Sequence[Budget]) -> list[Run]:
+def simulate(texts: Sequence[Text], budgets: Sequence[Budget]) -> list[Simulated]:
     """Every budget, none larger than what was recorded, on all texts (see the head of this file)."""
     pools, ends = _stack(texts)
     count, positions = len(budgets), len(pools.limit)
@@ -69,7 +69,7 @@ def simulate(texts: Sequence[Text], budgets: Sequence[Budget]) -> list[Run]:
     whole = visited & ~cut
     taus = ((accepted + 1) * whole).sum(1) / whole.sum(1)
     return [
-        Run(
+        Simulated(
             budget,
             positions,
             int(visited[i].sum()),

@@ -17,7 +17,7 @@ from coral.decoding.sampling import Sampling
 from coral.decoding.state import State, Unread
 from coral.target.target import Target
 from coral.tree import Budget, DraftTree
-from coral.tuning.simulate import Run
+from coral.tuning.simulate import Simulated
 
 _DEEP = 5  # levels of the deeper of the two trees from which a level's cost follows
 _READ = 3  # rows that a cycle's first level reads: what one accepts, more or less
@@ -25,7 +25,7 @@ _ALIKE = 8  # trees of one size in a row, of which the latter half is timed
 
 
 @dataclass(frozen=True)
-class Costs:
+class CycleCosts:
     """Seconds.
 
     cycle: of a cycle that drafts nothing, by the rows of the tree it is given: verification, sampling, walk
@@ -40,7 +40,7 @@ class Costs:
     padded: bool
 
     @classmethod
-    def mean(cls, costs: Sequence[Costs]) -> Costs:
+    def mean(cls, costs: Sequence[CycleCosts]) -> CycleCosts:
         """Of the same sizes, measured at several times."""
 
         def means(tables: Sequence[dict[int, float]]) -> dict[int, float]:
@@ -61,7 +61,7 @@ class Costs:
         share = (rows - below) / (above - below)
         return (1 - share) * self.cycle[below] + share * self.cycle[above]
 
-    def seconds(self, run: Run) -> float:
+    def seconds(self, run: Simulated) -> float:
         """What decoding with a budget takes, without prefill."""
         counts = run.rows.tolist()
         if self.padded:
@@ -72,7 +72,7 @@ class Costs:
         return verified + drafted
 
 
-def measure(
+def measure_cycles(
     target: Target,
     proposer: Proposer,
     prompt: list[int],
@@ -80,7 +80,7 @@ def measure(
     rows: Sequence[int],
     top_ks: Sequence[int],
     repeats: int = 8,
-) -> Costs:
+) -> CycleCosts:
     """Time real cycles and real calls of `propose` behind a prompt, all sizes in turn, and take medians.
 
     Args:
@@ -91,7 +91,7 @@ def measure(
     first = {k: levels[k, 1] for k in top_ks}
     level = {k: max(0.0, levels[k, _DEEP] - levels[k, 1]) / (_DEEP - 1) for k in top_ks}
     cycles = _cycle_seconds(target, prompt, sampling, rows, repeats)
-    return Costs(cycles, first, level, padded=target.pads)
+    return CycleCosts(cycles, first, level, padded=target.pads)
 
 
 class _Refused:

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from coral.api import make_proposer
 from coral.bench.methods import sized
 from coral.decoding.cycle import Proposer, generate
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
 from coral.device import has_queue
+from coral.drafters import tuned
 from coral.errors import CoralError
+from coral.locks import locked
+from coral.suites.prompts import Prompt, render
 from coral.target.target import Target
 from coral.tree import CPU_DEFAULT, DEFAULT, Budget
-from coral.tuning.costs import Costs, measure
-from coral.tuning.record import everything, new_state, record
-from coral.tuning.simulate import Run, simulate
+from coral.tuning.cycle_costs import CycleCosts, measure_cycles
+from coral.tuning.recording import everything, new_state, record
+from coral.tuning.simulate import Simulated, simulate
 
 TOP_K = (1, 2, 3, 4, 6, 8, 10)
 MAX_DEPTH = (1, 2, 3, 4, 5, 6, 8, 10)
@@ -31,6 +38,27 @@ MIN_GAIN = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # for which cycles are timed
 PLAIN = Budget(1, 0, 1)
 COMPILED_ROWS = (1, 8, 16, 32)  # fewer, since each takes a few seconds a layer to compile
+
+
+PROMPTS = (
+    "How do I keep bread fresh for longer?",
+    "What is the difference between weather and climate?",
+    "Write a short story about a lighthouse keeper who finds a letter.",
+    "Give me five ideas for a birthday present for my grandmother.",
+    "Explain to a ten-year-old why the sky is blue.",
+    "Write a polite email that asks a colleague to move a meeting to Friday.",
+    "A pen costs 3 dollars. Anna buys 7 pens and pays with 50 dollars. How much does she get back?",
+    "A tank holds 240 litres and loses 8 litres an hour. After how many hours is it half empty?",
+    "Solve 3x + 7 = 25 and explain each step.",
+    "Write a Python function that reverses the words of a sentence.",
+    "Write a Python function that returns the n-th Fibonacci number, with a docstring.",
+    "Write a SQL query that lists the ten customers with the highest total of orders.",
+    "Summarise how photosynthesis works in three sentences.",
+    "List the planets of the solar system with one fact about each.",
+    "What should I see in Rome in two days?",
+    "Rewrite this sentence so that it is easier to read: The utilisation of bicycles is to be encouraged.",
+)
+"""General prompts, which are in none of the benchmarks' suites."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +132,7 @@ def tune(
     proposer = make(target)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring costs", total=2 * len(prompts) + 1)
-        costs = measure(target, proposer, max(prompts, key=len), sampling, rows, TOP_K)
+        costs = measure_cycles(target, proposer, max(prompts, key=len), sampling, rows, TOP_K)
         progress.update(task, advance=1, description="recording")
         told = partial(progress.advance, task)
         texts = record(sized(target, 1), proposer, prompts, max_new_tokens, sampling, progress=told)
@@ -115,18 +143,57 @@ def tune(
         best = candidates[0].budget
         progress.update(task, description="decoding")
         ways = _Decoded(proposer, best), _Decoded(Plain(), PLAIN)
-        meanwhile = list[Costs]()  # the machine may be faster or slower by now than it was at first
+        meanwhile = list[CycleCosts]()  # the machine may be faster or slower by now than it was at first
         for index, prompt in enumerate([prompts[0], *prompts]):
             for way in ways:
                 state = new_state(target, prompt, max_new_tokens, sampling, index - 1, way.budget.num_nodes)
                 way.write(target, state, counted=index > 0)  # the first time warms up, and compiles
             if index > 0:
-                meanwhile.append(measure(target, proposer, prompt, sampling, rows, [best.top_k], repeats=3))
+                meanwhile.append(
+                    measure_cycles(target, proposer, prompt, sampling, rows, [best.top_k], repeats=3)
+                )
             told()
-    predicted = _predict(runs[best], Costs.mean(meanwhile)).speedup
+    predicted = _predict(runs[best], CycleCosts.mean(meanwhile)).speedup
     plain = Prediction(PLAIN, 1.0, 0.0, 0.0, 1 / costs.plain, 1.0)
     fast, slow = (way.tokens / way.seconds for way in ways)
     return Tuned(candidates, predictions[default], plain, predicted, (fast, slow))
+
+
+def tune_drafter(
+    target: Target,
+    directory: Path,
+    head: str,
+    prompts: Sequence[list[int]],
+    *,
+    compile: bool,
+    write: bool = True,
+    **options: Any,
+) -> tuple[Tuned, Path | None]:
+    """Tune the drafter in `directory` with one of its heads, and write the tree into it.
+
+    Args:
+        write: without it nothing is written.
+        options: see `tune`.
+
+    Returns:
+        What was found, and the file that now holds the tree.
+
+    Raises:
+        CoralError: see `tune`; a file of trees that cannot be read, or a drafter that another process writes.
+    """
+    conditions = tuned.Conditions.of(target, head, compile)
+    with locked(directory) if write else nullcontext():
+        tuned.find(directory, conditions)  # a file that cannot be read is refused before minutes of work
+        make = partial(make_proposer, drafter=directory, head=head)
+        found = tune(target, make, prompts, compile=compile, **options)
+        if not write:
+            return found, None
+        return found, tuned.save(directory, conditions, found.best.budget, found.predicted, found.achieved)
+
+
+def general_prompts(target: Target) -> list[list[int]]:
+    """`PROMPTS` as the target is asked them."""
+    return [render(target.tokenizer, Prompt("", "", (text,))) for text in PROMPTS]
 
 
 def _fitting(target: Target, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
@@ -192,7 +259,7 @@ class _Decoded:
             self.tokens += len(state.written)
 
 
-def _predict(run: Run, costs: Costs) -> Prediction:
+def _predict(run: Simulated, costs: CycleCosts) -> Prediction:
     speed = run.tokens / costs.seconds(run)
     rows = float((run.rows * torch.arange(len(run.rows))).sum())
     nodes = rows / run.cycles - 1

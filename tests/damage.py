@@ -11,7 +11,8 @@ from tiny_training import tiny_data, tiny_drafter, tiny_info, tiny_target
 
 from coral.bench import log, results
 from coral.bench.costs import Costs
-from coral.bench.rows import Record, rows
+from coral.bench.formulas import results_of
+from coral.bench.records import Record
 from coral.data import prepare, prepared, shards
 from coral.data.prepared import PreparedData
 from coral.data.write_shards import store
@@ -76,7 +77,7 @@ def a_bench(directory: Path) -> None:
     found = {
         "environment": environment, "command": "coral bench", **header, "skipped": [], "trees": {},
         "target": {"name": "t", "layers": 2, "appended_ffn_width": None},
-        "costs": {"float32": costs.to_json()}, "rows": rows(written.records, written.costs),
+        "costs": {"float32": costs.to_json()}, "rows": results_of(written.records, written.costs),
         "routed_heads": {"float32": {"a": {"groups": 4, "active": 2, "core": 0, "recall": [0.5]}}},
     }  # fmt: skip
     (directory / "results.json").write_text(json.dumps(found))
@@ -94,7 +95,7 @@ def resume_bench(directory: Path) -> None:
         "commit": "c",
     }
     again = log.Log(directory / "records.jsonl", header)
-    rows(again.records, again.costs)
+    results_of(again.records, again.costs)
 
 
 def read_drafter(directory: Path) -> None:

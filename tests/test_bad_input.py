@@ -312,7 +312,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> N
         (REGENERATE + "--batch-size 2", "coral.decoding.batch.write_padded", 1),
         (FEATURES, "coral.data.write_shards.feature_batch", 1),
         (TRAIN, "coral.training.run.feature_batch", 0),
-        (BENCH, "coral.bench.texts.compare", 3),
+        (BENCH, "coral.bench.texts.verdict_of", 3),
     ],
 )
 def test_ctrl_c_leaves_nothing_half_written(

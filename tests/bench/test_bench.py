@@ -9,13 +9,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from coral.bench import methods
-from coral.bench import rows as made_rows
+from coral.bench import formulas, methods
 from coral.bench.assistant import load_assistant
 from coral.bench.costs import Costs
+from coral.bench.formulas import acceptance_by_depth, repeated, tau, unrepeated_cycles
 from coral.bench.recall import recall_by_depth
+from coral.bench.records import Record
 from coral.bench.report import _beside_peers, markdown, report
-from coral.bench.rows import Record, acceptance_by_depth, repeated, tau, unrepeated_cycles
 from coral.bench.run import bench
 from coral.bench.settings import BenchConfig
 from coral.data import prepared
@@ -207,7 +207,7 @@ def test_speedup_is_of_tokens_a_second() -> None:
         for kind, name, n, s, p in texts
     ]
     costs = Costs("float32", "eager", {}, 1.0, {1: 1.0, 2: 1.0}, {})
-    found = {row["drafter"]: row for row in made_rows.rows(records, {"float32": costs})}
+    found = {row["drafter"]: row for row in formulas.results_of(records, {"float32": costs})}
     assert found["hf_generate"]["speedup"] == pytest.approx((5 / 3) / (10 / 2))
     assert found["hf_generate"]["speedup_without_prefill"] == pytest.approx((5 / 0.5) / (10 / 1))
     assert found["plain"]["speedup"] == found["plain"]["speedup_without_prefill"] == 1

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coral.bench.rows import Record
+from coral.bench.records import Record
 from coral.errors import CoralError
 
 DRAWS = 10_000

@@ -9,8 +9,8 @@ from typing import Any
 
 from coral import json_file
 from coral.bench.costs import Costs
+from coral.bench.records import Record
 from coral.bench.results import Tree
-from coral.bench.rows import Record
 from coral.errors import CoralError
 from coral.json_file import STRICT
 

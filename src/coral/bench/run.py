@@ -25,11 +25,11 @@ from coral.bench.costs import measure, plain_variants
 from coral.bench.deepen import append_layers, plain_bytes
 from coral.bench.environment import commit, environment
 from coral.bench.equality import references
+from coral.bench.formulas import results_of
 from coral.bench.log import Log
 from coral.bench.methods import RESERVED, MakeProposer, Rivals, all_methods, maker
 from coral.bench.recall import recall_by_depth
 from coral.bench.results import Tree
-from coral.bench.rows import rows
 from coral.bench.settings import BenchConfig
 from coral.bench.texts import Writing
 from coral.data.chat_format import end_answers
@@ -164,7 +164,7 @@ class _Bench:
         """Write results.json, once there is a record."""
         if self.log.records:
             self.results["costs"] = {dtype: costs.to_json() for dtype, costs in self.log.costs.items()}
-            self.results["rows"] = rows(self.log.records, self.log.costs)
+            self.results["rows"] = results_of(self.log.records, self.log.costs)
             atomic_text(self.output / "results.json", json.dumps(self.results, indent=1) + "\n")
 
     def _load(self, dtype: str) -> _Loaded:

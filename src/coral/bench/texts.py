@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
-from coral.bench.equality import Logits, Verdict, compare
+from coral.bench.equality import Logits, Verdict, verdict_of
 from coral.bench.log import Log
 from coral.bench.methods import Method
-from coral.bench.rows import KEY, Record
+from coral.bench.records import KEY, Record
 from coral.decoding.sampling import Sampling
 from coral.suites.prompts import Prompt, answer, render
 from coral.target.target import Target
@@ -67,7 +67,7 @@ class Writing:
         foreign = method.name.startswith("hf_")
         if not foreign or (self.sampling.temperature == 0 and self.target.blocks is None):
             expected = written.tokens if plain is None else plain
-            verdict = compare(ids, expected, written.tokens, self.sampling, sequence_id, self.references)
+            verdict = verdict_of(ids, expected, written.tokens, self.sampling, sequence_id, self.references)
         asked: dict[str, Any] = dict(zip(KEY, key, strict=True))
         record = Record(**asked, kind=method.kind, **vars(written), verdict=verdict)
         self.log.add(record)

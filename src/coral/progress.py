@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from rich.console import Console
-
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import ProgressColumn
     from rich.status import Status
 
@@ -25,11 +24,17 @@ LINE_SECONDS = 60.0
 _shown: Status | None = None
 
 
+def _stderr() -> Console:
+    from rich.console import Console  # not above: `coral --help` draws nothing
+
+    return Console(stderr=True)
+
+
 @contextmanager
 def spinner(what: str) -> Iterator[None]:
     """A spinner beside `what`, until the block ends; inside another one only its words change."""
     global _shown
-    console = Console(stderr=True)
+    console = _stderr()
     if _shown is not None or not console.is_terminal:
         step(what)
         yield
@@ -50,7 +55,7 @@ def step(what: str, long: bool = False) -> None:
     if _shown is not None:
         _shown.update(f"{what} ...")
     elif long:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"{what} ...", markup=False)
+        _stderr().print(f"{what} ...", highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager
@@ -58,7 +63,7 @@ def byte_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yields `show(done)`, which moves a bar in bytes to `done` of `total`."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = _stderr()
     if not console.is_terminal:
         step(what, long=True)
         yield lambda done: None

@@ -113,6 +113,15 @@ def data(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "prepared"
 
 
+@pytest.mark.parametrize("code", ["import coral", "from coral.cli.main import app; app(['--help'])"])
+def test_help_and_import_load_nothing_large(code: str) -> None:
+    """Stops an `import coral` or a help text that waits seconds for torch."""
+    large = {"torch", "transformers", "datasets", "numpy", "pydantic", "rich.console", "huggingface_hub"}
+    told = f"import atexit, sys\natexit.register(lambda: print({large} & sys.modules.keys()))\n"
+    done = subprocess.run([sys.executable, "-c", told + code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
 # ------------------------------------------------------------------------------------------------ options
 
 

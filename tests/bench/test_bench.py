@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from coral.bench import formulas, methods
-from coral.bench.assistant import load_assistant
 from coral.bench.costs import Costs
 from coral.bench.formulas import acceptance_by_depth, repeated, tau, unrepeated_cycles
+from coral.bench.methods import load_assistant
 from coral.bench.recall import recall_by_depth
 from coral.bench.records import Record
 from coral.bench.report import _beside_peers, markdown, report

@@ -10,7 +10,7 @@ from tiny_pair import save_target
 from tiny_tokenizer import tiny_tokenizer
 from torch.nn.functional import kl_div, linear
 
-from coral.bench.assistant import load_assistant
+from coral.bench.methods import load_assistant
 from coral.data import prepared
 from coral.data.features import feature_batch
 from coral.data.prepare import PrepareConfig, prepare

@@ -12,11 +12,13 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from coral.data.prepared import vocabulary_digest
 from coral.decoding.cycle import Proposer, generate
 from coral.decoding.fallback import Fallback
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle, State
 from coral.drafters.lookup import NGram
+from coral.errors import CoralError
 from coral.target.target import Target
 from coral.tree import Budget
 
@@ -137,6 +139,32 @@ def hugging_face(target: Target, assistant: PreTrainedModel | None = None, **opt
         return Written(tokens, seconds, ends[0] - begin, len(ends), [])
 
     return write
+
+
+def load_assistant(source: str | Path, target: Target) -> PreTrainedModel:
+    """The draft model of assisted generation: any small causal LM of the target's vocabulary.
+
+    It is loaded as the target is (dtype, device, attention, packed weights), so that it is as fast. It drafts
+    by transformers' defaults: as long as it is confident, 20 tokens at most, and past end tokens.
+
+    Raises:
+        CoralError: it cannot be loaded, or has another vocabulary than the target.
+    """
+    try:
+        loaded = Target.load(
+            source, dtype=str(target.dtype).removeprefix("torch."), device=str(target.device)
+        )
+    except CoralError as error:
+        raise CoralError(f"the assistant {source} cannot be used: {error}") from error
+    sizes, tokenizers = {loaded.vocab_size, target.vocab_size}, (loaded.tokenizer, target.tokenizer)
+    digests = {vocabulary_digest(tokenizer) for tokenizer in tokenizers if tokenizer is not None}
+    if len(sizes) > 1 or len(digests) > 1:
+        raise CoralError(
+            f"the assistant {source} has another vocabulary ({loaded.vocab_size} ids) than the target "
+            f"({target.vocab_size}); name a model with the target's tokenizer and number of ids."
+        )
+    loaded.model.generation_config = GenerationConfig()
+    return loaded.model
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from coral.bench.assistant import load_assistant
 from coral.bench.costs import measure, plain_variants
 from coral.bench.deepen import append_layers, plain_bytes
 from coral.bench.environment import commit, environment
 from coral.bench.equality import references
 from coral.bench.formulas import results_of
 from coral.bench.log import Log
-from coral.bench.methods import RESERVED, MakeProposer, Rivals, all_methods, maker
+from coral.bench.methods import RESERVED, MakeProposer, Rivals, all_methods, load_assistant, maker
 from coral.bench.recall import recall_by_depth
 from coral.bench.results import Tree
 from coral.bench.settings import BenchConfig

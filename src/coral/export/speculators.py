@@ -6,12 +6,12 @@ It is the plain EAGLE layout under other names, with one layer and without an em
 from __future__ import annotations
 
 from coral.errors import CoralError
-from coral.export import plain
+from coral.export import layout
 from coral.export.layout import Stored
 
 # A name there -> the drafter's.
 _NAMES = {"fusion_fc.weight": "fc.weight", "fusion_fc.bias": "fc.bias"} | {
-    f"transformer.{name}": f"layers.0.{name}" for name in plain.IN_EACH_LAYER
+    f"transformer.{name}": f"layers.0.{name}" for name in layout.IN_EACH_LAYER
 }
 
 

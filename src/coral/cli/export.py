@@ -53,7 +53,6 @@ def export(
     from coral.drafters import checkpoint
     from coral.export import write
     from coral.target import default as models
-    from coral.target.gguf.names import is_gguf
 
     format = write.find(to)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -68,9 +67,7 @@ def export(
         known = None if target == models.SMOLLM2.name else target  # which is at hand, or fetched
         loaded = options.load_target(known, "auto", None, revision, trust_remote_code)
     asked = None if dtype == "auto" else getattr(torch, dtype)
-    convert = is_gguf(target)  # engines serve Hugging Face directories
-    name = Path(target).name.replace(":", "-")
-    served = f"{name[:-5] if name.lower().endswith('.gguf') else name}-hf" if convert else target
+    served = _served(target)
     done = write.export(directory, to, output, served=served, target=loaded, dtype=asked, head=head)
     print(f"drafter for {to}: {output}")
     if done.token_map is not None:
@@ -91,9 +88,19 @@ def export(
             f"{drafter} --data DATA --kind static`, and export again"
         )
     print("serve it with:")
-    if convert:
+    if served != target:
         print(f"coral convert {shlex.quote(target)} {shlex.quote(served)}")
     print(done.command)
+
+
+def _served(target: str) -> str:
+    """What an engine serves: the target, or the Hugging Face directory that a GGUF file is converted to."""
+    from coral.target.gguf.names import is_gguf
+
+    if not is_gguf(target):
+        return target
+    name = Path(target).name.replace(":", "-")
+    return f"{name[:-5] if name.lower().endswith('.gguf') else name}-hf"
 
 
 def import_(

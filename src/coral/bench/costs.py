@@ -81,7 +81,7 @@ def measure(
 
 
 class RefusedTree(DraftTree):
-    """A tree of which nothing is accepted."""
+    """A tree whose walk stops at the root, so that none of its nodes is accepted."""
 
     def walk(self, samples: list[int]) -> list[int]:
         return [0]

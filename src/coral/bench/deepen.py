@@ -90,7 +90,7 @@ def plain_bytes(model: PreTrainedModel) -> int:
 
 
 def _eagle_bytes(model: PreTrainedModel) -> int:
-    """One layer of the target's shape, fc [h, 2h] and the LM head."""
+    """Bytes of an EAGLE drafter's step: one layer of the target's shape, fc [h, 2h] and the LM head."""
     head = model.get_output_embeddings().weight
     fc = 2 * head.shape[1] ** 2 * head.element_size()
     return num_bytes(model.get_decoder().layers[0]) + fc + num_bytes(model.get_output_embeddings())

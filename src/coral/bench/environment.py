@@ -1,4 +1,4 @@
-"""Where a number was measured: enough to judge whether another machine should give the same."""
+"""The machine and software of a measurement: enough to judge whether another machine should give the same."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def _speedup(
     bases: Mapping[tuple[Any, ...], Record],
     prefill: bool = True,
 ) -> float | None:
-    """Tokens a second over those of the base: Hugging Face's samples may end elsewhere than ours."""
+    """Tokens a second over those of the base. Hugging Face's samples may end elsewhere than ours."""
     pairs = [(own, bases[key]) for own in records if (key := (*base, *_text(own))) in bases]
     own, other = (_speed([pair[side] for pair in pairs], prefill) for side in (0, 1))
     return own / other if own and other else None

@@ -81,9 +81,8 @@ def ours(target: Target, proposer: Proposer, budget: Budget) -> Write:
 
 
 def sized(target: Target, rows: int) -> Target:
-    """A compiled target whose trees are all padded to `rows`, whatever other sizes it is compiled for.
-
-    A target that is not compiled comes back as it is.
+    """A compiled target that pads all trees to `rows`, whatever other sizes it is compiled for. Any other
+    target is returned as it is.
     """
     if target.pads:
         target = copy(target)
@@ -169,7 +168,7 @@ def load_assistant(source: str | Path, target: Target) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class Method:
-    """A way of writing under the name that its rows carry."""
+    """A way of writing, with the name that its results carry."""
 
     kind: Literal["plain", "drafter", "peer"]
     name: str
@@ -199,7 +198,7 @@ class Rivals:
 def all_methods(
     target: Target, plain: Write, rivals: Rivals, coupled: Sequence[bool], peers: bool, fallback: bool = False
 ) -> list[Method]:
-    """Plain decoding first: the others are compared with what it wrote.
+    """All methods, plain decoding first: the others are compared with what it wrote.
 
     Args:
         coupled: each drafter writes once for each of these.

@@ -193,7 +193,7 @@ class _Bench:
         return _Loaded(self._ways(eager, rivals, dtype), few, rivals, trees)
 
     def _ways(self, eager: Target, rivals: Rivals, dtype: str) -> dict[str, Target]:
-        """The target by how it runs, see `_Loaded`."""
+        """The target by how it runs: eager, and if asked for native or compiled."""
         if not self.config.compile:
             return {"eager": eager}
         sizes = {1, 2, *rivals.rows}
@@ -275,7 +275,7 @@ def _load_target(target: Target | str | Path | None, dtype: str, device: str | N
 def _first_prompts(
     target: Target, prompts: Mapping[str, Sequence[suites_.Prompt]], count: int = 4
 ) -> list[list[list[int]]]:
-    """The first few prompts of each suite that leave room to write: what is measured beside the rows."""
+    """The first few prompts of each suite that leave room to write. Costs and recall are measured on them."""
     room = target.context_length - 64
     rendered = ((suites_.render(target.tokenizer, p) for p in items) for items in prompts.values())
     fitting = [list(islice((ids for ids in suite if len(ids) <= room), count)) for suite in rendered]

@@ -79,7 +79,7 @@ def jobs_of(
 
 
 def draw(jobs: Iterator[Job], count: int, seed: int, skipped: Dropped) -> list[Job]:
-    """`count` of the jobs, drawn evenly in one pass: those with the smallest digests."""
+    """Draw `count` jobs uniformly in one pass: those with the smallest keyed digests."""
     seen = 0
 
     def digest(job: Job) -> bytes:

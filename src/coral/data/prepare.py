@@ -143,7 +143,7 @@ def _chosen(
 def _examples(
     conversations: Iterable[Conversation], chat: ChatFormat, config: PrepareConfig, dropped: Dropped
 ) -> Iterator[Example]:
-    """The conversations as token ids, but for those that cannot be trained on."""
+    """The conversations as token ids, without those that cannot be trained on."""
     for conversation in conversations:
         changes: list[str] = []
         try:
@@ -163,7 +163,7 @@ def _rows(examples: Iterator[Example], config: PrepareConfig) -> Iterator[Row]:
 def set_aside(
     conversations: Iterable[Conversation], count: int, seed: int, aside: dict[bytes, list[Conversation]]
 ) -> Iterator[Conversation]:
-    """Yield the conversations but for those that open with one of `count` prompts, which end up in `aside`.
+    """Yield all conversations but those that open with one of `count` prompts, which end up in `aside`.
 
     The prompts are those with the smallest keyed digests, so one pass is enough: what waits in `aside` is
     handed on as soon as its prompt is no longer among them.
@@ -182,7 +182,7 @@ def set_aside(
 
 
 def draw(conversations: Iterable[Conversation], count: int, seed: int) -> list[Conversation]:
-    """`count` of the conversations, or all if there are fewer, drawn evenly in one pass."""
+    """Draw `count` conversations, or all if there are fewer, uniformly in one pass."""
     return heapq.nsmallest(count, conversations, key=lambda each: _digest(each.messages, seed))
 
 
@@ -269,7 +269,7 @@ def _names(sources: Source | Sequence[Source]) -> str:
 
 
 def because(dropped: Dropped) -> str:
-    """The end of a sentence about sources that hold nothing to use: why not."""
+    """The end of a sentence about sources without a usable record: the reasons."""
     if not dropped.total:
         return "; name .jsonl, .json or .parquet files of conversations."
     return f": {dropped}."

@@ -86,7 +86,7 @@ class StoredRows:
         return [n for n in range(self.num_shards) if self._name(n) not in there or not _whole(self.shard(n))]
 
     def rows_of(self, number: int) -> range:
-        """Which rows the shard of this number holds."""
+        """The rows that the shard of this number holds."""
         first = number * self.shard_rows
         return range(first, min(first + self.shard_rows, self.count))
 
@@ -143,7 +143,7 @@ def load(source: str | Path) -> PreparedData:
 
 
 def part_of(number: int, parts: int) -> int:
-    """Which of so many parts writes the shard of this number; both as --shard counts."""
+    """The part, from 1 to `parts`, that writes the shard of this number."""
     return number % parts + 1
 
 
@@ -175,7 +175,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def refuse_other(directory: Path, manifest: dict[str, Any], advice: str) -> None:
-    """Refuse a directory of shards that was begun as another job than the one of this manifest."""
+    """Refuse a directory whose shards belong to another data set, target or setting than this manifest."""
     before = _read_manifest(directory)
     _refuse_target(directory, TargetRecord(**before["target"]), TargetRecord(**manifest["target"]))
     if before["data"] != manifest["data"]:

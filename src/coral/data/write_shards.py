@@ -131,7 +131,7 @@ def _measure(dataset: Rows, bytes_per_feature: int, console: Console | None) -> 
 
 
 def _tensors(target: ShardTarget, dataset: Rows, rows: range, dtype: str) -> dict[str, Tensor]:
-    """What a shard holds of these rows, on the CPU."""
+    """The tensors of these rows as a shard holds them, on the CPU."""
     batch = feature_batch(target, dataset, rows, joined=target.device.type == "cpu")
     tensors: dict[str, Tensor] = {}
     i = begin = 0
@@ -154,7 +154,7 @@ def _tensors(target: ShardTarget, dataset: Rows, rows: range, dtype: str) -> dic
 
 
 def _refuse_foreign(output: Path) -> None:
-    """Refuse an output that is no place for shards."""
+    """Refuse an output that is a file, or a directory of other files."""
     if output.exists() and not output.is_dir():
         raise CoralError(
             f"{output} is a file, but a directory is to be written there; choose another output."

@@ -25,7 +25,7 @@ _FILE = Path("coral") / "trees.json"
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the costs of a tree depend on, beside the drafter.
+    """What the best tree depends on, beside the drafter.
 
     device: the GPU's name or the CPU's model; threads: those of the CPU, 0 on a GPU. layers: the target's.
     head: the kind of the drafter's LM head.
@@ -95,7 +95,7 @@ def save(directory: Path, conditions: Conditions, budget: Budget, predicted: flo
 
 
 def forget(directory: Path, head: str) -> None:
-    """Drop the trees of a head that was made anew: they were tuned to what the old one accepts."""
+    """Drop the trees of a head that was made anew: they were tuned to the acceptance of the old one."""
     path = directory / _FILE
     entries = _entries(path)
     others = [each for each in entries if each.conditions.head != head]

@@ -85,7 +85,7 @@ def lacks_in_servers(config: DrafterConfig) -> list[str]:
 
 
 class EagleTarget(TargetLike, Protocol):
-    """What an EAGLE directory, which has no record of its target, is compared with."""
+    """The target that an EAGLE directory, which records none, is compared with."""
 
     @property
     def config(self) -> Any: ...

@@ -63,7 +63,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Prediction:
-    """A budget and what it should do: tokens a second without prefill, and speedup over plain decoding."""
+    """A budget with its predicted tokens a second (without prefill) and speedup over plain decoding."""
 
     budget: Budget
     tau: float
@@ -229,7 +229,7 @@ def grid(most_nodes: int, min_gains: Sequence[float] = MIN_GAIN) -> list[Budget]
 
 
 def fastest(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """The fastest of every number of nodes, the fastest first; of budgets that do the same only the first."""
+    """The fastest budget of each number of nodes, fastest first. Of budgets that draft alike one is kept."""
     best: dict[int, Prediction] = {}
     met = set[tuple[float, float, float]]()
     for one in sorted(predictions, key=lambda p: (-p.speedup, p.budget.num_nodes)):
@@ -242,7 +242,7 @@ def fastest(predictions: Sequence[Prediction]) -> list[Prediction]:
 
 @dataclass
 class _Decoded:
-    """One way of decoding the prompts, and what it has taken so far."""
+    """One way of decoding the prompts, with its seconds and tokens so far."""
 
     proposer: Proposer
     budget: Budget

@@ -96,14 +96,8 @@ parameters, which typer reads, so in coral.cli only the body counts."""
 EXCUSED = {
     "coral.api.load": "its options become a Drafting",
     "coral.api.start": "its options become a Drafting",
-    "coral.drafters.feature.losses.draft_losses": "waits for the deletion of options that gain nothing",
-    "coral.drafters.feature.losses.forward": "the same",
-    "coral.gpu.kernels._group_logits": "a Triton kernel, to be deleted",
-    "coral.integrations.transformers.hook._write": "waits for one constructor of a State",
-    "coral.target.target": "waits for prefill and keep to leave",
-    "coral.training.head_loop.descend": "waits for the router's resume to go",
-    "coral.training.loop.train": "becomes a Run",
-    "coral.training.router.train_router": "waits for the router's resume to go",
+    "coral.integrations.transformers.hook._write": "three lines too many",
+    "coral.target.target": "loading, facts and three ways to verify: to be cut",
 }
 
 

@@ -19,7 +19,7 @@ import yaml
 
 from coral.bench import log
 from coral.bench.compare import compare
-from coral.bench.rows import tau
+from coral.bench.formulas import tau
 
 
 def main(plan: str, data: str, runs: str, base: str, *options: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import coral
-from coral.bench.equality import compare, references
+from coral.bench.equality import references, verdict_of
 from coral.bench.methods import ours
 from coral.cli.options import quiet_transformers, read_budget
 from coral.decoding.sampling import Sampling
@@ -56,7 +56,7 @@ def verdicts(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     target = Target.load(job["model"], dtype=job["dtype"])
     logits = references(target)
     for prompt, plain, other in job["disputed"]:
-        yield {"verdict": compare(prompt, plain, other, Sampling(), 0, logits)}
+        yield {"verdict": verdict_of(prompt, plain, other, Sampling(), 0, logits)}
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from tiny_pair import save_target
 
 from coral.cli.main import main
 from coral.data import prepared
+from coral.data.prepare import PrepareConfig, prepare
 from coral.drafters import checkpoint
 from coral.target.target import Target
 
@@ -52,7 +53,7 @@ class Commands:
         (place / "said.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         (place / "suite.jsonl").write_text('{"id": 1, "turns": ["hi"]}\n{"id": 2, "turns": ["ho"]}\n')
         self.target = Target.load(place / "target")
-        prepared.prepare([place / "said.jsonl"], self.target.tokenizer, place / "data", held_out=1)  # type: ignore[arg-type]
+        prepare([place / "said.jsonl"], self.target.tokenizer, place / "data", PrepareConfig(held_out=1))  # type: ignore[arg-type]
         common = f"--target {place}/target"
         train = f"train {common} --data {place}/data --output {self.out}/run --set reports.acceptance_every=0"
         self.lines = {

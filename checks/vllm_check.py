@@ -26,7 +26,7 @@ from agreement import Counts, judge
 from publish import header, reproduce, save
 
 from coral.api import make_proposer
-from coral.bench.equality import compare, references
+from coral.bench.equality import references, verdict_of
 from coral.bench.methods import ours
 from coral.cli.options import quiet_transformers
 from coral.decoding.cycle import Proposer, generate
@@ -111,7 +111,7 @@ def compare_with_vllm(
     texts, counts = chains(target, proposer, job["prompts"], options.tokens, options.draft_tokens)
     answer = run_vllm(options.engine, job)
     verdicts = [
-        compare(prompt, text, other, Sampling(), 0, references(target, torch.float64))
+        verdict_of(prompt, text, other, Sampling(), 0, references(target, torch.float64))
         for prompt, text, other in zip(job["prompts"], texts, answer["texts"], strict=True)
     ]
     theirs = Counts(*counted(answer))

@@ -11,9 +11,11 @@ from tiny_training import tiny_data, tiny_drafter, tiny_info, tiny_target
 
 from coral.bench import log, results
 from coral.bench.costs import Costs
-from coral.bench.rows import Record, rows
-from coral.data import prepared, shards
+from coral.bench.formulas import results_of
+from coral.bench.records import Record
+from coral.data import prepare, prepared, shards
 from coral.data.prepared import PreparedData
+from coral.data.write_shards import store
 from coral.decoding.state import Cycle
 from coral.drafters import checkpoint, tuned
 from coral.hub.card import card
@@ -21,7 +23,7 @@ from coral.target.record import TargetRecord
 from coral.tree import Budget
 
 ODD = [None, True, -1, 0, 1.5, 10**30, 1e308, "", "x", "\udcff", [], [1], {}, {"a": 1}, float("nan")]
-PLACE = tuned.Place("a CPU", 4, "float32", False, 8, "full")
+CONDITIONS = tuned.Conditions("a CPU", 4, "float32", False, 8, "full")
 
 
 def nodes(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -64,7 +66,7 @@ def a_bench(directory: Path) -> None:
         "settings": {"max_new_tokens": 2, "deepen": None, "note": "", "drafters": {"a": "d"}},
         "commit": "c",
     }
-    costs = Costs("float32", "1 row, eager", {"1 row, eager": 0.1}, 0.1, {1: 0.1, 4: 0.2}, {"a": 0.1})
+    costs = Costs("float32", "eager", {"eager": 0.1}, 0.1, {1: 0.1, 4: 0.2}, {"a": 0.1})
     written = log.Log(directory / "records.jsonl", header)
     written.add(costs)
     written.add_trees("float32", {"a": {"budget": Budget(2, 3, 5), "origin": "default"}})
@@ -75,7 +77,7 @@ def a_bench(directory: Path) -> None:
     found = {
         "environment": environment, "command": "coral bench", **header, "skipped": [], "trees": {},
         "target": {"name": "t", "layers": 2, "appended_ffn_width": None},
-        "costs": {"float32": costs.to_json()}, "rows": rows(written.records, written.costs),
+        "costs": {"float32": costs.to_json()}, "rows": results_of(written.records, written.costs),
         "routed_heads": {"float32": {"a": {"groups": 4, "active": 2, "core": 0, "recall": [0.5]}}},
     }  # fmt: skip
     (directory / "results.json").write_text(json.dumps(found))
@@ -93,7 +95,7 @@ def resume_bench(directory: Path) -> None:
         "commit": "c",
     }
     again = log.Log(directory / "records.jsonl", header)
-    rows(again.records, again.costs)
+    results_of(again.records, again.costs)
 
 
 def read_drafter(directory: Path) -> None:
@@ -109,7 +111,7 @@ def read_prepared(directory: Path) -> None:
 
 FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "drafter": ("coral/config.json", read_drafter),
-    "trees": ("coral/trees.json", lambda directory: tuned.find(directory, PLACE)),
+    "trees": ("coral/trees.json", lambda directory: tuned.find(directory, CONDITIONS)),
     "features": ("features.json", shards.load),
     "prepared": ("coral.json", read_prepared),
     "held out": ("held_out.json", read_prepared),
@@ -125,12 +127,12 @@ def ours(directory: Path) -> None:
     record, metrics = TargetRecord.of(target), {"updates": 1, "acceptance": {"tree": 2.0}}
     metrics["seconds"] = 2
     checkpoint.save(tiny_drafter(), directory, target=record, recipe={"recipe": "coral"}, metrics=metrics)
-    tuned.save(directory, PLACE, Budget(2, 3, 5), 1.5, 1.4)
+    tuned.save(directory, CONDITIONS, Budget(2, 3, 5), 1.5, 1.4)
     a_bench(directory)
     lines = ({**row, "loss_mask": row["loss_mask"]} for row in tiny_data(4).dataset)
-    prepared._write_rows((prepared.Row(**row) for row in lines), directory)
+    prepare._write_rows((prepare.Row(**row) for row in lines), directory)
     (directory / "coral.json").write_text(json.dumps(tiny_info(4)))
     (directory / "held_out.json").write_text("[[1, 2], [3]]")
-    shards.store(target, PreparedData(tiny_data(4).dataset, [[1, 2]], tiny_info(4)), directory / "features")
+    store(target, PreparedData(tiny_data(4).dataset, [[1, 2]], tiny_info(4)), directory / "features")
     for file in (directory / "features").iterdir():
         file.rename(directory / file.name)

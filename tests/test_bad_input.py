@@ -17,7 +17,7 @@ import pytest
 from tiny_pair import save_target
 from transformers import AutoTokenizer
 
-from coral.data import prepared
+from coral.data.prepare import PrepareConfig, prepare
 from coral.drafters import checkpoint
 from coral.errors import CoralError
 from coral.files import atomic_directory, atomic_text
@@ -43,7 +43,7 @@ def place(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     (here / "full" / "thesis.tex").write_text("kept\n")
     save_target(here / "large", vocab_size=300)
     tokenizer = AutoTokenizer.from_pretrained(models / "target")
-    prepared.prepare([here / "good.jsonl"], tokenizer, here / "data", held_out=0)
+    prepare([here / "good.jsonl"], tokenizer, here / "data", PrepareConfig(held_out=0))
     names = ("good.jsonl", "unusable.jsonl", "suite.jsonl", "not_a_suite.jsonl", "typo.yaml", "file", "full")
     named = {name.replace(".", "_"): here / name for name in (*names, "large", "data")}
     return named | {name: models / name for name in ("target", "drafter", "other")}
@@ -308,11 +308,11 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> N
     [
         (GENERATE + "hi", "coral.api.make_proposer", 0),
         (GENERATE + "hi", "coral.cli.chat.Detokenizer", 0),
-        (PREPARE, "coral.data.prepared._truncate", 2),
+        (PREPARE, "coral.data.prepare._truncate", 2),
         (REGENERATE + "--batch-size 2", "coral.decoding.batch.write_padded", 1),
-        (FEATURES, "coral.data.shards.feature_batch", 1),
+        (FEATURES, "coral.data.write_shards.feature_batch", 1),
         (TRAIN, "coral.training.run.feature_batch", 0),
-        (BENCH, "coral.bench.run.compare", 3),
+        (BENCH, "coral.bench.texts.verdict_of", 3),
     ],
 )
 def test_ctrl_c_leaves_nothing_half_written(

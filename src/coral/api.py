@@ -123,7 +123,9 @@ def choose_budget(
         source, head, lookup = read_name(drafter, head)
         if source is not None:
             directory = checkpoint.locate(source)
-            found = tuned.find(directory, tuned.Place.of(target, heads.resolve(directory, head), compile))
+            found = tuned.find(
+                directory, tuned.Conditions.of(target, heads.resolve(directory, head), compile)
+            )
     budget = found or (CPU_DEFAULT if target.device.type == "cpu" else DEFAULT)
     if lookup:
         budget = replace(budget, num_nodes=max(budget.num_nodes, LOOKUP_NODES))

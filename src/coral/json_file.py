@@ -19,7 +19,7 @@ T = TypeVar("T")
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 """`__pydantic_config__` of a schema; classes inside it that have none follow it."""
 OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-"""The same for a file that later versions may say more in."""
+"""`STRICT` for a file to which later versions may add keys."""
 
 Size = Annotated[int, Field(ge=1, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -42,7 +42,7 @@ def read(path: Path, schema: type[T], advice: str) -> T:
 
 
 def parse(content: bytes, schema: type[T], where: str, advice: str) -> T:
-    """The same for bytes that stand at `where`, such as a line of a file."""
+    """`read` for bytes that stand at `where`, such as a line of a file."""
     try:
         return cast(T, _adapter(cast(Hashable, schema)).validate_json(_readable(content)))
     except ValidationError as error:
@@ -50,7 +50,7 @@ def parse(content: bytes, schema: type[T], where: str, advice: str) -> T:
 
 
 def check(content: Any, schema: type[T], where: str, advice: str) -> T:
-    """The same for what another reader found at `where`, as `torch.load` does."""
+    """`read` for a value that another reader, such as `torch.load`, found at `where`."""
     try:
         return cast(T, _adapter(cast(Hashable, schema)).validate_python(content))
     except ValidationError as error:
@@ -65,13 +65,13 @@ def _adapter(schema: Hashable) -> TypeAdapter[Any]:
 
 
 def _readable(content: bytes) -> bytes:
-    """Half characters, which Python writes for bytes of a file's name that are no text, as question marks."""
+    """The content with question marks for unpaired surrogates (Python's undecodable bytes of file names)."""
     if b"\\ud" not in content and b"\\uD" not in content:
         return content
     try:
         return json.dumps(json.loads(content), ensure_ascii=False).encode("utf-8", "replace")
     except (ValueError, RecursionError):
-        return content  # which is refused
+        return content  # pydantic will refuse it
 
 
 def _why(error: ValidationError) -> str:

@@ -9,15 +9,17 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from coral.bench import methods
-from coral.bench import rows as made_rows
-from coral.bench.assistant import load_assistant
+from coral.bench import formulas, methods
 from coral.bench.costs import Costs
+from coral.bench.formulas import acceptance_by_depth, repeated, tau, unrepeated_cycles
+from coral.bench.methods import load_assistant
 from coral.bench.recall import recall_by_depth
+from coral.bench.records import Record
 from coral.bench.report import _beside_peers, markdown, report
-from coral.bench.rows import Record, acceptance_by_depth, repeated, tau, unrepeated_cycles
 from coral.bench.run import bench
+from coral.bench.settings import BenchConfig
 from coral.data import prepared
+from coral.data.prepare import PrepareConfig, prepare
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle
@@ -109,17 +111,17 @@ def test_held_out_prompts_of_prepared_data(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     target = tiny_target()
     target.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}a{% endfor %}"
-    prepared.prepare([tmp_path / "c.jsonl"], target.tokenizer, tmp_path / "data", held_out=2)
+    prepare([tmp_path / "c.jsonl"], target.tokenizer, tmp_path / "data", PrepareConfig(held_out=2))
     data = str(tmp_path / "data")
     held_out = prepared.load(data).held_out_prompts
     assert [suites.render(None, prompt) for prompt in suites.load(data)["held_out"]] == held_out
-    more, options = tmp_path / "more.jsonl", {"max_new_tokens": 3, "peers": False}
+    more, config = tmp_path / "more.jsonl", BenchConfig(max_new_tokens=3, peers=False)
     more.write_text('{"id": 1, "turns": ["ab"]}')
-    results = json.loads(bench(target, {}, f"{data},{more}", tmp_path / "out", **options).read_text())
+    results = json.loads(bench(target, {}, f"{data},{more}", tmp_path / "out", config).read_text())
     assert {row["suite"]: row["tokens"] for row in results["rows"]} == {"held_out": 6, "more": 3, "all": 9}
     target.tokenizer.add_tokens(["new"])
     with pytest.raises(CoralError, match="the target's own tokenizer"):
-        bench(target, {}, data, tmp_path / "other", **options)
+        bench(target, {}, data, tmp_path / "other", config)
     with pytest.raises(CoralError, match=r"no coral\.json"):
         suites.load(str(tmp_path))
     with pytest.raises(CoralError, match="named twice"):
@@ -146,8 +148,8 @@ def test_repetition_is_counted_by_10_grams() -> None:
 
 
 def test_v_is_relative_to_the_plain_step_used() -> None:
-    """Stops a ceiling against one row when plain decoding is the faster padded one."""
-    costs = Costs("float32", "padded to 2 rows", {}, 0.5, {1: 1.0, 2: 0.5, 4: 0.9}, {})
+    """Stops a ceiling against the step of another way of plain decoding than the fastest."""
+    costs = Costs("float32", "eager", {}, 0.5, {1: 1.0, 2: 0.5, 4: 0.9}, {})
     assert (costs.v(2), costs.v(3), costs.v(99)) == (1.0, 1.4, 1.8)
 
 
@@ -162,18 +164,18 @@ class Chain:
 
 
 DRAFTERS = {"chain": lambda target, coupled: Chain(), "look": lambda target, coupled: NGram(3)}
-OPTIONS = {
-    "limit": 2, "deepen": 3, "cost_ratio": 0.2, "temperatures": (0.0, 1.0), "coupled": (True, False),
-    "max_new_tokens": 14, "ignore_eos": True, "note": "Random weights.",
-    "command": "coral bench --suite mt_bench,gsm8k",
-}  # fmt: skip
+CONFIG = BenchConfig(
+    limit=2, deepen=3, cost_ratio=0.2, temperatures=(0.0, 1.0), coupled=(True, False),
+    max_new_tokens=14, ignore_eos=True, note="Random weights.",
+)  # fmt: skip
+COMMAND = "coral bench --suite mt_bench,gsm8k"
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     output = tmp_path_factory.mktemp("bench")
-    return bench(tiny_target(), DRAFTERS, "mt_bench,gsm8k", output, **OPTIONS)
+    return bench(tiny_target(), DRAFTERS, "mt_bench,gsm8k", output, CONFIG, command=COMMAND)
 
 
 def test_rows(finished: Path) -> None:
@@ -204,8 +206,8 @@ def test_speedup_is_of_tokens_a_second() -> None:
         Record(**shared, kind=kind, method=name, tokens=[1] * n, seconds=s, prefill_seconds=p)
         for kind, name, n, s, p in texts
     ]
-    costs = Costs("float32", "1 row, eager", {}, 1.0, {1: 1.0, 2: 1.0}, {})
-    found = {row["drafter"]: row for row in made_rows.rows(records, {"float32": costs})}
+    costs = Costs("float32", "eager", {}, 1.0, {1: 1.0, 2: 1.0}, {})
+    found = {row["drafter"]: row for row in formulas.results_of(records, {"float32": costs})}
     assert found["hf_generate"]["speedup"] == pytest.approx((5 / 3) / (10 / 2))
     assert found["hf_generate"]["speedup_without_prefill"] == pytest.approx((5 / 0.5) / (10 / 1))
     assert found["plain"]["speedup"] == found["plain"]["speedup_without_prefill"] == 1
@@ -216,11 +218,11 @@ def test_resume(finished: Path) -> None:
     log = finished.with_name("records.jsonl")
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join(lines[:-3]) + lines[-3][:50])
-    bench(tiny_target(), DRAFTERS, "mt_bench,gsm8k", finished.parent, **OPTIONS)
+    bench(tiny_target(), DRAFTERS, "mt_bench,gsm8k", finished.parent, CONFIG, command=COMMAND)
     again = log.read_text().splitlines(keepends=True)
     assert again[:-3] == lines[:-3] and len(again) == len(lines)
     with pytest.raises(CoralError, match="other settings"):
-        bench(tiny_target(), DRAFTERS, "gsm8k", finished.parent, **OPTIONS)
+        bench(tiny_target(), DRAFTERS, "gsm8k", finished.parent, CONFIG)
 
 
 def test_report(finished: Path) -> None:
@@ -295,8 +297,8 @@ def test_hf_assisted_in_a_bench(tmp_path: Path) -> None:
     suite.write_text('{"id": 1, "turns": ["abcd"]}')
 
     def run(assistant: Path, name: str = "look", **options: object) -> Path:
-        options = {"max_new_tokens": 5, "assistant": assistant, **options}
-        return bench(target, {name: DRAFTERS["look"]}, str(suite), output, **options)
+        config = BenchConfig(max_new_tokens=5, assistant=str(assistant), **options)
+        return bench(target, {name: DRAFTERS["look"]}, str(suite), output, config)
 
     written = report(run(tmp_path / "assistant"))[0].read_text()
     rows = json.loads((output / "results.json").read_text())["rows"]

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coral.bench.compare import FEWEST, Run, compare, interval, line
+from coral.bench.formulas import tau
 from coral.bench.log import Log, read
-from coral.bench.rows import Record, tau
+from coral.bench.records import Record
 from coral.decoding.state import Cycle
 from coral.errors import CoralError
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from coral.bench.equality import compare, is_near_tie, references
+from coral.bench.equality import is_near_tie, references, verdict_of
 from coral.decoding.sampling import Sampling
 from coral.target.target import Target
 
@@ -77,15 +77,15 @@ def test_planted_bug_is_wrong() -> None:
                 positions[-1] += shift
                 logits = target.model(torch.tensor([tokens]), position_ids=positions[None]).logits[0, -1]
                 tokens.append(int(logits.argmax()))
-        verdicts.append(compare(prompt, plain[8:], planted[8:], Sampling(), 0, references(target)))
+        verdicts.append(verdict_of(prompt, plain[8:], planted[8:], Sampling(), 0, references(target)))
     assert verdicts.count("wrong") >= 5
     assert "equal" in verdicts or "near_tie" in verdicts or verdicts.count("wrong") == 20
 
 
 def test_float32_forgives_nothing() -> None:
     """Stops a tie rule that leaks into float32, where the promise is token for token."""
-    assert compare([1], [2, 3], [2, 3], Sampling(), 0, None) == "equal"
-    assert compare([1], [2, 3], [2, 4], Sampling(), 0, None) == "wrong"
-    assert compare([1], [2, 3], [2], Sampling(), 0, None) == "wrong"
+    assert verdict_of([1], [2, 3], [2, 3], Sampling(), 0, None) == "equal"
+    assert verdict_of([1], [2, 3], [2, 4], Sampling(), 0, None) == "wrong"
+    assert verdict_of([1], [2, 3], [2], Sampling(), 0, None) == "wrong"
     target = bf16_target()
     assert references(Target(target.model.float())) is None

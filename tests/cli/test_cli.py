@@ -19,6 +19,7 @@ import coral as library
 from coral.cli.main import app
 from coral.data import prepared
 from coral.data.features import FeatureBatch
+from coral.data.prepare import PrepareConfig, prepare
 from coral.drafters import checkpoint
 from coral.drafters.heads import store as heads
 from coral.drafters.heads.reduced import StaticHead
@@ -108,8 +109,17 @@ def data(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("data")
     source = conversations(directory / "c.jsonl")
     target = Target.load(models / "target")
-    prepared.prepare([source], target.tokenizer, directory / "prepared", held_out=1)
+    prepare([source], target.tokenizer, directory / "prepared", PrepareConfig(held_out=1))
     return directory / "prepared"
+
+
+@pytest.mark.parametrize("code", ["import coral", "from coral.cli.main import app; app(['--help'])"])
+def test_help_and_import_load_nothing_large(code: str) -> None:
+    """Stops an `import coral` or a help text that waits seconds for torch."""
+    large = {"torch", "transformers", "datasets", "numpy", "pydantic", "rich.console", "huggingface_hub"}
+    told = f"import atexit, sys\natexit.register(lambda: print({large} & sys.modules.keys()))\n"
+    done = subprocess.run([sys.executable, "-c", told + code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 # ------------------------------------------------------------------------------------------------ options
@@ -301,7 +311,7 @@ def test_a_limit_of_the_command_line_replaces_epochs(coral, models: Path, tmp_pa
     """Stops `--updates 1000` from ending after the few updates of a recipe's epochs."""
     recipe = tmp_path / "mine.yaml"
     source = conversations(tmp_path / "c.jsonl", 6)
-    prepared.prepare([source], Target.load(models / "target").tokenizer, tmp_path / "data", held_out=0)
+    prepare([source], Target.load(models / "target").tokenizer, tmp_path / "data", PrepareConfig(held_out=0))
     recipe.write_text("recipe: mine\nsteps: 1\nbatch_size: 3\nlimits: {epochs: 1}\n")
     common = (
         "train",

@@ -32,7 +32,8 @@ from tiny_tokenizer import (
 from coral.data.batches import Turns, answer_packed, answer_padded, read_answer
 from coral.data.chat_format import ChatFormat, Example
 from coral.data.conversations import BadRecordError, Conversation, Dropped, parse, read
-from coral.data.prepared import check, load, packed, prepare, report
+from coral.data.prepare import PrepareConfig, packed, prepare
+from coral.data.prepared import check, load, report
 from coral.data.preview import preview
 from coral.data.regenerate import regenerate
 from coral.errors import CoralError
@@ -224,7 +225,7 @@ def test_prepared_directory_round_trip(tmp_path: Path) -> None:
     source = many(tmp_path / "x.jsonl", 40)
     with source.open("a") as file:
         file.write("torn\n")
-    info = prepare([source], tokenizer, tmp_path / "out", held_out=5, max_length=100)
+    info = prepare([source], tokenizer, tmp_path / "out", PrepareConfig(held_out=5, max_length=100))
     data = load(tmp_path / "out")
     assert data.info == info
     assert info["examples"] == len(data.dataset) == 35 and len(data.held_out_prompts) == info["held_out"] == 5
@@ -235,7 +236,9 @@ def test_prepared_directory_round_trip(tmp_path: Path) -> None:
         row["document_starts"] == [0] for row in rows
     )
     assert f"{source}:41: unreadable JSON" in report(info)
-    packed_info = prepare([source], tokenizer, tmp_path / "out", held_out=5, max_length=100, pack=True)
+    packed_info = prepare(
+        [source], tokenizer, tmp_path / "out", PrepareConfig(held_out=5, max_length=100, pack=True)
+    )
     assert packed_info["rows"] < info["rows"]
     assert {k: packed_info[k] for k in ("examples", "tokens", "trained_tokens", "dropped")} == {
         k: info[k] for k in ("examples", "tokens", "trained_tokens", "dropped")
@@ -246,7 +249,7 @@ def test_held_out_prompts_are_never_trained_on(tmp_path: Path) -> None:
     """With repeated prompts, a split by record measures acceptance on prompts that were trained on."""
     tokenizer = tiny_tokenizer()
     records = [{"messages": turns(f"question {i % 12}", f"answer {i}")} for i in range(60)]
-    prepare([jsonl(tmp_path / "x.jsonl", *records)], tokenizer, tmp_path / "out", held_out=4)
+    prepare([jsonl(tmp_path / "x.jsonl", *records)], tokenizer, tmp_path / "out", PrepareConfig(held_out=4))
     data = load(tmp_path / "out")
     assert len({tuple(prompt) for prompt in data.held_out_prompts}) == 4
     assert all(prompt[-1] == ASSISTANT for prompt in data.held_out_prompts)
@@ -260,7 +263,7 @@ def test_the_seed_fixes_the_choice_and_limit_its_size(tmp_path: Path) -> None:
     source = many(tmp_path / "x.jsonl", 50)
 
     def ids(name: str, seed: int) -> list[list[int]]:
-        prepare([source], tiny_tokenizer(), tmp_path / name, held_out=3, limit=10, seed=seed)
+        prepare([source], tiny_tokenizer(), tmp_path / name, PrepareConfig(held_out=3, limit=10, seed=seed))
         return load(tmp_path / name).dataset["input_ids"][:]
 
     assert ids("a", 1) == ids("b", 1) != ids("c", 2)
@@ -270,7 +273,7 @@ def test_the_seed_fixes_the_choice_and_limit_its_size(tmp_path: Path) -> None:
 def test_rows_without_a_trained_token_are_dropped(tmp_path: Path) -> None:
     """Truncation before the answer leaves a row with nothing to learn, and a loss of 0 / 0."""
     source = jsonl(tmp_path / "x.jsonl", {"messages": turns("q" * 50, "a")}, {"messages": turns("q", "a")})
-    info = prepare([source], tiny_tokenizer(), tmp_path / "out", held_out=0, max_length=20)
+    info = prepare([source], tiny_tokenizer(), tmp_path / "out", PrepareConfig(held_out=0, max_length=20))
     assert info["examples"] == 1
     assert info["dropped"] == {"no token to train on within 20 tokens (--max-length)": 1}
 
@@ -285,18 +288,21 @@ def test_bad_requests_leave_nothing_behind(tmp_path: Path) -> None:
     (home / "thesis.txt").write_text("x")
     before = sorted(tmp_path.rglob("*"))
     cases: list[tuple[Callable[[], object], str]] = [
-        (lambda: prepare([source], tokenizer, tmp_path / "out", held_out=60), "lower held_out"),
+        (
+            lambda: prepare([source], tokenizer, tmp_path / "out", PrepareConfig(held_out=60)),
+            "lower held_out",
+        ),
         (
             lambda: prepare([empty], tokenizer, tmp_path / "out"),
             r"no usable conversation.*1 record dropped: 1 x unreadable JSON \(the first is .*bad.jsonl:1\)",
         ),
         (
-            lambda: prepare([source], tokenizer, tmp_path / "out", held_out=0, max_length=2),
+            lambda: prepare([source], tokenizer, tmp_path / "out", PrepareConfig(held_out=0, max_length=2)),
             "can be trained on",
         ),
-        (lambda: prepare([source], tokenizer, home, held_out=0), "holds other files"),
+        (lambda: prepare([source], tokenizer, home, PrepareConfig(held_out=0)), "holds other files"),
         (
-            lambda: prepare([source], tiny_tokenizer(FORGETFUL), tmp_path / "out", held_out=0),
+            lambda: prepare([source], tiny_tokenizer(FORGETFUL), tmp_path / "out", PrepareConfig(held_out=0)),
             "rewrites history",
         ),
         (lambda: load(tmp_path / "none"), "does not exist"),
@@ -311,7 +317,7 @@ def test_bad_requests_leave_nothing_behind(tmp_path: Path) -> None:
 def test_data_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     """Ids of another tokenizer index the wrong embeddings silently, or crash on the device."""
     tokenizer = tiny_tokenizer()
-    info = prepare([many(tmp_path / "x.jsonl", 5)], tokenizer, tmp_path / "out", held_out=0)
+    info = prepare([many(tmp_path / "x.jsonl", 5)], tokenizer, tmp_path / "out", PrepareConfig(held_out=0))
     check(info, len(tokenizer) + 50, tokenizer)  # a target's embedding is often padded
     with pytest.raises(CoralError, match="vocabulary of 100"):
         check(info, 100)
@@ -413,7 +419,7 @@ def test_every_record_is_accounted_for(tmp_path: Path) -> None:
         ]
         assert record["messages"][-1]["role"] == "assistant"
     assert result.unfinished == sum("finished" in record["messages"][-1] for record in records) > 0
-    info = prepare([tmp_path / "out.jsonl"], tiny_tokenizer(), tmp_path / "data", held_out=2)
+    info = prepare([tmp_path / "out.jsonl"], tiny_tokenizer(), tmp_path / "data", PrepareConfig(held_out=2))
     assert info["dropped"] == {}
 
 
@@ -528,8 +534,8 @@ def test_the_bar_counts_every_record_that_is_read(tmp_path: Path) -> None:
         file.write("torn\n" * 5)
     file = io.StringIO()
     shown = Console(file=file, width=200, force_terminal=False)
-    prepare(source, tiny_tokenizer(), tmp_path / "a", held_out=4, console=shown)
-    prepare(source, tiny_tokenizer(), tmp_path / "b", held_out=4, limit=3, console=shown)
+    prepare(source, tiny_tokenizer(), tmp_path / "a", PrepareConfig(held_out=4), console=shown)
+    prepare(source, tiny_tokenizer(), tmp_path / "b", PrepareConfig(held_out=4, limit=3), console=shown)
     run(source, tmp_path / "out.jsonl", FakeTarget(), console=shown, temperatures=[0.0])
     bars = [line for line in file.getvalue().splitlines() if " of " in line]
     assert [re.search(r"(\w+) (\d+) of (\d+)", line).groups() for line in bars] == [  # type: ignore[union-attr]
@@ -541,7 +547,12 @@ def test_the_bar_counts_every_record_that_is_read(tmp_path: Path) -> None:
 def test_a_template_that_leaves_out_the_thought_is_counted(tmp_path: Path) -> None:
     """Answers that are trained otherwise than their template shows them, without a word in the summary."""
     thinks = [{"messages": turns("q", "<think>one</think>two")}, {"messages": turns("q", "two")}]
-    info = prepare(jsonl(tmp_path / "x.jsonl", *thinks), tiny_tokenizer(STRIPS), tmp_path / "out", held_out=0)
+    info = prepare(
+        jsonl(tmp_path / "x.jsonl", *thinks),
+        tiny_tokenizer(STRIPS),
+        tmp_path / "out",
+        PrepareConfig(held_out=0),
+    )
     (what,) = info["changed"]
     assert info["changed"][what] == 1 and f"1 x {what}" in report(info) and "trained as the record" in what
 

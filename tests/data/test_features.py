@@ -14,8 +14,9 @@ from safetensors import safe_open
 from test_train import CONFIG, interrupt_at_first, run, weights
 from tiny_training import tiny_data, tiny_info, tiny_target
 
-from coral.data import fp8, prepared, shards
+from coral.data import fp8, shards, write_shards
 from coral.data.features import feature_batch
+from coral.data.prepare import PrepareConfig, prepare
 from coral.data.prepared import PreparedData
 from coral.errors import CoralError
 from coral.target.target import Target
@@ -28,7 +29,7 @@ def data(rows=24, seed=0):
 
 def store(output, rows=24, seed=0, target=None, **options):
     options = {"shard_rows": 5, "batch_size": 2, **options}
-    return shards.store(target or tiny_target(), data(rows, seed), output, **options)
+    return write_shards.store(target or tiny_target(), data(rows, seed), output, **options)
 
 
 def contents(directory):
@@ -122,7 +123,7 @@ def test_packed_rows_are_cut_and_keep_their_documents(tmp_path):
     mask = [i in (3, 7, 8) for i in range(12)]
     row = {"input_ids": ids, "loss_mask": mask, "document_starts": [0, 5]}
     packed = PreparedData([row, {**row, "document_starts": [0], "loss_mask": [False] * 12}], [], {})
-    stored = shards.store(target, packed, tmp_path / "features", dtype="float32")
+    stored = write_shards.store(target, packed, tmp_path / "features", dtype="float32")
     assert stored[0]["features"].shape == (9, 16) and stored[0]["document_starts"].tolist() == [0, 5]
     assert stored[1]["features"].shape == (0, 16)  # nothing is trained on
     live, back = (feature_batch(target, dataset, [0]) for dataset in (packed.dataset, stored))
@@ -145,7 +146,7 @@ def test_a_stopped_job_goes_on(tmp_path, monkeypatch):
     """Stops: shards that are computed twice, and a job whose result depends on where it was stopped."""
     store(tmp_path / "whole")
     read = []
-    real = shards.feature_batch
+    real = write_shards.feature_batch
 
     def interrupted(target, dataset, rows, **options):
         read.extend(rows)
@@ -153,7 +154,7 @@ def test_a_stopped_job_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(target, dataset, rows, **options)
 
-    monkeypatch.setattr(shards, "feature_batch", interrupted)
+    monkeypatch.setattr(write_shards, "feature_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         store(tmp_path / "parts")
     assert len(contents(tmp_path / "parts")) == 3  # the manifest and two shards
@@ -236,7 +237,7 @@ def test_a_part_needs_room_for_itself_alone(tmp_path, monkeypatch):
     """Stops: a node that refuses its quarter because the whole does not fit on its disk."""
     store(tmp_path / "measured")
     used = sum(map(len, contents(tmp_path / "measured").values()))
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: SimpleNamespace(free=used * 0.6))
+    monkeypatch.setattr(write_shards.shutil, "disk_usage", lambda path: SimpleNamespace(free=used * 0.6))
     store(tmp_path / "node", part=(2, 2))
     with pytest.raises(CoralError, match="make room"):
         store(tmp_path / "features")
@@ -305,7 +306,7 @@ def test_another_target_does_not_train_from_them(tmp_path):
 def test_a_disk_that_is_too_small_is_refused_first(tmp_path, monkeypatch):
     """Stops: hours of computing that end in a full disk, and a need that is counted without what is there."""
     target, free = tiny_target(), []
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[-1]))
+    monkeypatch.setattr(write_shards.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[-1]))
     free.append(10**9)
     store(tmp_path / "measured")
     used = sum(map(len, contents(tmp_path / "measured").values()))
@@ -316,7 +317,7 @@ def test_a_disk_that_is_too_small_is_refused_first(tmp_path, monkeypatch):
     free.append(0)
     store(tmp_path / "measured")  # all is there, nothing is needed
     tokens = sum(len(row["input_ids"]) for row in data().dataset)
-    said = sum(shards._measure(data().dataset, 16 * 2, None)[1])
+    said = sum(write_shards._measure(data().dataset, 16 * 2, None)[1])
     assert 0.8 * said < used - len((tmp_path / "measured" / "features.json").read_bytes()) <= said
     assert said > tokens * 32
 
@@ -330,7 +331,7 @@ def test_other_peoples_files_are_safe(tmp_path):
     with pytest.raises(CoralError, match="is a file, but"):
         store(tmp_path / "o" / "thesis.txt")
     with pytest.raises(CoralError, match="no rows"):
-        shards.store(tiny_target(), PreparedData([], [], {}), tmp_path / "p")
+        write_shards.store(tiny_target(), PreparedData([], [], {}), tmp_path / "p")
     assert contents(tmp_path / "o") == {"thesis.txt": b"years of work"}
 
 
@@ -355,7 +356,9 @@ def test_the_commands_work_together(coral, models, tmp_path):
     ]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(record) + "\n" for record in said))
     target = models / "target"
-    prepared.prepare([tmp_path / "c.jsonl"], Target.load(target).tokenizer, tmp_path / "data", held_out=1)
+    prepare(
+        [tmp_path / "c.jsonl"], Target.load(target).tokenizer, tmp_path / "data", PrepareConfig(held_out=1)
+    )
     command = ("data", "features", tmp_path / "data", "--target", target, "--output", tmp_path / "features")
     for shard in ("1/2", "2/2"):
         result = coral(*command, "--shard-rows", 2, "--shard", shard)

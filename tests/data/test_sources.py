@@ -15,7 +15,8 @@ from pyarrow import parquet
 from tiny_tokenizer import tiny_tokenizer
 
 from coral.data.conversations import Conversation, Dropped, read
-from coral.data.prepared import _digest, draw, load, prepare, set_aside
+from coral.data.prepare import PrepareConfig, _digest, draw, prepare, set_aside
+from coral.data.prepared import load
 from coral.data.sources import records, size
 from coral.errors import CoralError
 
@@ -200,7 +201,7 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
         source = write_parquet(tmp_path / f"{count}.parquet", rows)
         del said, rows
         tracemalloc.start()
-        prepare([source], tiny_tokenizer(), tmp_path / f"out-{count}", held_out=5)
+        prepare([source], tiny_tokenizer(), tmp_path / f"out-{count}", PrepareConfig(held_out=5))
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found

@@ -10,9 +10,10 @@ from tiny_pair import save_target
 from tiny_tokenizer import tiny_tokenizer
 from torch.nn.functional import kl_div, linear
 
-from coral.bench.assistant import load_assistant
+from coral.bench.methods import load_assistant
 from coral.data import prepared
 from coral.data.features import feature_batch
+from coral.data.prepare import PrepareConfig, prepare
 from coral.target.target import Target
 
 
@@ -41,7 +42,9 @@ def test_train_a_draft_model(
     ]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = tmp_path / "data"
-    prepared.prepare([tmp_path / "c.jsonl"], tiny_tokenizer(), data, max_length=160, pack=True, held_out=2)
+    prepare(
+        [tmp_path / "c.jsonl"], tiny_tokenizer(), data, PrepareConfig(max_length=160, pack=True, held_out=2)
+    )
     command = f"draft_model.py {data} {tmp_path / 'out'} --target {tmp_path / 'target'} --minutes 0.02"
     monkeypatch.setattr("sys.argv", f"{command} --layers 1 --held-out 2".split())
     draft_model.main()

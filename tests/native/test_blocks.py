@@ -228,5 +228,5 @@ def packed_blocks(path: Path, all_kinds: pytest.MonkeyPatch | None = None):
 def test_a_tree_is_tuned_for_packed_weights_alone(tmp_path) -> None:
     """Stops a tree that was tuned where rows cost something else."""
     packed, path = targets(tmp_path, "llama", "Q8_0")
-    places = [tuned.Place.of(target, "full", True) for target in (packed, Target.load(path))]
+    places = [tuned.Conditions.of(target, "full", True) for target in (packed, Target.load(path))]
     assert [place.dtype for place in places] == ["packed", "bfloat16"]

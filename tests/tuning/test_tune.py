@@ -13,9 +13,9 @@ from test_cli import conversations
 
 import coral as library
 from coral.bench.deepen import deepen
-from coral.bench.methods import sized
 from coral.bench.run import bench
-from coral.data import prepared
+from coral.bench.settings import BenchConfig
+from coral.data.prepare import PrepareConfig, prepare
 from coral.decoding.cycle import acceptance_length, generate
 from coral.decoding.sampling import Sampling
 from coral.drafters import checkpoint, tuned
@@ -24,10 +24,10 @@ from coral.errors import CoralError
 from coral.target.record import TargetRecord
 from coral.target.target import Target
 from coral.tree import CPU_DEFAULT, DEFAULT, LOOKUP_NODES, Budget, DraftTree
-from coral.tuning.costs import Costs, measure
-from coral.tuning.record import Text, everything, new_state, record
-from coral.tuning.run import MIN_GAIN, Prediction, fastest, grid
-from coral.tuning.simulate import Run, simulate
+from coral.tuning.cycle_costs import CycleCosts, measure_cycles
+from coral.tuning.recording import Text, everything, new_state, record
+from coral.tuning.simulate import Simulated, simulate
+from coral.tuning.tune import MIN_GAIN, Prediction, fastest, grid
 
 POOL = everything(4, 6, 0.0)
 NEW = 30
@@ -99,10 +99,10 @@ def test_an_end_inside_the_path_cuts_the_cycle() -> None:
 
 def test_costs_add_up() -> None:
     """Stops a compiled target's small trees from being cheaper than its large ones, and odd sizes between."""
-    costs = Costs({1: 1.0, 2: 0.8, 4: 2.0}, {3: 0.5}, {3: 0.25}, padded=False)
-    assert (costs.plain, costs.plain_rows) == (0.8, 2)
+    costs = CycleCosts({1: 1.0, 2: 0.8, 4: 2.0}, {3: 0.5}, {3: 0.25}, padded=False)
+    assert costs.plain == 1.0
     assert (costs.of_rows(1), costs.of_rows(3), costs.of_rows(4), costs.of_rows(6)) == (1.0, 1.4, 2.0, 3.2)
-    run = Run(Budget(3, 2, 3), 9, 3, 3.0, 5, torch.tensor([0, 1, 0, 2]))
+    run = Simulated(Budget(3, 2, 3), 9, 3, 3.0, 5, torch.tensor([0, 1, 0, 2]))
     drafting = 3 * 0.5 + 2 * 0.25
     assert costs.seconds(run) == pytest.approx(1.0 + 2 * 1.4 + drafting)
     assert replace(costs, padded=True).seconds(run) == pytest.approx(1.0 + 2 * 2.0 + drafting)
@@ -111,7 +111,7 @@ def test_costs_add_up() -> None:
 def test_measured_costs_are_there() -> None:
     """Stops a size that is asked for and not timed, also where the context leaves little room."""
     target = tiny.tiny_target()
-    costs = measure(
+    costs = measure_cycles(
         target, tiny.random_drafter(target), tiny.prompt_of(60), Sampling(1.0), (1, 2, 8), (1, 4), 20
     )
     assert costs.cycle.keys() == {1, 2, 8} and costs.first.keys() == costs.level.keys() == {1, 4}
@@ -136,37 +136,37 @@ def test_the_grid_and_its_best() -> None:
 # ------------------------------------------------------------------------------------------- trees.json
 
 
-PLACE = tuned.Place("a CPU", 4, "float32", False, 8, "full")
+CONDITIONS = tuned.Conditions("a CPU", 4, "float32", False, 8, "full")
 TREE = Budget(2, 3, 5)
 
 
-def test_lookup_by_place(tmp_path: Path) -> None:
+def test_lookup_by_conditions(tmp_path: Path) -> None:
     """Stops a tree of another machine or head from being used, and one entry that replaces another."""
-    assert tuned.find(tmp_path, PLACE) is None
+    assert tuned.find(tmp_path, CONDITIONS) is None
     others = {
-        name: replace(PLACE, **{name: value})
+        name: replace(CONDITIONS, **{name: value})
         for name, value in {"device": "a GPU", "threads": 1, "dtype": "bfloat16", "compiled": True,
                             "layers": 32, "head": "static"}.items()
     }  # fmt: skip
-    path = tuned.save(tmp_path, PLACE, TREE, 1.5, 1.4)
+    path = tuned.save(tmp_path, CONDITIONS, TREE, 1.5, 1.4)
     assert all(tuned.find(tmp_path, other) is None for other in others.values())
     for n, other in enumerate(others.values()):
         tuned.save(tmp_path, other, replace(TREE, num_nodes=n + 6), 1.5, 1.4)
-    tuned.save(tmp_path, PLACE, replace(TREE, top_k=9), 1.6, 1.5)
-    assert tuned.find(tmp_path, PLACE) == replace(TREE, top_k=9)
+    tuned.save(tmp_path, CONDITIONS, replace(TREE, top_k=9), 1.6, 1.5)
+    assert tuned.find(tmp_path, CONDITIONS) == replace(TREE, top_k=9)
     assert len(json.loads(path.read_text())["trees"]) == 7
     tuned.forget(tmp_path, "static")
-    assert tuned.find(tmp_path, others["head"]) is None and tuned.find(tmp_path, PLACE) is not None
+    assert tuned.find(tmp_path, others["head"]) is None and tuned.find(tmp_path, CONDITIONS) is not None
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"trees": [{}]}', '{"trees": [{"place": 3}]}', "\xff"])
+@pytest.mark.parametrize("text", ["", "[]", '{"trees": [{}]}', '{"trees": [{"conditions": 3}]}', "\xff"])
 def test_a_corrupt_file_says_to_delete_it(tmp_path: Path, text: str) -> None:
     """Stops a broken file from being taken for none, and a traceback."""
     (tmp_path / "coral").mkdir()
     (tmp_path / "coral" / "trees.json").write_bytes(text.encode("latin-1"))
     for attempt in (
-        lambda: tuned.find(tmp_path, PLACE),
-        lambda: tuned.save(tmp_path, PLACE, TREE, 1, 1),
+        lambda: tuned.find(tmp_path, CONDITIONS),
+        lambda: tuned.save(tmp_path, CONDITIONS, TREE, 1, 1),
         lambda: tuned.forget(tmp_path, "full"),
     ):
         with pytest.raises(CoralError, match=r"trees\.json cannot be read .* delete it"):
@@ -178,7 +178,7 @@ def pair(models: Path, tmp_path: Path) -> tuple[Path, Target]:
     """A drafter of its own, with a tree tuned for the head `in_context` and the tiny target."""
     shutil.copytree(models / "drafter", tmp_path / "drafter")
     target = Target.load(models / "target")
-    tuned.save(tmp_path / "drafter", tuned.Place.of(target, "in_context", False), TREE, 1.5, 1.4)
+    tuned.save(tmp_path / "drafter", tuned.Conditions.of(target, "in_context", False), TREE, 1.5, 1.4)
     return tmp_path / "drafter", target
 
 
@@ -219,8 +219,8 @@ def test_bench_gives_each_drafter_its_tree(models: Path, pair: tuple[Path, Targe
     suite = tmp_path / "mine.jsonl"
     suite.write_text("".join(json.dumps({"id": i, "turns": [f"ask {i}"]}) + "\n" for i in range(2)))
     drafters = {"mine": drafter, "untuned": models / "drafter"}
-    options = {"max_new_tokens": 8, "peers": False, "command": "coral bench"}
-    results = bench(target, drafters, str(suite), tmp_path / "out", **options)
+    options = {"max_new_tokens": 8, "peers": False}
+    results = bench(target, drafters, str(suite), tmp_path / "out", BenchConfig(**options))
 
     def read() -> dict:
         return json.loads(results.read_text())
@@ -245,18 +245,19 @@ def test_bench_gives_each_drafter_its_tree(models: Path, pair: tuple[Path, Targe
     same = compare(["mine"], ["mine"], [read_log(tmp_path / "out")])
     assert "trees differ" not in line(same[0], "mine", "mine")
     (drafter / "coral" / "trees.json").unlink()
-    bench(target, drafters, str(suite), tmp_path / "out", **options)
+    bench(target, drafters, str(suite), tmp_path / "out", BenchConfig(**options))
     assert read()["trees"]["float32"] == trees
-    asked = bench(target, drafters, str(suite), tmp_path / "asked", budget=Budget(1, 2, 2), **options)
+    config = BenchConfig(budget=Budget(1, 2, 2), **options)
+    asked = bench(target, drafters, str(suite), tmp_path / "asked", config)
     assert {t["origin"] for t in json.loads(asked.read_text())["trees"]["float32"].values()} == {"asked for"}
 
 
 def test_each_drafter_is_padded_to_its_own_tree() -> None:
     """Stops a small tree that pays for the largest one of a compiled bench."""
     target = tiny.tiny_target()
-    assert sized(target, 5) is target
+    assert target.sized(5) is target
     compiled = target.compiled((1, 2, 6, 16))
-    small = sized(compiled, 6)
+    small = compiled.sized(6)
     state = tiny.new_state(target, tiny.prompt_of(5))
     state.prefill(target, (-1,))
     assert [small._forward._size([state.cache], [n]) for n in (1, 2, 6, 7)] == [1, 6, 6, None]
@@ -268,14 +269,14 @@ def test_a_new_drafter_or_head_drops_what_was_tuned(
 ) -> None:
     """Stops a tree that was tuned to weights which are gone."""
     drafter, target = pair
-    static = tuned.Place.of(target, "static", False)
+    static = tuned.Conditions.of(target, "static", False)
     tuned.save(drafter, static, TREE, 1.5, 1.4)
     source = conversations(tmp_path / "c.jsonl")
-    prepared.prepare([source], target.tokenizer, tmp_path / "data", held_out=1)
+    prepare([source], target.tokenizer, tmp_path / "data", PrepareConfig(held_out=1))
     made = coral("train-head", drafter, "--data", tmp_path / "data", "--target", models / "target",
                  "--kind", "static", "--size", 12)  # fmt: skip
     assert made.code == 0 and tuned.find(drafter, static) is None
-    assert tuned.find(drafter, tuned.Place.of(target, "in_context", False)) == TREE
+    assert tuned.find(drafter, tuned.Conditions.of(target, "in_context", False)) == TREE
     assert heads.resolve(drafter, "auto") == "static"
     loaded = checkpoint.load(drafter, target)
     checkpoint.save(loaded, drafter, target=TargetRecord.of(target))
@@ -285,11 +286,13 @@ def test_a_new_drafter_or_head_drops_what_was_tuned(
 def test_training_drops_what_was_tuned(coral, models: Path, tmp_path: Path) -> None:
     """Stops a tree of an earlier update's drafter."""
     target = Target.load(models / "target")
-    prepared.prepare([conversations(tmp_path / "c.jsonl")], target.tokenizer, tmp_path / "data", held_out=1)
+    prepare(
+        [conversations(tmp_path / "c.jsonl")], target.tokenizer, tmp_path / "data", PrepareConfig(held_out=1)
+    )
     command = ("train", "--data", tmp_path / "data", "--target", models / "target")
     command += ("--output", tmp_path / "d", "--set", "batch_size=2")
     assert coral(*command, "--updates", 1).code == 0
-    path = tuned.save(tmp_path / "d", PLACE, TREE, 1.5, 1.4)
+    path = tuned.save(tmp_path / "d", CONDITIONS, TREE, 1.5, 1.4)
     assert coral(*command, "--updates", 2).code == 0 and not path.exists()
 
 
@@ -309,7 +312,7 @@ def test_tune_then_generate(coral, models: Path, tmp_path: Path) -> None:
     assert result.code == 0, result.err
     path = drafter / "coral" / "trees.json"
     (entry,) = json.loads(path.read_text())["trees"]
-    assert (entry["place"]["head"], entry["place"]["layers"]) == ("in_context", 3)
+    assert (entry["conditions"]["head"], entry["conditions"]["layers"]) == ("in_context", 3)
     assert entry["predicted_speedup"] > 0 < entry["achieved_speedup"]
     tree = str(Budget(**entry["budget"]))
     assert f"tree {tree}: {path}" in result.out
@@ -323,11 +326,11 @@ def test_tune_on_held_out_prompts_and_what_it_refuses(coral, models: Path, tmp_p
     shutil.copytree(models / "drafter", drafter)
     target = Target.load(models / "target")
     for held_out in (0, 2):
-        prepared.prepare(
+        prepare(
             [conversations(tmp_path / "c.jsonl")],
             target.tokenizer,
             tmp_path / f"data{held_out}",
-            held_out=held_out,
+            PrepareConfig(held_out=held_out),
         )
     command = ("tune", drafter, "--target", models / "target", "--max-new-tokens", 6)
     assert coral(*command, "--data", tmp_path / "data2").code == 0

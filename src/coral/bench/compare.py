@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coral.bench.rows import Record
+from coral.bench.records import Record
 from coral.errors import CoralError
 
 DRAWS = 10_000
@@ -41,7 +41,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """What FIRST has over SECOND in one setting on one suite.
+    """The advantage of FIRST over SECOND in one setting on one suite.
 
     tau: tau of FIRST minus that of SECOND. speed: seconds of SECOND over those of FIRST; None where no run
     measured both, for times of different runs are not comparable. left_out: prompts that not all have.

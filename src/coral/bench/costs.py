@@ -64,9 +64,8 @@ def measure(
         drafts: bytes of weights that a draft step reads, by drafter.
         most_rows: size of the largest tree, root included.
     """
-    variants = plain_variants(targets)
-    name, per_token = fastest_plain({name: write for name, (write, _, _) in variants.items()}, prompts)
-    _, chosen, rows = variants[name]
+    name, per_token = fastest_plain(plain_variants(targets), prompts)
+    chosen = targets[name]
     target, longest = [*targets.values()][-1], max(prompts, key=len)
     sizes = {1, 2, most_rows, *(n for n in (4, 8, 12, 16, 24, 32, 48, 64) if n < most_rows)}
     timed = verify_seconds(target, sorted(sizes), longest)
@@ -75,38 +74,23 @@ def measure(
         dtype=target.precision,
         plain=name,
         plain_seconds=per_token,
-        step_seconds=timed[rows] if chosen is target else verify_seconds(chosen, [rows], longest)[rows],
+        step_seconds=timed[1] if chosen is target else verify_seconds(chosen, [1], longest)[1],
         verify_seconds=timed,
         c={drafter: draft / plain for drafter, draft in drafts.items()},
     )
 
 
 class RefusedTree(DraftTree):
-    """A tree of which nothing is accepted."""
+    """A tree whose walk stops at the root, so that none of its nodes is accepted."""
 
     def walk(self, samples: list[int]) -> list[int]:
         return [0]
 
 
-class PlainPadded:
-    """Plain decoding with a second, unused row: on some CPUs two float32 rows take less time than one."""
-
-    layers = ()
-
-    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
-        parents, scores = torch.tensor([-1, 0]), torch.zeros(2)
-        return [RefusedTree(torch.tensor([state.tokens[-1]] * 2), parents, scores) for state in states]
-
-
-def plain_variants(targets: Mapping[str, Target]) -> dict[str, tuple[Write, Target, int]]:
-    """Every way of plain decoding that competes to be the baseline, with its target and number of rows."""
+def plain_variants(targets: Mapping[str, Target]) -> dict[str, Write]:
+    """Plain decoding by each way in which the target runs; the fastest becomes the baseline."""
     budget = Budget(top_k=1, max_depth=0, num_nodes=1)
-    ways = (("1 row", Plain(), 1), ("padded to 2 rows", PlainPadded(), 2))
-    return {
-        f"{name}, {how}": (ours(target, proposer, budget), target, rows)
-        for how, target in targets.items()
-        for name, proposer, rows in ways
-    }
+    return {how: ours(target, Plain(), budget) for how, target in targets.items()}
 
 
 def fastest_plain(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from coral.drafters.feature.network import num_bytes
 from coral.errors import CoralError
+from coral.target.target import Target
 
 _ZEROED = ("self_attn.o_proj", "mlp.down_proj")  # what each half of a layer adds to the residual stream
 _WIDTH_MULTIPLE = 64
@@ -69,6 +70,19 @@ def deepen(
     return width
 
 
+def append_layers(target: Target, layers: int | None, cost_ratio: float = 0.10) -> int | None:
+    """Deepen a target if `layers` says so; returns the FFN width of the appended layers.
+
+    Raises:
+        CoralError: see `deepen`; the target's weights are packed blocks.
+    """
+    if not layers:
+        return None
+    if target.blocks is not None:
+        raise CoralError("appended layers have no packed blocks; leave out --deepen, or use dtype auto.")
+    return deepen(target.model, layers, cost_ratio)
+
+
 def plain_bytes(model: PreTrainedModel) -> int:
     """Bytes of weights that one plain step reads: decoder layers, final norm, LM head; no embeddings."""
     decoder = model.get_decoder()
@@ -76,7 +90,7 @@ def plain_bytes(model: PreTrainedModel) -> int:
 
 
 def _eagle_bytes(model: PreTrainedModel) -> int:
-    """One layer of the target's shape, fc [h, 2h] and the LM head."""
+    """Bytes of an EAGLE drafter's step: one layer of the target's shape, fc [h, 2h] and the LM head."""
     head = model.get_output_embeddings().weight
     fc = 2 * head.shape[1] ** 2 * head.element_size()
     return num_bytes(model.get_decoder().layers[0]) + fc + num_bytes(model.get_output_embeddings())

@@ -1,4 +1,4 @@
-"""Where a number was measured: enough to judge whether another machine should give the same."""
+"""The machine and software of a measurement: enough to judge whether another machine should give the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers.utils.import_utils import is_sklearn_available
 
-from coral.machine import cpu_info, device_name
+from coral.device import cpu_info, device_name
 
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 

@@ -23,7 +23,7 @@ Logits = Callable[[list[int]], Tensor]
 """The logits [V] that follow a prefix."""
 
 
-def compare(
+def verdict_of(
     prompt: Sequence[int],
     plain: Sequence[int],
     other: Sequence[int],
@@ -31,7 +31,7 @@ def compare(
     sequence_id: int,
     references: tuple[Logits, Logits] | None,
 ) -> Verdict:
-    """Compare two outputs of one prompt up to their first divergence; what follows it is another text.
+    """The verdict on two outputs of one prompt: they are compared up to their first divergence.
 
     Args:
         plain, other: tokens written by plain and by accelerated decoding.

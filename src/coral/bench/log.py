@@ -9,8 +9,8 @@ from typing import Any
 
 from coral import json_file
 from coral.bench.costs import Costs
+from coral.bench.records import Record
 from coral.bench.results import Tree
-from coral.bench.rows import Record
 from coral.errors import CoralError
 from coral.json_file import STRICT
 
@@ -55,7 +55,7 @@ def read(directory: Path) -> tuple[dict[str, Any], list[Record]]:
 
 
 def _read(path: Path, advice: str) -> tuple[_Header | None, list[_Line]]:
-    """The whole lines of a log; what follows the last line end was torn when the bench was killed."""
+    """The complete lines of a log; a line without an end was torn when the bench was killed."""
     try:
         whole = path.read_bytes().split(b"\n")[:-1]
     except OSError as error:

@@ -11,11 +11,13 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from coral.data.prepared import vocabulary_digest
 from coral.decoding.cycle import Proposer, generate
 from coral.decoding.fallback import Fallback
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle, State
 from coral.drafters.lookup import NGram
+from coral.errors import CoralError
 from coral.target.target import Target
 from coral.tree import Budget
 
@@ -77,14 +79,6 @@ def ours(target: Target, proposer: Proposer, budget: Budget) -> Write:
     return write
 
 
-def sized(target: Target, rows: int) -> Target:
-    """A compiled target whose trees are all padded to `rows`, whatever other sizes it is compiled for.
-
-    A target that is not compiled comes back as it is.
-    """
-    return target.sized(rows)
-
-
 def hugging_face(target: Target, assistant: PreTrainedModel | None = None, **options: Any) -> Write:
     """`model.generate`, by default plain; `prompt_lookup_num_tokens=10` makes it prompt lookup, a draft model
     (see `load_assistant`) assisted generation.
@@ -135,9 +129,35 @@ def hugging_face(target: Target, assistant: PreTrainedModel | None = None, **opt
     return write
 
 
+def load_assistant(source: str | Path, target: Target) -> PreTrainedModel:
+    """The draft model of assisted generation: any small causal LM of the target's vocabulary.
+
+    It is loaded as the target is (dtype, device, attention, packed weights), so that it is as fast. It drafts
+    by transformers' defaults: as long as it is confident, 20 tokens at most, and past end tokens.
+
+    Raises:
+        CoralError: it cannot be loaded, or has another vocabulary than the target.
+    """
+    try:
+        loaded = Target.load(
+            source, dtype=str(target.dtype).removeprefix("torch."), device=str(target.device)
+        )
+    except CoralError as error:
+        raise CoralError(f"the assistant {source} cannot be used: {error}") from error
+    sizes, tokenizers = {loaded.vocab_size, target.vocab_size}, (loaded.tokenizer, target.tokenizer)
+    digests = {vocabulary_digest(tokenizer) for tokenizer in tokenizers if tokenizer is not None}
+    if len(sizes) > 1 or len(digests) > 1:
+        raise CoralError(
+            f"the assistant {source} has another vocabulary ({loaded.vocab_size} ids) than the target "
+            f"({target.vocab_size}); name a model with the target's tokenizer and number of ids."
+        )
+    loaded.model.generation_config = GenerationConfig()
+    return loaded.model
+
+
 @dataclass(frozen=True)
 class Method:
-    """A way of writing under the name that its rows carry."""
+    """A way of writing, with the name that its results carry."""
 
     kind: Literal["plain", "drafter", "peer"]
     name: str
@@ -145,40 +165,52 @@ class Method:
     write: Write
 
 
+@dataclass(frozen=True)
+class Rivals:
+    """Who is measured beside plain decoding.
+
+    made, budgets: of the drafters, by name. lookup: the n-gram peer's budget, unless it is one of them.
+    assistant: the draft model of Hugging Face's assisted generation.
+    """
+
+    made: Mapping[str, MakeProposer]
+    budgets: Mapping[str, Budget]
+    lookup: Budget
+    assistant: PreTrainedModel | None = None
+
+    @property
+    def rows(self) -> set[int]:
+        """Sizes of the trees that are verified, root included."""
+        return {budget.num_nodes + 1 for budget in (self.lookup, *self.budgets.values())}
+
+
 def all_methods(
-    target: Target,
-    plain: Write,
-    made: Mapping[str, MakeProposer],
-    coupled: Sequence[bool],
-    budgets: Mapping[str, Budget],
-    peers: bool,
-    lookup: Budget,
-    assistant: PreTrainedModel | None = None,
-    fallback: bool = False,
+    target: Target, plain: Write, rivals: Rivals, coupled: Sequence[bool], peers: bool, fallback: bool = False
 ) -> list[Method]:
-    """Plain decoding first: the others are compared with what it wrote.
+    """All methods, plain decoding first: the others are compared with what it wrote.
 
     Args:
-        budgets: of the drafters, by name; lookup: of the n-gram peer, unless it is one of them.
+        coupled: each drafter writes once for each of these.
     """
+    made = rivals.made
     methods = [Method("plain", "plain", False, plain)]
     if peers:
         methods += [
             Method("peer", "hf_generate", False, hugging_face(target)),
             Method("peer", "hf_prompt_lookup", False, hugging_face(target, prompt_lookup_num_tokens=10)),
         ]
-        if assistant is not None:
-            methods.append(Method("peer", "hf_assisted", False, hugging_face(target, assistant)))
+        if rivals.assistant is not None:
+            methods.append(Method("peer", "hf_assisted", False, hugging_face(target, rivals.assistant)))
     if peers or "ngram" in made:
-        lookup = budgets.get("ngram", lookup)
+        lookup = rivals.budgets.get("ngram", rivals.lookup)
         proposer: Proposer = Fallback(NGram()) if fallback and "ngram" in made else NGram()
-        found = ours(sized(target, lookup.num_nodes + 1), proposer, lookup)
+        found = ours(target.sized(lookup.num_nodes + 1), proposer, lookup)
         methods.append(Method("peer", "ngram", False, found))
     for name, make in made.items():
         if name == "ngram":
             continue  # measured above, once: it has no noise to share
-        budget = budgets[name]
-        own = sized(target, budget.num_nodes + 1)
+        budget = rivals.budgets[name]
+        own = target.sized(budget.num_nodes + 1)
         for flag in coupled:
             proposer = make(own, flag)
             proposer = Fallback(proposer) if fallback else proposer

@@ -1,4 +1,7 @@
-"""How much of the target's mass a routed head looks at. Measured apart, on a few prompts, and never timed."""
+"""Recall of a routed head: the part of the target's probability mass in the groups that it chose.
+
+It is measured on a few prompts, apart from the timed texts.
+"""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class _Row(TypedDict):
 
 
 class Results(TypedDict):
-    """All of it, as far as tables and plots ask for it."""
+    """The content of results.json, as far as tables and plots read it."""
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
     environment: _Environment

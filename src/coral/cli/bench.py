@@ -9,7 +9,7 @@ import typer
 
 from coral.cli import options
 from coral.errors import CoralError
-from coral.waiting import waiting
+from coral.progress import spinner
 
 bench = typer.Typer(invoke_without_command=True)
 
@@ -71,9 +71,10 @@ def _bench(
         return
     if output is None:  # not for typer to ask for: the commands below need none
         raise CoralError("missing option '--output'; see `coral bench --help`.")
-    with waiting("Loading"):
+    with spinner("Loading"):
         from coral.bench.report import report
         from coral.bench.run import bench as run
+        from coral.bench.settings import BenchConfig
         from coral.target import default as models
 
     drafters = options.read_drafters(drafter or [])
@@ -81,11 +82,7 @@ def _bench(
         own = str(models.DRAFTER)
         drafters = {"coral": own, "coral+ngram": f"{own}+ngram"}
     options.quiet_transformers()
-    results = run(
-        target,
-        drafters,
-        suite,
-        output,
+    config = BenchConfig(
         limit=limit,
         deepen=deepen,
         dtypes=tuple(dtype or ("auto",)),
@@ -103,7 +100,7 @@ def _bench(
         device=device,
         note=note,
     )
-    report(results)
+    report(run(target, drafters, suite, output, config))
 
 
 @bench.command()

@@ -12,7 +12,7 @@ from coral.cli import options
 from coral.errors import CoralError
 
 if TYPE_CHECKING:
-    from coral.data.regenerate import Answer
+    from coral.data.jobs import Answer
     from coral.target.target import Target
 
 data = typer.Typer(no_args_is_help=True, help="Turn conversations into training data.")
@@ -64,7 +64,9 @@ def prepare(
     """Render conversations through the chat template and mark what the target is to write."""
     from rich.console import Console
 
-    from coral.data import prepared
+    from coral.data.prepare import PrepareConfig
+    from coral.data.prepare import prepare as run
+    from coral.data.prepared import report
     from coral.data.preview import preview_sources
 
     if output is None and not preview:
@@ -75,19 +77,8 @@ def prepare(
         preview_sources(sources, loaded, Console(), last_turn_only=last_turn_only)
         return
     assert output is not None
-    info = prepared.prepare(
-        sources,
-        loaded,
-        output,
-        max_length=max_length,
-        pack=pack,
-        held_out=held_out,
-        seed=seed,
-        limit=limit,
-        last_turn_only=last_turn_only,
-        console=Console(stderr=True),
-    )
-    print(prepared.report(info))
+    config = PrepareConfig(max_length, pack, held_out, seed, limit, last_turn_only)
+    print(report(run(sources, loaded, output, config, console=Console(stderr=True))))
 
 
 @data.command()
@@ -175,11 +166,8 @@ def regenerate(
         console=console,
     )
     print(result)
-    if servers and not servers.alive:
-        why = ", ".join(f"{each.url}: {each.dead}" for each in servers.endpoints)
-        raise CoralError(
-            f"no endpoint answers any more ({why}); start one, and run the same command to go on."
-        )
+    if servers:
+        servers.refuse_dead()
 
 
 def _written_by(
@@ -245,11 +233,12 @@ def features(
     """Store the target's features of prepared data: many runs then train without running the target."""
     from rich.console import Console
 
-    from coral.data import prepared, shards
+    from coral.data import prepared
+    from coral.data.write_shards import store as run
 
     rows = prepared.load(data)
     loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows, reads_much=True)
-    stored = shards.store(
+    stored = run(
         loaded,
         rows,
         output,

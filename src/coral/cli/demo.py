@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from coral.errors import CoralError
+from coral.progress import spinner
 from coral.target import default as models
-from coral.waiting import waiting
 
 if TYPE_CHECKING:
     from coral.api import Pair
@@ -53,7 +53,7 @@ def run(max_new_tokens: int, dtype: str, budget: Budget | None) -> None:
         CoralError: SmolLM2 cannot be fetched, and this is no checkout, which has a toy to show instead.
     """
     console = Console(highlight=False, soft_wrap=True)
-    with waiting("Loading SmolLM2"):
+    with spinner("Loading SmolLM2"):
         source, drafter = None, models.DRAFTER
         try:
             models.fetch()
@@ -88,7 +88,7 @@ def _write(pair: Pair, max_new_tokens: int, console: Console) -> dict[str, _Row]
     plain, generate = Pair(pair.target, Plain(), pair.budget), hugging_face(pair.target)
     rows = {name: _Row() for name in ("Hugging Face generate", "plain", "CORAL")}
     few = min(HF_TOKENS, max_new_tokens)
-    with waiting("Warming up"):
+    with spinner("Warming up"):
         for warm in (plain, pair):
             list(warm.generate(PROMPTS[0][1], max_new_tokens=4))
         generate(pair.encode(PROMPTS[0][1]), Sampling(), 0, 2)
@@ -99,7 +99,7 @@ def _write(pair: Pair, max_new_tokens: int, console: Console) -> dict[str, _Row]
         _, cycles = stream(pair, pair.cycles(state), (), True, console)
         seconds = perf_counter() - begin
         console.print()
-        with waiting("The same by plain steps and by Hugging Face"):
+        with spinner("The same by plain steps and by Hugging Face"):
             begin = perf_counter()
             alone = plain.start(prompt, max_new_tokens=max_new_tokens)
             list(plain.cycles(alone))

@@ -15,13 +15,13 @@ from coral.errors import CoralError
 
 def export(
     drafter: Annotated[str, typer.Argument(help="Drafter that `coral train` wrote: a directory or hub id.")],
-    to: Annotated[str, typer.Option(help="vllm, vllm-coral, sglang, eagle or speculators.")],
+    to: Annotated[str, typer.Option(help="vllm, vllm-coral, sglang or eagle.")],
     output: Annotated[Path, typer.Option(help="Directory to write: new, empty or an older export.")],
     target: Annotated[
         str | None,
         typer.Option(
-            help="Target: a directory or hub id, named in the command that serves; eagle and speculators "
-            "read it. Default: the one that the drafter was trained for."
+            help="Target: a directory or hub id, named in the command that serves; eagle reads it. "
+            "Default: the one that the drafter was trained for."
         ),
     ] = None,
     dtype: Annotated[
@@ -44,8 +44,6 @@ def export(
                  train-head --kind static) goes along as its token map.
     eagle        The EAGLE code base: pytorch_model.bin with the target's
                  embedding.
-    speculators  The `eagle` format of the speculators library up to 0.6, for
-                 archives: no engine serves it.
 
     What a format cannot carry is refused by name; heads that it has no place for are left out, and named.
     `coral import` reads each of them back.
@@ -55,7 +53,6 @@ def export(
     from coral.drafters import checkpoint
     from coral.export import write
     from coral.target import default as models
-    from coral.target.gguf.names import is_gguf
 
     format = write.find(to)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -70,9 +67,7 @@ def export(
         known = None if target == models.SMOLLM2.name else target  # which is at hand, or fetched
         loaded = options.load_target(known, "auto", None, revision, trust_remote_code)
     asked = None if dtype == "auto" else getattr(torch, dtype)
-    convert = is_gguf(target)  # engines serve Hugging Face directories
-    name = Path(target).name.replace(":", "-")
-    served = f"{name[:-5] if name.lower().endswith('.gguf') else name}-hf" if convert else target
+    served = _served(target)
     done = write.export(directory, to, output, served=served, target=loaded, dtype=asked, head=head)
     print(f"drafter for {to}: {output}")
     if done.token_map is not None:
@@ -92,13 +87,20 @@ def export(
             "no token map: for drafting with fewer ids, run `coral train-head "
             f"{drafter} --data DATA --kind static`, and export again"
         )
-    if not done.command:
-        print(f"no engine serves a {to} directory")
-        return
     print("serve it with:")
-    if convert:
+    if served != target:
         print(f"coral convert {shlex.quote(target)} {shlex.quote(served)}")
     print(done.command)
+
+
+def _served(target: str) -> str:
+    """What an engine serves: the target, or the Hugging Face directory that a GGUF file is converted to."""
+    from coral.target.gguf.names import is_gguf
+
+    if not is_gguf(target):
+        return target
+    name = Path(target).name.replace(":", "-")
+    return f"{name[:-5] if name.lower().endswith('.gguf') else name}-hf"
 
 
 def import_(

@@ -22,7 +22,7 @@ from coral.cli.hub import push
 from coral.cli.tune import expect, tune
 from coral.errors import CoralError
 from coral.native.memory import keep_freed_memory, seconds_alive, uncollected
-from coral.waiting import waiting
+from coral.progress import spinner
 
 _LONG = 300.0
 """Seconds of training after which what was gained is worth half a minute of measuring."""
@@ -84,7 +84,7 @@ def generate(
         raise CoralError("the prompt is empty; write something to answer or to go on with.")
     if prompt is None and not chat:
         raise CoralError("--raw goes on with a text; give one as the prompt, or leave --raw out to chat.")
-    with waiting("Loading"), uncollected():
+    with spinner("Loading"), uncollected():
         from coral.api import load
         from coral.cli import chat as chat_
         from coral.decoding.sampling import Sampling
@@ -171,7 +171,7 @@ def train(
 
     `accelerate launch -m coral train ...` trains in several processes, on one machine or more.
     """
-    with waiting("Loading"):
+    with spinner("Loading"):
         from coral.bench.acceptance import acceptance
         from coral.data import shards
         from coral.training import parallel

@@ -10,7 +10,7 @@ import typer
 
 from coral.errors import CoralError
 from coral.files import refuse_missing
-from coral.waiting import waiting
+from coral.progress import spinner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -191,7 +191,7 @@ def load_target(
         )
         dtype = "float32"
     placed: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": device_map}
-    with waiting(f"Loading {target or models.SMOLLM2.name}"):
+    with spinner(f"Loading {target or models.SMOLLM2.name}"):
         if target is None:
             loaded = (models.load_to_write if to_write else models.load)(**placed)
         else:
@@ -206,7 +206,7 @@ def _is_slow_in_bfloat16() -> bool:
     """Whether the CPU lacks instructions for many rows of bfloat16."""
     import torch
 
-    from coral.machine import has_fast_bfloat16
+    from coral.device import has_fast_bfloat16
 
     return not has_fast_bfloat16(torch.device("cpu"))
 

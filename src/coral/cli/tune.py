@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,12 +9,11 @@ import typer
 
 from coral.cli import options
 from coral.errors import CoralError
-from coral.waiting import waiting
+from coral.progress import spinner
 
 if TYPE_CHECKING:
     from coral.data.prepared import PreparedData
     from coral.target.target import Target
-    from coral.tuning.run import Tuned
 
 
 def tune(
@@ -57,17 +55,19 @@ def tune(
     best one then decodes the same prompts for real. `coral generate` and `coral bench` use it from then on,
     on this device, with this dtype, head, number of layers and --compile, unless --tree is given.
     """
-    with waiting("Loading"):
-        from coral.api import make_proposer, read_name
-        from coral.bench.deepen import deepen as deepen_
+    with spinner("Loading"):
+        from rich.console import Console
+
+        from coral.api import read_name
+        from coral.bench.deepen import append_layers
         from coral.data import shards
         from coral.decoding.sampling import Sampling
-        from coral.drafters import checkpoint, tuned
+        from coral.drafters import checkpoint
         from coral.drafters.heads import store as heads
-        from coral.locks import locked
         from coral.target import default as models
         from coral.target.native import suits
-        from coral.tuning.run import tune as run
+        from coral.tuning.table import summary, table
+        from coral.tuning.tune import tune_drafter
 
     sampling = Sampling(temperature, seed=seed)  # refuses what is out of range before any weight is read
     if drafter is None and target is not None:
@@ -79,35 +79,30 @@ def tune(
     kind = heads.resolve(directory, head)
     rows = shards.load(data) if data is not None else None
     loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows, to_write=True)
-    if deepen:
-        if loaded.blocks is not None:
-            raise CoralError("appended layers have no packed blocks; leave out --deepen, or use dtype auto.")
-        deepen_(loaded.model, deepen)
-    compile = suits(loaded) if compile is None else compile
-    place = tuned.Place.of(loaded, kind, compile)
-    with locked(directory) if write else nullcontext():
-        tuned.find(directory, place)  # a file that cannot be read is refused before minutes of work
-        found = run(
-            loaded,
-            lambda target: make_proposer(target, directory, head=kind),
-            _prompts(loaded, rows)[:prompts],
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            compile=compile,
-        )
-        _show(found)
-        if write:
-            path = tuned.save(directory, place, found.best.budget, found.predicted, found.achieved)
-            print(f"tree {found.best.budget}: {path}")
-        else:
-            print(f"not written down; to use it: --tree {found.best.budget}")
+    append_layers(loaded, deepen)
+    found, path = tune_drafter(
+        loaded,
+        directory,
+        kind,
+        _prompts(loaded, rows)[:prompts],
+        compile=suits(loaded) if compile is None else compile,
+        write=write,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+    )
+    Console(width=100).print(table(found))
+    print(summary(found))
+    if path is None:
+        print(f"not written down; to use it: --tree {found.best.budget}")
+    else:
+        print(f"tree {found.best.budget}: {path}")
 
 
 def expect(target: Target, drafter: Path, prompts: list[list[int]]) -> None:
     """Say what a drafter that was just trained gains here, by tuning on a few prompts."""
     from coral.api import make_proposer
     from coral.target.native import suits
-    from coral.tuning.run import tune as run
+    from coral.tuning.tune import tune as run
 
     found = run(
         target,
@@ -123,42 +118,10 @@ def expect(target: Target, drafter: Path, prompts: list[list[int]]) -> None:
 
 
 def _prompts(target: Target, rows: PreparedData | None) -> list[list[int]]:
-    from coral.suites.prompts import Prompt, render
-    from coral.tuning.prompts import PROMPTS
+    from coral.tuning.tune import general_prompts
 
     if rows is None:
-        return [render(target.tokenizer, Prompt("", "", (text,))) for text in PROMPTS]
+        return general_prompts(target)
     if not rows.held_out_prompts:
         raise CoralError("the data holds no held-out prompts; prepare it with --held-out above 0.")
     return rows.held_out_prompts
-
-
-def _show(found: Tuned) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Predicted, without prefill; tree is TOP_K,MAX_DEPTH,NUM_NODES,MIN_GAIN")
-    for column in ("tree", "tau", "draft steps", "nodes", "tokens/s", "speedup"):
-        table.add_column(column, justify="left" if column == "tree" else "right")
-    rows = {f"{one.budget}": one for one in found.candidates[:5]}
-    rows[f"{found.default.budget} (built in)"] = found.default
-    rows[f"plain ({'padded to 2 rows' if found.plain_rows == 2 else '1 row'})"] = found.plain
-    for name, one in rows.items():
-        table.add_row(
-            name,
-            f"{one.tau:.2f}",
-            f"{one.steps:.2f}",
-            f"{one.nodes:.1f}",
-            f"{one.tokens_per_second:.1f}",
-            f"{one.speedup:.2f}x",
-        )
-    Console(width=100).print(table)
-    fast, slow = found.decoded
-    print(
-        f"decoded with the best: {fast:.1f} tokens/s, plain {slow:.1f}; predicted {found.predicted:.2f}x, "
-        f"achieved {found.achieved:.2f}x, deviation {found.deviation:+.0%}"
-    )
-    if abs(found.deviation) > 0.1:
-        print("That is more than 10%: the machine was busy, perhaps. Tune again when it is not.")
-    if found.achieved < 1:
-        print("No tree pays here: plain decoding (--drafter plain) is faster than the best one.")

@@ -18,7 +18,7 @@ class Outcome:
 
 @dataclass
 class Regenerated:
-    """Where every record of the input went: input = written + skipped + failed."""
+    """Counts of where the records of the input went: input = written + skipped + failed."""
 
     written: int = 0
     unfinished: int = 0  # of those written: their last answer did not end
@@ -39,7 +39,7 @@ class Regenerated:
         return f"{self.answered / seconds:,.1f} answers/s, {self.tokens / seconds:,.0f} tokens/s"
 
     def account(self) -> dict[str, Any]:
-        """The numbers, for a file."""
+        """The counts as OUTPUT.account.json holds them."""
         return {
             "input": self.input,
             "written": self.written,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 from coral.data.chat_format import ChatFormat
 from coral.data.conversations import BadRecordError
-from coral.data.regenerate import Answer, Job
+from coral.data.jobs import Answer, Job
 from coral.errors import CoralError
 
 if TYPE_CHECKING:

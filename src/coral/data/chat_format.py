@@ -50,7 +50,7 @@ class Example:
 
 
 class ChatFormat:
-    """A tokenizer's chat template, with what was found out about it: the end token, what follows an answer.
+    """A tokenizer's chat template, with its end token and the text that it writes behind an answer.
 
     Raises:
         CoralError: the tokenizer has no chat template, or one that does not print answers.
@@ -268,6 +268,6 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def end_answers(target: Any) -> None:
-    """Let texts of a target end where answers end in its chat template, too, whatever its config says."""
+    """Add the token that ends an answer in the chat template to the target's end tokens."""
     if target.tokenizer is not None and (end := end_of_turn(target.tokenizer)) is not None:
         target.eos_ids |= {end}

@@ -189,7 +189,7 @@ def _turns(record: dict[str, Any]) -> tuple[str, list[Any]]:
 
 
 def _said(said: Any, role: str) -> Any:
-    """A text as the one turn that it is."""
+    """A plain text as a single turn."""
     return [{"role": role, "content": said}] if isinstance(said, str) else said
 
 

@@ -20,7 +20,7 @@ import httpx2
 from rich.console import Console
 
 from coral.data.conversations import Message
-from coral.data.regenerate import Answer, Job
+from coral.data.jobs import Answer, Job
 from coral.data.replies import (
     HEADERS,
     LARGEST_LIST,
@@ -42,7 +42,7 @@ _UNREACHABLE = "the endpoint cannot be reached"
 
 @dataclass
 class Endpoint:
-    """A server by its base address (which ends in /v1, usually), and how it has been doing."""
+    """A server by its base address (usually ending in /v1), with its load and failures."""
 
     url: str
     busy: int = 0
@@ -75,6 +75,14 @@ class Servers:
     def alive(self) -> list[Endpoint]:
         return [endpoint for endpoint in self.endpoints if not endpoint.dead]
 
+    def refuse_dead(self) -> None:
+        """Raise CoralError when no endpoint is left."""
+        if not self.alive:
+            why = ", ".join(f"{each.url}: {each.dead}" for each in self.endpoints)
+            raise CoralError(
+                f"no endpoint answers any more ({why}); start one, and run the same command to go on."
+            )
+
     def leave_out(self, endpoint: Endpoint, why: str) -> None:
         """Ask this endpoint nothing more, and say so."""
         if not endpoint.dead:
@@ -86,7 +94,7 @@ class Servers:
         return line(redacted(text, self.api_key))
 
     def most_bytes(self, max_new_tokens: int) -> int:
-        """Of a reply: far more than any tokenizer's longest tokens, escaped, and what stands around them."""
+        """Upper bound of a reply's size: far more than the longest tokens, escaped, with their JSON."""
         return (1 << 20) + 256 * max_new_tokens
 
 
@@ -239,7 +247,7 @@ async def _request(
 
 
 def _strike(servers: Servers, endpoint: Endpoint, failure: FailedError, last: bool) -> None:
-    """Count a failure of the endpoint itself, and leave it out when there is no more hope."""
+    """Count a failure of the endpoint itself, and leave it out when it has failed for too long."""
     if failure.status == 429:  # it is busy, not broken
         return
     if failure.status in OF_THE_ENDPOINT:
@@ -262,7 +270,7 @@ async def _ask(
 
 
 def _models(client: httpx2.Client, url: str) -> list[str]:
-    """Names that the endpoint serves; none if it does not tell."""
+    """Names of the models that the endpoint serves; empty if it does not list them."""
     try:
         with client.stream("GET", f"{url}/models") as response:
             return read_models(receive_now(response, LARGEST_LIST, 3 * CONNECT))

@@ -12,12 +12,12 @@ LARGEST = torch.finfo(DTYPE).max  # 448
 
 
 def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
-    """[L,h] of any float dtype -> the same as float8, and the float32 scales [L] to multiply it by."""
+    """Quantise [L,h] to float8; returned with the float32 scales [L] that multiply it."""
     features = features.float()
     scales = (features.abs().amax(-1) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
     return (features / scales[:, None]).to(DTYPE), scales
 
 
 def restore(quantised: Tensor, scales: Tensor) -> Tensor:
-    """What `quantise` was given, rounded: float32 [L,h]."""
+    """Dequantise: float32 [L,h]."""
     return quantised.float() * scales[:, None]

@@ -54,7 +54,7 @@ def json_records(path: Path) -> Iterator[bytes]:
 
 
 def _opened(path: Path) -> io.BufferedReader:
-    """The file unpacked, and in UTF-8."""
+    """The file, decompressed and in UTF-8."""
     with path.open("rb") as raw:
         magic = raw.read(8)
     for begin, name in _FOREIGN.items():
@@ -73,7 +73,7 @@ def _opened(path: Path) -> io.BufferedReader:
 
 
 class _Recoded(io.RawIOBase):
-    """Text as bytes of UTF-8; half a surrogate pair is left for the record to be refused by."""
+    """Text as UTF-8 bytes. An unpaired surrogate is kept, so that its record is refused."""
 
     def __init__(self, text: io.TextIOWrapper) -> None:
         self.text, self.rest = text, b""

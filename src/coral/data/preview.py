@@ -9,7 +9,7 @@ from rich.text import Text
 
 from coral.data.chat_format import ChatFormat, Example
 from coral.data.conversations import BadRecordError, Dropped, read
-from coral.data.prepared import because
+from coral.data.prepare import because
 from coral.data.sources import Source
 from coral.errors import CoralError
 

@@ -16,8 +16,6 @@ what was asked for, and where every record went. So a run that was stopped goes 
 after it has read the sources once to see by the digests that each still holds what was asked.
 """
 
-import hashlib
-import heapq
 import json
 import math
 import time
@@ -25,63 +23,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from rich.console import Console
 
 from coral.data.account import Outcome, Regenerated
-from coral.data.conversations import Dropped, Message, read
+from coral.data.conversations import Dropped
+from coral.data.jobs import Answer, Job, draw, jobs_of
 from coral.data.sources import Source, listed, size
 from coral.errors import CoralError
 from coral.files import atomic_text
 from coral.locks import locks_output
 from coral.progress import bar, counted
-
-
-@dataclass
-class Job:
-    """One conversation on its way: a turn moves from `users` to `messages` when it is asked."""
-
-    source: str
-    sequence_id: int  # number of the record among those that can be read
-    temperature: float
-    users: list[Message]
-    messages: list[Message]
-    digest: str = ""  # of the turns that are to be asked
-    asked: bool = False
-    tokens: int = 0  # written for it
-    problem: str = "no usable answer"  # why, if nothing was answered: the same for all with the same fault
-    detail: str = ""  # what only this one has to say of it
-    lasting: bool = True  # asking again would end in the same way
-    before: Outcome | None = None  # of an earlier run; then nothing is asked
-
-    @property
-    def answered(self) -> bool:
-        return any(message["role"] == "assistant" for message in self.messages)
-
-    @property
-    def outcome(self) -> Outcome:
-        if self.before:
-            return self.before
-        if self.answered:
-            return Outcome(unfinished="finished" in self.messages[-1])
-        return Outcome(problem=self.problem, detail=self.detail)
-
-    def take(self, text: str, finished: bool, keep_unfinished: bool) -> bool:
-        """Add the answer to the last turn asked; returns whether the next turn is to be asked.
-
-        A conversation ends with the answers it has at one that is empty, or unfinished.
-        """
-        if not text.strip() or not (finished or keep_unfinished):
-            self.messages.pop()  # the user turn that has no answer
-            return False
-        answer: Message = {"role": "assistant", "content": text}
-        self.messages.append(answer if finished else answer | {"finished": False})
-        return finished and bool(self.users)
-
-
-# Asks the turns of the jobs and hands each job to the second argument, in any order, once it is through.
-Answer: TypeAlias = Callable[[Iterator[Job], Callable[[Job], None]], None]
 
 
 @locks_output
@@ -109,101 +62,99 @@ def regenerate(
     """
     output, sources = Path(output), listed(sources)
     temperatures = [temperatures] if isinstance(temperatures, int | float) else list(temperatures)
+    _refuse_request(sources, output, temperatures, (limit, max_turns))
+    asked = {
+        "sources": sources, "temperatures": list(temperatures), "limit": limit,
+        "max_turns": max_turns, **settings,
+    }  # fmt: skip
+    total = size(sources)
+    files = _Files(output)
+    earlier = files.earlier(asked)
+    result, begin = Regenerated(), time.monotonic()
+    drawn: list[Job] | None = None
+    if limit is not None:
+        with bar(console, "drawing", total) as advance:
+            every = jobs_of(sources, temperatures, max_turns, result.skipped)
+            drawn = draw(counted(every, advance, result.skipped), limit, settings["seed"], result.skipped)
+        total = len(drawn)
+
+    def jobs(skipped: Dropped) -> Iterator[Job]:
+        return jobs_of(sources, temperatures, max_turns, skipped) if drawn is None else iter(drawn)
+
+    if earlier:
+        _refuse_changed(output, earlier, jobs(Dropped()))
+    todo = jobs(result.skipped)
+    if (first := next(todo, None)) is None:
+        raise _nothing_to_ask(result.skipped)
+    shown = result.input if drawn is not None else 0  # of the records, on the bar
+    files.save(asked)
+    with bar(console, "regenerating", total) as advance:
+        writer = _Writer(files, settings, result, begin, advance, shown)
+        try:
+            answer(_known(chain([first], todo), earlier), writer.finish)
+            writer.show()  # records behind the last that was asked
+        finally:  # also after Ctrl-C: what was finished is counted
+            files.save(asked, result)
+    return result
+
+
+def _refuse_request(
+    sources: Sequence[Source], output: Path, temperatures: Sequence[float], counts: Sequence[int | None]
+) -> None:
+    """Raise CoralError for what cannot be asked, before a source is read."""
     if not temperatures or not all(math.isfinite(each) and each >= 0 for each in temperatures):
         raise CoralError("temperatures must be one or more numbers of at least 0.")
-    if any(n is not None and n < 1 for n in (limit, max_turns)):
+    if any(n is not None and n < 1 for n in counts):
         raise CoralError("limit and max_turns must be at least 1.")
     if output.suffix != ".jsonl" or output.resolve() in {Path(source).resolve() for source in sources}:
         raise CoralError(f"{output} cannot be the output; choose a file of its own that ends in .jsonl.")
     if len({*sources}) < len(sources):
         raise CoralError("a source is named twice; name each once, for a record is known by its source.")
-    total = size(sources)
-    asked = {
-        "sources": sources, "temperatures": list(temperatures), "limit": limit,
-        "max_turns": max_turns, **settings,
-    }  # fmt: skip
-    failures, account = output.with_suffix(".failed.jsonl"), output.with_suffix(".account.json")
-    earlier = _earlier(output, failures, account, asked)
-    result, begin = Regenerated(), time.monotonic()
-    jobs = _jobs(sources, temperatures, max_turns, result.skipped)
-    drawn: list[Job] | None = None
-    if limit is not None:
-        with bar(console, "drawing", total) as advance:
-            drawn = _draw(counted(jobs, advance, result.skipped), limit, settings["seed"], result.skipped)
-        jobs, total = iter(drawn), len(drawn)
-    if earlier:
-        now = _jobs(sources, temperatures, max_turns, Dropped()) if drawn is None else iter(drawn)
-        _refuse_changed(output, earlier, now)
-    if (first := next(jobs, None)) is None:
-        raise CoralError(
-            "the sources hold no conversation to regenerate; name files with user turns"
-            f"{f': {result.skipped}' if result.skipped.total else ''}."
-        )
-    shown = result.input if drawn is not None else 0  # of the records, on the bar
-    atomic_text(account, json.dumps({"asked": asked}) + "\n")
-
-    def begun() -> Iterator[Job]:
-        for job in chain([first], jobs):
-            job.before = earlier.pop(job.source, None)
-            yield job
-
-    with bar(console, "regenerating", total) as advance:
-
-        def finish(job: Job) -> None:
-            nonlocal shown
-            _count(job, result)
-            regenerated = {"temperature": job.temperature, **settings}
-            if not job.before and job.answered:
-                record = {"messages": job.messages, "source": job.source, "digest": job.digest}
-                _append(output, {**record, "regenerated": regenerated})
-            elif not job.before and job.asked and job.lasting:
-                known = {"source": job.source, "digest": job.digest}
-                _append(failures, {**known, "problem": job.problem, "detail": job.detail})
-            result.seconds = time.monotonic() - begin
-            advance(result.input - shown, note=result.speed)
-            shown = result.input
-
-        try:
-            answer(begun(), finish)
-            advance(result.input - shown, note=result.speed)  # records behind the last that was asked
-        finally:  # also after Ctrl-C: what was finished is counted
-            atomic_text(account, json.dumps({"asked": asked, **result.account()}, indent=2) + "\n")
-    return result
 
 
-def _jobs(
-    sources: Sequence[Source], temperatures: Sequence[float], max_turns: int | None, skipped: Dropped
-) -> Iterator[Job]:
-    """One job for each record that can be read and does not repeat another; the rest goes to `skipped`."""
-    seen: set[int] = set()
-    for index, conversation in enumerate(read(sources, skipped, prompts_only=True)):
-        temperature = temperatures[index % len(temperatures)]
-        if temperature == 0:
-            turns = hash(tuple(m["content"] for m in conversation.messages if m["role"] != "assistant"))
-            if turns in seen:
-                skipped.counts["same turns as an earlier record at temperature 0"] += 1
-                continue
-            seen.add(turns)
-        users = [message for message in conversation.messages if message["role"] == "user"][:max_turns]
-        system = [message for message in conversation.messages if message["role"] == "system"]
-        said = json.dumps([[message["role"], message["content"]] for message in (*system, *users)])
-        digest = hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
-        yield Job(conversation.where, index, temperature, users, system, digest)
+def _nothing_to_ask(skipped: Dropped) -> CoralError:
+    return CoralError(
+        "the sources hold no conversation to regenerate; name files with user turns"
+        f"{f': {skipped}' if skipped.total else ''}."
+    )
 
 
-def _draw(jobs: Iterator[Job], count: int, seed: int, skipped: Dropped) -> list[Job]:
-    """`count` of the jobs, drawn evenly in one pass: those with the smallest digests."""
-    seen = 0
+def _known(jobs: Iterator[Job], earlier: dict[str, Outcome]) -> Iterator[Job]:
+    """The jobs, each with its outcome of an earlier run."""
+    for job in jobs:
+        job.before = earlier.pop(job.source, None)
+        yield job
 
-    def digest(job: Job) -> bytes:
-        nonlocal seen
-        seen += 1
-        return hashlib.blake2b(f"{seed} {job.source}".encode(), digest_size=12).digest()
 
-    drawn = heapq.nsmallest(count, jobs, key=digest)
-    if seen > count:
-        skipped.counts["beyond the limit (--limit)"] += seen - count
-    return drawn
+@dataclass
+class _Writer:
+    """Writes down each job that is through, counts it, and moves the bar.
+
+    shown: how many records the bar has counted.
+    """
+
+    files: "_Files"
+    settings: dict[str, Any]
+    result: Regenerated
+    begin: float
+    advance: Callable[..., None]
+    shown: int
+
+    def finish(self, job: Job) -> None:
+        _count(job, self.result)
+        known = {"source": job.source, "digest": job.digest}
+        if not job.before and job.answered:
+            regenerated = {"temperature": job.temperature, **self.settings}
+            record = {"messages": job.messages, **known, "regenerated": regenerated}
+            _append(self.files.output, record)
+        elif not job.before and job.asked and job.lasting:
+            _append(self.files.failures, {**known, "problem": job.problem, "detail": job.detail})
+        self.result.seconds = time.monotonic() - self.begin
+        self.show()
+
+    def show(self) -> None:
+        self.advance(self.result.input - self.shown, note=self.result.speed)
+        self.shown = self.result.input
 
 
 def _count(job: Job, result: Regenerated) -> None:
@@ -231,34 +182,57 @@ def _append(path: Path, record: dict[str, Any]) -> None:
         ) from error
 
 
-def _earlier(output: Path, failures: Path, account: Path, asked: dict[str, Any]) -> dict[str, Outcome]:
-    """Where an earlier run of the same command left which record, by source.
+@dataclass(frozen=True)
+class _Files:
+    """The output and what stands beside it, see the head of this file."""
 
-    Raises:
-        CoralError: what is there was written by something else, or with other sources or settings.
-    """
-    if not account.exists():
-        if output.exists() and output.stat().st_size:
-            raise _foreign(output, f"there is no {account.name}")
-        return {}
-    try:
-        before = json.loads(account.read_text(encoding="utf-8"))["asked"]
-        differing = [key for key in asked if before.get(key) != asked[key]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _foreign(output, f"{account.name} cannot be read") from error
-    if differing:
-        key = differing[0]
-        raise _foreign(output, f"{key} was {before.get(key)!r} and is {asked[key]!r}")
+    output: Path
+
+    @property
+    def failures(self) -> Path:
+        return self.output.with_suffix(".failed.jsonl")
+
+    @property
+    def account(self) -> Path:
+        return self.output.with_suffix(".account.json")
+
+    def save(self, asked: dict[str, Any], result: Regenerated | None = None) -> None:
+        """Write the account: what was asked for, and where the records went."""
+        content = {"asked": asked, **(result.account() if result else {})}
+        atomic_text(self.account, json.dumps(content, indent=2 if result else None) + "\n")
+
+    def earlier(self, asked: dict[str, Any]) -> dict[str, Outcome]:
+        """Where an earlier run of the same command left which record, by source.
+
+        Raises:
+            CoralError: what is there was written by something else, or with other sources or settings.
+        """
+        if not self.account.exists():
+            if self.output.exists() and self.output.stat().st_size:
+                raise _foreign(self.output, f"there is no {self.account.name}")
+            return {}
+        try:
+            before = json.loads(self.account.read_text(encoding="utf-8"))["asked"]
+            differing = [key for key in asked if before.get(key) != asked[key]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise _foreign(self.output, f"{self.account.name} cannot be read") from error
+        if differing:
+            key = differing[0]
+            raise _foreign(self.output, f"{key} was {before.get(key)!r} and is {asked[key]!r}")
+        return _outcomes(self.output) | _outcomes(self.failures)
+
+
+def _outcomes(path: Path) -> dict[str, Outcome]:
+    """Where the records in one file of an earlier run went, by source."""
     found: dict[str, Outcome] = {}
-    for path in (output, failures):
-        for number, line in enumerate(_whole_lines(path), start=1):
-            try:
-                record = json.loads(line)
-                unfinished = "messages" in record and "finished" in record["messages"][-1]
-                said = (str(record.get(name, "")) for name in ("problem", "detail", "digest"))
-                found[record["source"]] = Outcome(unfinished, *said)
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-                raise _foreign(path, f"line {number}") from error
+    for number, line in enumerate(_whole_lines(path), start=1):
+        try:
+            record = json.loads(line)
+            unfinished = "messages" in record and "finished" in record["messages"][-1]
+            said = (str(record.get(name, "")) for name in ("problem", "detail", "digest"))
+            found[record["source"]] = Outcome(unfinished, *said)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+            raise _foreign(path, f"line {number}") from error
     return found
 
 

@@ -57,7 +57,7 @@ async def receive(response: httpx2.Response, most: int) -> Reply:
 
 
 def receive_now(response: httpx2.Response, most: int, seconds: float) -> Reply:
-    """The same without asyncio, and where it takes longer than `seconds`."""
+    """`receive` without asyncio; it also fails after `seconds`."""
     pieces, begin = _Pieces(response, most), time.monotonic()
     for piece in response.iter_raw():
         pieces.add(piece)
@@ -102,7 +102,7 @@ def read_answer(reply: Reply, max_new_tokens: int) -> tuple[str, bool, int]:
 
 
 def read_models(reply: Reply) -> list[str]:
-    """Names that an endpoint serves, of `/models`; none if it does not tell."""
+    """Names of the models in a reply of `/models`; empty if it lists none."""
     if reply.status == 404:
         return []
     refuse_error(reply)
@@ -126,7 +126,7 @@ def refuse_error(reply: Reply) -> None:
 
 
 def _message(content: bytes) -> str:
-    """What the server says of an error."""
+    """The server's message about an error."""
     try:
         reply = json.loads(content)
         error = reply.get("error", reply)
@@ -136,7 +136,7 @@ def _message(content: bytes) -> str:
 
 
 def retry_after(given: str) -> float:
-    """Seconds that the server asks to wait (given as such, or as a date); 0 if it does not."""
+    """Seconds of the Retry-After header (a number or a date); 0 without one."""
     try:
         seconds = float(given)
     except ValueError:
@@ -148,7 +148,7 @@ def retry_after(given: str) -> float:
 
 
 def line(text: str) -> str:
-    """Text of others in one short line, without what would drive a terminal."""
+    """Foreign text in one short line, without control characters."""
     clean = "".join(c if c.isprintable() else " " for c in text[:10_000])
     return " ".join(clean.encode(errors="replace").decode().split())[:200]
 

@@ -10,7 +10,7 @@ _FIELDS = (("input_ids", "i4"), ("loss_mask", "?"), ("document_starts", "i4"))
 
 
 class RowsDigest:
-    """Of the rows that were added, in their order; `str` of it is 16 hexadecimal digits."""
+    """Hashes rows in the order in which they are added; its `str` has 16 hexadecimal digits."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()

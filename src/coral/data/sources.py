@@ -53,7 +53,7 @@ def records(sources: Source | Sequence[Source]) -> Iterator[tuple[str, Record]]:
 
 
 def size(sources: Source | Sequence[Source]) -> int | None:
-    """How many records there are; None with a dataset of the hub that does not say it.
+    """Number of records; None for a dataset of the hub that does not state it.
 
     Raises:
         CoralError: a source is missing or cannot be read to its end.
@@ -70,7 +70,7 @@ def size(sources: Source | Sequence[Source]) -> int | None:
 
 @contextmanager
 def _readable(part: Source) -> Iterator[None]:
-    """Whatever the disk, the hub or the format raises in this block becomes one sentence."""
+    """Turn what the disk, the hub or the format raises in this block into a CoralError of one sentence."""
     try:
         yield
     except CoralError:
@@ -83,13 +83,13 @@ def _readable(part: Source) -> Iterator[None]:
 
 
 def _parts(sources: Source | Sequence[Source]) -> Iterator[Source]:
-    """Datasets of the hub as they are, and files: those of a directory one by one."""
+    """Yield datasets of the hub and files; a directory yields its files."""
     for source in listed(sources):
         yield from [source] if source.startswith("hub:") else _files(Path(source))
 
 
 def listed(sources: Source | Sequence[Source]) -> list[str]:
-    """The sources as text; one alone is a list of one, and not of its letters."""
+    """The sources as a list of texts; a single one becomes a list of one."""
     return [str(sources)] if isinstance(sources, str | Path) else [*map(str, sources)]
 
 
@@ -109,7 +109,7 @@ def _files(source: Path) -> list[Path]:
 
 
 def _is_source(path: Path) -> bool:
-    """Whether a path in a directory is one of its sources: not so what is hidden, such as a cache's notes."""
+    """Whether a path in a directory is a source. Hidden files, such as those of a cache, are none."""
     hidden = any(part.startswith(".") for part in path.parts)
     return path.name.endswith(_KINDS) and not path.name.endswith(_OURS) and not hidden
 

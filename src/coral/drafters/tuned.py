@@ -1,7 +1,7 @@
 """The draft trees that `coral tune` found for a drafter: `coral/trees.json` in the drafter's directory.
 
-One entry for each place where it was tuned, since the best tree follows from what verification and drafting
-cost there.
+There is one entry for each set of conditions, since the best tree follows from what verification and drafting
+cost under them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from coral import __version__, json_file
+from coral.device import device_name
 from coral.files import atomic_text
 from coral.json_file import STRICT, Seconds
-from coral.machine import device_name
 from coral.target.target import Target
 from coral.tree import Budget
 
@@ -24,8 +24,8 @@ _FILE = Path("coral") / "trees.json"
 
 
 @dataclass(frozen=True)
-class Place:
-    """What the costs of a tree depend on, beside the drafter.
+class Conditions:
+    """What the best tree depends on, beside the drafter.
 
     device: the GPU's name or the CPU's model; threads: those of the CPU, 0 on a GPU. layers: the target's.
     head: the kind of the drafter's LM head.
@@ -39,7 +39,7 @@ class Place:
     head: str
 
     @classmethod
-    def of(cls, target: Target, head: str, compiled: bool) -> Place:
+    def of(cls, target: Target, head: str, compiled: bool) -> Conditions:
         return cls(
             device_name(target.device),
             torch.get_num_threads() if target.device.type == "cpu" else 0,
@@ -52,7 +52,7 @@ class Place:
 
 @dataclass(frozen=True)
 class _Entry:
-    place: Place
+    conditions: Conditions
     budget: Budget
     predicted_speedup: Seconds
     achieved_speedup: Seconds
@@ -68,18 +68,18 @@ class _Trees:
     trees: list[_Entry]
 
 
-def find(directory: Path, place: Place) -> Budget | None:
-    """The tree that was tuned for this drafter at this place, if any.
+def find(directory: Path, conditions: Conditions) -> Budget | None:
+    """The tree that was tuned for this drafter under these conditions, if any.
 
     Raises:
         CoralError: the file is there but cannot be read.
     """
     path = directory / _FILE
-    return next((entry.budget for entry in _entries(path) if entry.place == place), None)
+    return next((entry.budget for entry in _entries(path) if entry.conditions == conditions), None)
 
 
-def save(directory: Path, place: Place, budget: Budget, predicted: float, achieved: float) -> Path:
-    """Write down the tree of a place, with the speedups over plain decoding that go with it.
+def save(directory: Path, conditions: Conditions, budget: Budget, predicted: float, achieved: float) -> Path:
+    """Write down the tree of some conditions, with the speedups over plain decoding that go with it.
 
     Returns:
         The written file.
@@ -89,16 +89,16 @@ def save(directory: Path, place: Place, budget: Budget, predicted: float, achiev
     """
     path = directory / _FILE
     rounded = round(predicted, 3), round(achieved, 3)
-    entry = _Entry(place, budget, *rounded, date.today().isoformat(), __version__)
-    _write(path, [*(each for each in _entries(path) if each.place != place), entry])
+    entry = _Entry(conditions, budget, *rounded, date.today().isoformat(), __version__)
+    _write(path, [*(each for each in _entries(path) if each.conditions != conditions), entry])
     return path
 
 
 def forget(directory: Path, head: str) -> None:
-    """Drop the trees of a head that was made anew: they were tuned to what the old one accepts."""
+    """Drop the trees of a head that was made anew: they were tuned to the acceptance of the old one."""
     path = directory / _FILE
     entries = _entries(path)
-    others = [each for each in entries if each.place.head != head]
+    others = [each for each in entries if each.conditions.head != head]
     if len(others) < len(entries):
         _write(path, others)
 

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from coral.drafters.checkpoint import engine_config
 from coral.drafters.feature.network import Drafter, DrafterConfig
-from coral.export import plain
-from coral.target.record import TargetRecord
+from coral.export import layout
 from coral.target.target import Target
 from coral.tree import DEFAULT
 
 FILE = "pytorch_model.bin"
-KEYS = plain.KEYS - {"head_dim", "rope_parameters", "dtype"}
+KEYS = layout.KEYS - {"head_dim", "rope_parameters", "dtype"}
 READS_TARGET = True
 READS_TOKEN_MAP = False
 READS_HEAD = False
@@ -28,11 +27,11 @@ READS_HEAD = False
 
 def names(config: DrafterConfig) -> set[str]:
     bias = {"fc.bias"} if config.fc_bias else set()
-    return plain.names(config.num_layers) | bias | {"embed_tokens.weight"}
+    return layout.names(config.num_layers) | bias | {"embed_tokens.weight"}
 
 
 def lacks(config: DrafterConfig) -> list[str]:
-    lacks, rope = plain.lacks_everywhere(config), config.rope_parameters
+    lacks, rope = layout.lacks_everywhere(config), config.rope_parameters
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         lacks.append(f"head_dim {config.head_dim} (only hidden_size / num_attention_heads)")
     if rope["rope_type"] not in ("default", "linear"):
@@ -45,12 +44,10 @@ def lacks(config: DrafterConfig) -> list[str]:
 def tensors(drafter: Drafter, target: Target | None) -> dict[str, Tensor]:
     assert target is not None
     embedding = target.embed(torch.arange(drafter.config.vocab_size, device=target.device))
-    return {"embed_tokens.weight": embedding.to(drafter.fc.weight), **plain.tensors(drafter)}
+    return {"embed_tokens.weight": embedding.to(drafter.fc.weight), **layout.tensors(drafter)}
 
 
-def config_json(
-    config: DrafterConfig, dtype: torch.dtype, record: TargetRecord, target: Target | None
-) -> dict[str, Any]:
+def config_json(config: DrafterConfig, dtype: torch.dtype) -> dict[str, Any]:
     content = {key: value for key, value in engine_config(config, dtype).items() if key in KEYS}
     if (rope := config.rope_parameters)["rope_type"] == "linear":  # two keys and a float, or it is refused
         content["rope_scaling"] = {"type": "linear", "factor": float(rope["factor"])}

@@ -9,11 +9,10 @@ from typing import Any
 
 from coral.drafters.feature.network import Drafter
 from coral.errors import CoralError
-from coral.export import layout as eagle
-from coral.export import speculators
+from coral.export import layout, speculators
 
 
-def read(directory: Path, target: eagle.EagleTarget) -> Drafter:
+def read(directory: Path, target: layout.EagleTarget) -> Drafter:
     """The drafter in a directory: plain EAGLE (so EAGLE-2, HASS, vLLM, SGLang), or speculators' `eagle`.
 
     Its tensors decide what it is, and are kept as they are stored.
@@ -23,9 +22,9 @@ def read(directory: Path, target: eagle.EagleTarget) -> Drafter:
             which is named.
     """
     refuse_foreign(directory)
-    stored = eagle.open_(directory)
+    stored = layout.open_(directory)
     _refuse(directory, stored.config, stored.tensors)
-    return eagle.build(speculators.to_plain(stored) if speculators.is_in(stored) else stored, target)
+    return layout.build(speculators.to_plain(stored) if speculators.is_in(stored) else stored, target)
 
 
 def refuse_foreign(source: str | Path) -> None:

@@ -15,33 +15,30 @@ from torch import Tensor
 
 from coral.drafters.checkpoint import engine_config
 from coral.drafters.feature.network import Drafter, DrafterConfig
-from coral.export import plain
-from coral.target.record import TargetRecord
+from coral.export import layout
 from coral.target.target import Target
 from coral.tree import DEFAULT
 
 FILE = "model.safetensors"
-KEYS = plain.KEYS
+KEYS = layout.KEYS
 READS_TARGET = False
 READS_TOKEN_MAP = True
 READS_HEAD = False
 
 
 def names(config: DrafterConfig) -> set[str]:
-    return plain.names(config.num_layers) | {"fc.bias"}
+    return layout.names(config.num_layers) | {"fc.bias"}
 
 
 def lacks(config: DrafterConfig) -> list[str]:
-    return plain.lacks_in_servers(config)
+    return layout.lacks_in_servers(config)
 
 
 def tensors(drafter: Drafter, target: Target | None) -> dict[str, Tensor]:
-    return {"fc.bias": torch.zeros_like(drafter.fc.weight[:, 0]), **plain.tensors(drafter)}
+    return {"fc.bias": torch.zeros_like(drafter.fc.weight[:, 0]), **layout.tensors(drafter)}
 
 
-def config_json(
-    config: DrafterConfig, dtype: torch.dtype, record: TargetRecord, target: Target | None
-) -> dict[str, Any]:
+def config_json(config: DrafterConfig, dtype: torch.dtype) -> dict[str, Any]:
     return {**engine_config(config, dtype), "architectures": ["LlamaForCausalLMEagle"]}
 
 

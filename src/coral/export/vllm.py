@@ -15,12 +15,11 @@ from torch import Tensor
 
 from coral.drafters.checkpoint import engine_config
 from coral.drafters.feature.network import Drafter, DrafterConfig
-from coral.export import plain
-from coral.target.record import TargetRecord
+from coral.export import layout
 from coral.target.target import Target
 
 FILE = "model.safetensors"
-KEYS = plain.KEYS
+KEYS = layout.KEYS
 READS_TARGET = False
 READS_TOKEN_MAP = False
 READS_HEAD = False
@@ -28,21 +27,19 @@ CHAIN = 4  # draft tokens of a cycle, which vLLM drafts one behind the other
 
 
 def names(config: DrafterConfig) -> set[str]:
-    return plain.names(config.num_layers)
+    return layout.names(config.num_layers)
 
 
 def lacks(config: DrafterConfig) -> list[str]:
     bias = ["the trained bias of fc (drafter.fc_bias)"] if config.fc_bias else []
-    return plain.lacks_in_servers(config) + bias
+    return layout.lacks_in_servers(config) + bias
 
 
 def tensors(drafter: Drafter, target: Target | None) -> dict[str, Tensor]:
-    return plain.tensors(drafter)
+    return layout.tensors(drafter)
 
 
-def config_json(
-    config: DrafterConfig, dtype: torch.dtype, record: TargetRecord, target: Target | None
-) -> dict[str, Any]:
+def config_json(config: DrafterConfig, dtype: torch.dtype) -> dict[str, Any]:
     return engine_config(config, dtype)
 
 

@@ -10,8 +10,6 @@ from coral.drafters.checkpoint import engine_config
 from coral.drafters.feature.network import DrafterConfig
 from coral.export import vllm
 from coral.integrations.vllm import ARCHITECTURE
-from coral.target.record import TargetRecord
-from coral.target.target import Target
 
 FILE, KEYS = vllm.FILE, vllm.KEYS
 READS_TARGET = False
@@ -21,7 +19,5 @@ READS_HEAD = True
 names, lacks, tensors, command = vllm.names, vllm.lacks, vllm.tensors, vllm.command
 
 
-def config_json(
-    config: DrafterConfig, dtype: torch.dtype, record: TargetRecord, target: Target | None
-) -> dict[str, Any]:
+def config_json(config: DrafterConfig, dtype: torch.dtype) -> dict[str, Any]:
     return {**engine_config(config, dtype), "architectures": [ARCHITECTURE]}

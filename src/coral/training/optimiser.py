@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from coral.device import has_fast_bfloat16
 from coral.errors import CoralError
-from coral.machine import has_fast_bfloat16
 from coral.training import parallel
 from coral.training.recipe import OptimiserConfig
 

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from coral.tree import Budget, DraftTree
-from coral.tuning.record import Text
+from coral.tuning.recording import Text
 
 _Key = TypeVar("_Key")
 _FAR = 2**30  # the rank of a node that is not there
 
 
 @dataclass(frozen=True)
-class Run:
-    """What decoding all texts with a budget amounts to.
+class Simulated:
+    """Counts of decoding all texts with a budget.
 
     tokens: written, the same for every budget. tau: acceptance length. steps: draft steps.
     rows: [most + 1] how many cycles verified a tree of so many rows, root included.
@@ -42,8 +42,8 @@ class Run:
     rows: Tensor
 
 
-def simulate(texts: Sequence[Text], budgets: Sequence[Budget]) -> list[Run]:
-    """Every budget, none larger than what was recorded, on all texts (see the head of this file)."""
+def simulate(texts: Sequence[Text], budgets: Sequence[Budget]) -> list[Simulated]:
+    """Simulate every budget, none larger than what was recorded, on all texts."""
     pools, ends = _stack(texts)
     count, positions = len(budgets), len(pools.limit)
     accepted = torch.zeros(count, positions, dtype=torch.int64)
@@ -69,7 +69,7 @@ def simulate(texts: Sequence[Text], budgets: Sequence[Budget]) -> list[Run]:
     whole = visited & ~cut
     taus = ((accepted + 1) * whole).sum(1) / whole.sum(1)
     return [
-        Run(
+        Simulated(
             budget,
             positions,
             int(visited[i].sum()),
@@ -89,7 +89,7 @@ def _group(indices: Iterable[int], key: Callable[[int], _Key]) -> dict[_Key, lis
 
 
 class _Pools(NamedTuple):
-    """The recorded trees, level by level; all [N, D, W] but the last two.
+    """The recorded trees, level by level; all tensors are [N, D, W] but the last two.
 
     there: whether there is such a node; tokens: its id; parents: the place of its parent in the level above;
     order: how many siblings are likelier; scores: float32, finite.
@@ -166,7 +166,7 @@ def _number(groups: Tensor) -> Tensor:
 
 
 class _Growth(NamedTuple):
-    """What growing with one top_k comes to at each position.
+    """The trees that one top_k grows, at each position.
 
     mass [N, D]: probability of the nodes of a level that are expanded next.
     scores [N, D, W]: of nodes that are grown; NaN where there is none.

@@ -1,57 +1,20 @@
-"""From records (one text each) to rows of results: every formula that a table prints.
+"""From records (one text each) to results (one line of a table each): every formula that a table prints.
 
-Sums over sums throughout: a row's tau is all its tokens over all its cycles, not a mean of means.
+Sums over sums throughout: tau is all tokens over all cycles, not a mean of means.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from coral.bench.costs import Costs
+from coral.bench.records import Record
 from coral.decoding.cycle import acceptance_length
 from coral.decoding.state import Cycle
-from coral.json_file import Count, Id, Positive, Seconds, Size
 
-REPEAT = 10  # length of the n-gram that makes a token a repetition
-
-
-KEY = ("dtype", "temperature", "coupled", "method", "suite", "prompt", "turn")
-"""What says which text a record is."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One turn of one prompt, written by one method.
-
-    kind: plain, drafter or peer. coupled: drafting shared the sampler's noise (no meaning at temperature 0).
-    verdict: equal, near_tie or wrong against plain decoding; None where the random numbers or the
-    weights are not ours.
-    """
-
-    dtype: str
-    temperature: Seconds
-    coupled: bool
-    kind: Literal["plain", "drafter", "peer"]
-    method: str
-    suite: str
-    prompt: str
-    turn: Count
-    tokens: list[Id]
-    seconds: Positive
-    prefill_seconds: Seconds
-    num_cycles: Size
-    cycles: list[Cycle]
-    verdict: Literal["equal", "near_tie", "wrong"] | None
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """What is measured here; a bench that goes on skips the keys it holds."""
-        return tuple(getattr(self, name) for name in KEY)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+REPEAT = 10
+"""Length of the n-gram that makes a token a repetition."""
 
 
 def repeated(tokens: Sequence[int], n: int = REPEAT) -> list[bool]:
@@ -92,8 +55,8 @@ def acceptance_by_depth(cycles: Sequence[Cycle]) -> list[float]:
         rates.append(sum(tried) / len(tried))
 
 
-def rows(records: Sequence[Record], costs: Mapping[str, Costs]) -> list[dict[str, Any]]:
-    """One row for each method, setting and suite, and one with suite `all` for each method and setting."""
+def results_of(records: Sequence[Record], costs: Mapping[str, Costs]) -> list[dict[str, Any]]:
+    """One result for each method, setting and suite, and one with suite `all` for each method and setting."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         for suite in (record.suite, "all"):
@@ -101,14 +64,14 @@ def rows(records: Sequence[Record], costs: Mapping[str, Costs]) -> list[dict[str
             groups.setdefault(group, []).append(record)
     # Speedups compare texts that both methods wrote, so a half-finished bench is not skewed.
     bases = {(r.kind, r.method, *_text(r)): r for r in records if r.kind != "drafter"}
-    return [_row(group, members, bases, costs) for group, members in groups.items()]
+    return [_result(group, members, bases, costs) for group, members in groups.items()]
 
 
 def _text(record: Record) -> tuple[Any, ...]:
     return (record.dtype, record.temperature, record.suite, record.prompt, record.turn)
 
 
-def _row(
+def _result(
     group: tuple[Any, ...],
     records: list[Record],
     bases: Mapping[tuple[Any, ...], Record],
@@ -166,7 +129,7 @@ def _speedup(
     bases: Mapping[tuple[Any, ...], Record],
     prefill: bool = True,
 ) -> float | None:
-    """Tokens a second over those of the base: Hugging Face's samples may end elsewhere than ours."""
+    """Tokens a second over those of the base. Hugging Face's samples may end elsewhere than ours."""
     pairs = [(own, bases[key]) for own in records if (key := (*base, *_text(own))) in bases]
     own, other = (_speed([pair[side] for pair in pairs], prefill) for side in (0, 1))
     return own / other if own and other else None

@@ -1,4 +1,4 @@
-"""What a drafter would draft at every position of a text that the target writes.
+"""Record what a drafter would draft at every position of a text that the target writes.
 
 No tree changes the text. So each one is written once, by plain decoding, and at every position the drafter
 grows, from the same features as in real decoding, one tree that is larger than any that is asked about;
@@ -19,7 +19,7 @@ from coral.tree import Budget, DraftTree
 
 
 def everything(top_k: int, max_depth: int, min_gain: float) -> Budget:
-    """A budget whose tree is all that is grown: nothing is cut away in the end."""
+    """A budget that keeps every node that is grown."""
     return Budget(top_k, max_depth, top_k + (max_depth - 1) * top_k**2, min_gain)
 
 

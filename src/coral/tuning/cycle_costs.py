@@ -17,21 +17,21 @@ from coral.decoding.sampling import Sampling
 from coral.decoding.state import State, Unread
 from coral.target.target import Target
 from coral.tree import Budget, DraftTree
-from coral.tuning.simulate import Run
+from coral.tuning.simulate import Simulated
 
-_DEEP = 5  # levels of the deeper of the two trees from which a level's cost follows
-_READ = 3  # rows that a cycle's first level reads: what one accepts, more or less
-_ALIKE = 8  # trees of one size in a row, of which the latter half is timed
+_DEEP = 5  # levels of the deeper of two trees: a level's cost is a share of their difference
+_READ = 3  # rows that the first level reads: about as many as a cycle accepts
+_ALIKE = 8  # trees of one size in a row; the latter half is timed
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Seconds.
+class CycleCosts:
+    """Seconds of the parts of a cycle.
 
-    cycle: of a cycle that drafts nothing, by the rows of the tree it is given: verification, sampling, walk
-    and keep. first: of drafting one level, with what was accepted read before it; level: of each further one;
-    both by top_k, which is the width of a level. padded: a compiled target, where every tree costs what the
-    largest does.
+    cycle: a cycle that drafts nothing (verify, sample, walk, keep), by the rows of its tree.
+    first: drafting the first level, which reads the accepted tokens first, by top_k (the width of a level).
+    level: drafting each further level, by top_k.
+    padded: the target is compiled, so every tree costs what the largest does.
     """
 
     cycle: dict[int, float]
@@ -40,8 +40,8 @@ class Costs:
     padded: bool
 
     @classmethod
-    def mean(cls, costs: Sequence[Costs]) -> Costs:
-        """Of the same sizes, measured at several times."""
+    def mean(cls, costs: Sequence[CycleCosts]) -> CycleCosts:
+        """The mean of costs of the same sizes that were measured at different times."""
 
         def means(tables: Sequence[dict[int, float]]) -> dict[int, float]:
             return {size: fmean(table[size] for table in tables) for size in tables[0]}
@@ -50,14 +50,9 @@ class Costs:
         return cls(means(cycle), means(first), means(level), costs[0].padded)
 
     @property
-    def plain_rows(self) -> int:
-        """Rows of the faster way of plain decoding: 1, or 2 of which one is padding."""
-        return min((n for n in (1, 2) if n in self.cycle), key=self.cycle.__getitem__)
-
-    @property
     def plain(self) -> float:
         """Seconds of a plain step."""
-        return self.cycle[self.plain_rows]
+        return self.cycle[1]
 
     def of_rows(self, rows: int) -> float:
         """Seconds of a cycle that drafts nothing, linear between the measured sizes."""
@@ -66,8 +61,8 @@ class Costs:
         share = (rows - below) / (above - below)
         return (1 - share) * self.cycle[below] + share * self.cycle[above]
 
-    def seconds(self, run: Run) -> float:
-        """What decoding with a budget takes, without prefill."""
+    def seconds(self, run: Simulated) -> float:
+        """Seconds of decoding with a budget, without prefill."""
         counts = run.rows.tolist()
         if self.padded:
             counts = [0, counts[1], *[0] * (run.budget.num_nodes - 1), sum(counts[2:])]
@@ -77,7 +72,7 @@ class Costs:
         return verified + drafted
 
 
-def measure(
+def measure_cycles(
     target: Target,
     proposer: Proposer,
     prompt: list[int],
@@ -85,7 +80,7 @@ def measure(
     rows: Sequence[int],
     top_ks: Sequence[int],
     repeats: int = 8,
-) -> Costs:
+) -> CycleCosts:
     """Time real cycles and real calls of `propose` behind a prompt, all sizes in turn, and take medians.
 
     Args:
@@ -96,11 +91,11 @@ def measure(
     first = {k: levels[k, 1] for k in top_ks}
     level = {k: max(0.0, levels[k, _DEEP] - levels[k, 1]) / (_DEEP - 1) for k in top_ks}
     cycles = _cycle_seconds(target, prompt, sampling, rows, repeats)
-    return Costs(cycles, first, level, padded=target.pads)
+    return CycleCosts(cycles, first, level, padded=target.pads)
 
 
 class _Refused:
-    """Proposes bushes of the given sizes in turn, of which nothing is accepted."""
+    """Proposes trees of depth 1 of the given sizes in turn, none of whose nodes is accepted."""
 
     layers = ()
 
@@ -116,7 +111,7 @@ class _Refused:
 def _cycle_seconds(
     target: Target, prompt: list[int], sampling: Sampling, rows: Sequence[int], repeats: int
 ) -> dict[int, float]:
-    # In a text a cycle follows others like it, and a plain step soon behind a tree of 64 rows takes longer.
+    # Sizes come in groups, as in a text: a plain step right after a tree of 64 rows takes longer than usual.
     in_a_row = [n for n in rows for _ in range(_ALIKE)]
     room = min(max(1, repeats // 4) * len(in_a_row), target.context_length - len(prompt) - 1)
     state = State.begin(target, prompt, room, max(rows), sampling=sampling)
@@ -137,9 +132,9 @@ def _draft_seconds(
     top_ks: Sequence[int],
     repeats: int,
 ) -> dict[tuple[int, int], float]:
-    """Seconds of `propose` by top_k and levels, on one state: it may be asked again about the same rows.
+    """Seconds of `propose` by top_k and levels. All calls are about the same rows of one state.
 
-    A verification before each, as in real cycles, leaves none of the drafter's weights in the cache.
+    A verification precedes each, as in real cycles: it evicts the drafter's weights from the CPU's caches.
     """
     state = State.begin(target, prompt, _DEEP + 1, sampling=sampling)
     state.prefill(target, proposer.layers)
@@ -161,5 +156,5 @@ def _draft_seconds(
 
 
 def _median(seconds: Sequence[float]) -> float:
-    """The first one warms up."""
+    """Their median without the first, which warms up."""
     return median(seconds[1:] or seconds)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from publish import header, show
 
-from coral.api import Pair, make_proposer
+from coral.api import LLM, make_proposer
 from coral.bench.costs import verify_seconds
 from coral.bench.deepen import deepen, plain_bytes
 from coral.cli.demo import PROMPTS
@@ -74,7 +74,7 @@ def watched(owner: Any, name: str, times: list[float]) -> Callable[..., Any]:
     return original
 
 
-def run(pair: Pair, prompt: str | list[int], tokens: int, temperature: float) -> Iterator[Cycle]:
+def run(pair: LLM, prompt: str | list[int], tokens: int, temperature: float) -> Iterator[Cycle]:
     state = pair.start(prompt, max_new_tokens=tokens, temperature=temperature)
     return iter(pair.cycles(state))
 
@@ -111,11 +111,11 @@ def main() -> None:
     loaded = Target.load(TOY / "target", dtype=options.dtype)
     if options.layers > loaded.config.num_hidden_layers:
         deepen(loaded.model, options.layers)
-    target = loaded.compiled((1, rows))
+    target = loaded.on("native")
     proposer: Any = make_proposer(target, options.drafter)
     drafter = proposer.drafter if isinstance(proposer, Merged) else proposer
     assert isinstance(drafter, Feature) and drafter._native, "this drafter is not drafted with natively"
-    pair, plain = Pair(target, proposer, budget), Pair(target, Plain(), budget)
+    pair, plain = LLM(target, proposer, budget), LLM(target, Plain(), budget)
     begin = perf_counter()
     for warm in (pair, plain):
         list(run(warm, PROMPTS[0][1], 8, options.temperature))

@@ -5,8 +5,8 @@ on what they are. Two ways: `eager`, each forward as the package runs it, and `p
 all inputs on the device and, on CUDA, replayed from a CUDA graph: what is left once the host is out of the
 way. From these follows speedup / tau = 1 / (v + S c) of a tree, and with `--tau RESULTS.json`, the results of
 a `coral bench`, the speedup that its drafters would have at these sizes. Beside them stands what whole cycles
-take, as `--compile` decodes. Writes OUTPUT/results.json and OUTPUT/results.md. `--shape tiny --device cpu`
-tries it out in seconds.
+take, as `--backend graphs` decodes. Writes OUTPUT/results.json and OUTPUT/results.md. `--shape tiny
+--device cpu` tries it out in seconds.
 """
 
 import argparse
@@ -202,7 +202,7 @@ def cycles(name: str, target: Target, context: int, repeats: int) -> list[dict[s
         drafter = Drafter(DrafterConfig.for_target(target.config)).to(target.dtype).eval()
     fast = target
     if target.device.type == "cuda":
-        fast = target.compiled([1, *(rows for rows, _ in TREES)])
+        fast = target.on("graphs", [1, *(rows for rows, _ in TREES)])
     prefix = torch.randint(target.vocab_size, (context + 1,)).tolist()
 
     def timed(proposer: Proposer, budget: Budget) -> float:
@@ -304,7 +304,7 @@ def markdown(results: dict[str, Any]) -> str:
             *lines,
             f"Projected: speedup / tau = 1 / (v + S c) with c at {WIDTHS[-1]} nodes; the host's work between "
             "forwards is not in it, and a tau was measured with its method's own head. Cycles are measured "
-            "whole, as `--compile` decodes.",
+            "whole, as `--backend graphs` decodes.",
             "",
             reproduce(results),
             "",

@@ -31,7 +31,7 @@ def main(plan: str, data: str, runs: str, base: str, *options: str) -> None:
         command = [str(Path(sys.executable).with_name("coral")), "--threads", "1", "bench", "--suite", data]
         for name in parts[number]:
             command += ["--drafter", f"{name}={runs}/{name}"]
-        command += ["--dtype", "float32", "--no-peers", "--no-compile", *options]
+        command += ["--dtype", "float32", "--no-peers", "--backend=transformers", *options]
         with Path(f"{runs}/bench-{number}.log").open("a") as file:
             output = f"{runs}/bench-{number}"
             return subprocess.call([*command, "--output", output], stdout=file, stderr=file)

@@ -57,7 +57,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     quiet_transformers()
-    target = Target.load(TOY / "target", dtype="float32").compiled((1, CPU_DEFAULT.num_nodes + 1))
+    target = Target.load(TOY / "target", dtype="float32").on("native")
     feature: Any = make_proposer(target, TOY / "drafter")
     feature.head = Missing(feature.head, target.vocab_size)
     loaded = suites.load("mt_bench,humaneval,gsm8k", options.prompts)

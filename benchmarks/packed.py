@@ -33,7 +33,7 @@ def timed(target: Target, state: State, rows: int, clock: Callable[[], float]) -
 
 def compare(file: Path, rounds: int, clock: Callable[[], float]) -> list[str]:
     """Lines of a table, one a number of rows."""
-    wide, packed = Target.load(file).compiled((1,)), Target.load(file, dtype="packed")
+    wide, packed = Target.load(file).on("native"), Target.load(file, dtype="packed")
     prefix = [(7 * i + 11) % 5000 + 100 for i in range(201)]
     pairs = []
     for target in (wide, packed):

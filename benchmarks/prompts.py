@@ -37,7 +37,7 @@ def main() -> None:
     for dtype in ("float32", "bfloat16"):
         target = Target.load(TOY / "target", dtype=dtype)
         deepen(target.model, options.layers)
-        native = target.compiled((1, 8))
+        native = target.on("native")
         assert not native.pads, "this target is not run natively"
         proposer = make_proposer(native, f"{TOY / 'drafter'}+static")
         for length in LENGTHS:

@@ -34,7 +34,7 @@ RECIPES="--drafter eagle2=recipes/eagle2-0+full --drafter hass=recipes/hass-0+fu
 BENCH="$BIN/coral bench --deepen 32 --dtype float32"
 # The table: all drafters draft the tree that is tuned for the shipped one on this machine.
 [ -e tuned ] || cp -r "$OWN" tuned
-"$BIN/coral" tune tuned --deepen 32 --compile --dtype float32
+"$BIN/coral" tune tuned --deepen 32 --dtype float32
 TREE="--tree ${TREE:-2,6,7,0.1}" # what it found here; TREE=... for what it finds elsewhere
 SHIPPED="--drafter shipped+full=tuned+full --drafter shipped=tuned+static --drafter shipped+in_context=tuned+in_context"
 SHIPPED="$SHIPPED --drafter shipped+lookup=tuned+static+ngram --assistant assistant"

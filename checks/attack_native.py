@@ -12,7 +12,7 @@ import torch
 from tiny import CONFIGS, HEADS, Bushes, new_state, prompt_of, tiny_model
 from tiny_pair import NATIVE, save_target
 
-from coral.api import Pair, load
+from coral.api import LLM, load
 from coral.decoding.cycle import generate
 from coral.decoding.merged import Merged
 from coral.decoding.plain import Plain
@@ -21,7 +21,6 @@ from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.drafters.feature.propose import Feature
 from coral.drafters.lookup import NGram
 from coral.errors import CoralError
-from coral.target.native import suits
 from coral.target.target import Target
 from coral.tree import Budget
 
@@ -64,7 +63,7 @@ def boundary(place: Path) -> Try:
             prompt[draw.randrange(len(prompt))] = number(draw)
         elif draw.random() < 0.3:
             prompt = number(draw)
-        written = [i for cycle in draw.choice(pairs).generate(prompt, max_new_tokens=3) for i in cycle.tokens]
+        written = [i for cycle in draw.choice(pairs).stream(prompt, max_new_tokens=3) for i in cycle.tokens]
         assert all(type(i) is int and 0 <= i < vocabulary for i in written)
 
     def options(draw: random.Random) -> None:
@@ -72,7 +71,7 @@ def boundary(place: Path) -> Try:
         chosen = {name: number(draw) for name in draw.sample(names, draw.randrange(1, 3))}
         if "max_new_tokens" not in chosen:
             chosen["max_new_tokens"] = 3
-        for count, _ in enumerate(draw.choice(pairs).generate([5, 6, 7], **chosen)):
+        for count, _ in enumerate(draw.choice(pairs).stream([5, 6, 7], **chosen)):
             if count > 3:
                 break
 
@@ -83,7 +82,7 @@ def boundary(place: Path) -> Try:
         budget = Budget(*sizes, draw.choice([0, 0.1, 1, -1, float("nan"), 2, "x"]))
         pair = draw.choice(pairs)
         for count, _ in enumerate(
-            Pair(pair.target, pair.proposer, budget).generate([5, 6, 7], max_new_tokens=4)
+            LLM(pair.target, pair.proposer, budget).stream([5, 6, 7], max_new_tokens=4)
         ):
             assert count < 5
 
@@ -101,17 +100,17 @@ def boundary(place: Path) -> Try:
             raise
         except Exception:  # transformers' own refusal, which the loader turns into a sentence
             return
-        list(load(target, drafter, fallback=False).generate([5, 6, 7], max_new_tokens=4))
+        list(load(target, drafter, fallback=False).stream([5, 6, 7], max_new_tokens=4))
 
     def resized(draw: random.Random) -> None:
         fresh = load(Target.load(place / "t"), draw.choice(["plain", "ngram"]), fallback=False)
-        list(fresh.generate([5, 6, 7], max_new_tokens=2))
+        list(fresh.stream([5, 6, 7], max_new_tokens=2))
         model = fresh.target.model
         if draw.random() < 0.6:
             model.resize_token_embeddings(draw.choice([20, 200, 300, 600]), mean_resizing=False)
         else:
             model.to(draw.choice([torch.bfloat16, torch.float64, torch.float32]))
-        list(fresh.generate([draw.randrange(600) for _ in range(3)], max_new_tokens=2))
+        list(fresh.stream([draw.randrange(600) for _ in range(3)], max_new_tokens=2))
 
     ways = [ids, options, trees, drafters, resized]
 
@@ -131,7 +130,7 @@ def texts(place: Path) -> Try:
         name = f"{kind} {native}"
         if name not in made:
             target = Target(tiny_model(kind, **(_SIZES if native and "phi3" not in kind else {})), name=name)
-            made[name] = target.compiled((1, 8)) if native and suits(target) else target
+            made[name] = target.on() if native else target
         return made[name]
 
     def proposer_of(draw: random.Random, target: Target, text: list[int]) -> Any:

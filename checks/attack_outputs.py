@@ -63,8 +63,8 @@ class Commands:
             "regenerate": f"data regenerate {place}/said.jsonl {common} --output {self.out}/r.jsonl "
             "--max-new-tokens 4 --batch-size 2",
             "features": f"data features {place}/data {common} --output {self.out}/f --shard-rows 2",
-            "bench": f"bench --no-compile {common} --suite {place}/suite.jsonl --output {self.out}/bench "
-            "--max-new-tokens 4 --drafter ngram",
+            "bench": f"bench --backend transformers {common} --suite {place}/suite.jsonl "
+            f"--output {self.out}/bench --max-new-tokens 4 --drafter ngram",
         }
 
     def start(self, name: str, largest: int | None = None) -> Child:

@@ -209,7 +209,7 @@ def ways(
     """
     chain = Budget(top_k=1, max_depth=options.draft_tokens, num_nodes=options.draft_tokens)
     lookup = Budget(top_k=2, max_depth=10, num_nodes=DEFAULT.num_nodes)
-    compiled = target.compiled((1, chain.num_nodes + 1, DEFAULT.num_nodes + 1))
+    compiled = target.on("graphs", (1, chain.num_nodes + 1, DEFAULT.num_nodes + 1))
 
     def vllm(config: dict[str, Any] | None) -> float:
         asked = {**job, "speculative": config, "eager": False, "at_once": 1}

@@ -65,7 +65,9 @@ def nothing_left(directory: Path) -> bool:
 
 GENERATE = "generate --target {target} "
 TRAIN = "train --target {target} --data {data} --output {out} --updates 1 "
-BENCH = "bench --no-compile --target {target} --suite {suite_jsonl} --output {out} --max-new-tokens 4 "
+BENCH = (
+    "bench --backend transformers --target {target} --suite {suite_jsonl} --output {out} --max-new-tokens 4 "
+)
 PREPARE = "data prepare {good_jsonl} --tokenizer {target} --output {out} --held-out 1 "
 REGENERATE = "data regenerate {good_jsonl} --target {target} --output {out}.jsonl --max-new-tokens 4 "
 FEATURES = "data features {data} --target {target} --output {out} --shard-rows 2 "

@@ -23,7 +23,15 @@ SMALL = {
     "data prepare": ["--held-out", "1"],
     "train": ["--updates", "2"],
     "tune": ["--prompts", "1", "--max-new-tokens", "6"],
-    "bench": ["--no-compile", "--limit", "1", "--max-new-tokens", "4", "--suite", "questions.jsonl"],
+    "bench": [
+        "--backend=transformers",
+        "--limit",
+        "1",
+        "--max-new-tokens",
+        "4",
+        "--suite",
+        "questions.jsonl",
+    ],
     "bench compare": [],
     "export": [],
 }

@@ -35,13 +35,13 @@ def fetched() -> None:
 
 
 @pytest.fixture(scope="module")
-def pair(fetched: None) -> library.Pair:
+def pair(fetched: None) -> library.LLM:
     return library.load(fallback=False)  # tau must not depend on the clock
 
 
-def write(pair: library.Pair, prompt: str, **options: object) -> tuple[list[int], float]:
+def write(pair: library.LLM, prompt: str, **options: object) -> tuple[list[int], float]:
     """The ids of a text and its tau."""
-    cycles = list(pair.generate(prompt, max_new_tokens=64, **options))
+    cycles = list(pair.stream(prompt, max_new_tokens=64, **options))
     return [token for cycle in cycles for token in cycle.tokens], acceptance_length(cycles)
 
 
@@ -58,7 +58,7 @@ def test_text_of_packed_weights_is_their_plain_text(temperature: float) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_text_is_plain_text_and_drafts_are_accepted(pair: library.Pair, temperature: float) -> None:
+def test_text_is_plain_text_and_drafts_are_accepted(pair: library.LLM, temperature: float) -> None:
     """Stops a drafter that was trained for nothing or for other features, and text that depends on it."""
     plain, taus = library.load(pair.target), []
     for prompt in PROMPTS:
@@ -70,11 +70,11 @@ def test_text_is_plain_text_and_drafts_are_accepted(pair: library.Pair, temperat
 
 def test_it_answers() -> None:
     """Stops a model whose weights are read in another order, or whose chat template is lost."""
-    assert "Paris" in library.load().generate_text("What is the capital of France?", max_new_tokens=24)
+    assert "Paris" in library.load().generate("What is the capital of France?", max_new_tokens=24)
 
 
 def test_the_same_model_in_other_numbers_is_drafted_for(
-    pair: library.Pair, capsys: pytest.CaptureFixture[str]
+    pair: library.LLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Stops a drafter that is refused for the hub's own weights, or accepts much less there than it did."""
     model = copy.deepcopy(pair.target.model)

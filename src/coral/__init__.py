@@ -2,7 +2,7 @@
 
 import coral
 llm = coral.load("path-or-hub-id", "drafter-directory")
-print(llm.generate_text("What is a reef?"))
+print(llm.generate("What is a reef?"))
 """
 
 import os
@@ -18,7 +18,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 if TYPE_CHECKING:
-    from coral.api import Pair, load
+    from coral.api import LLM, load
     from coral.decoding.sampling import Sampling
     from coral.decoding.state import Cycle, State
     from coral.errors import CoralError
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "LLM",
     "Budget",
     "CoralError",
     "Cycle",
     "DraftTree",
-    "Pair",
     "Sampling",
     "State",
     "Target",
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "Pair": "coral.api",
+    "LLM": "coral.api",
     "load": "coral.api",
     "Sampling": "coral.decoding.sampling",
     "Cycle": "coral.decoding.state",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
@@ -22,7 +22,7 @@ from coral.decoding.text import Detokenizer, Stop, cut_at, stop_at, stop_strings
 from coral.drafters import tuned
 from coral.errors import CoralError
 from coral.target import default as models
-from coral.target.native import suits
+from coral.target.native import why_not_native
 from coral.target.target import Target
 from coral.tree import CPU_DEFAULT, DEFAULT, LOOKUP_NODES, Budget
 
@@ -43,13 +43,13 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     attention: str | None = "sdpa",
     budget: Budget | None = None,
-    compile: bool | None = None,
+    backend: str = "auto",
     head: str | None = "auto",
     coupled: bool = True,
     fallback: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> Pair:
+) -> LLM:
     """Load a target and what drafts for it.
 
     Args:
@@ -61,7 +61,7 @@ def load(
             None for plain decoding.
         budget: how large draft trees grow; None: what `coral tune` found for this drafter here, else
             `tree.DEFAULT`, or `tree.CPU_DEFAULT`.
-        compile: see `Target.compiled`; None: if no time is spent on compiling.
+        backend: see `Target.on`.
         head: the drafter's LM head, see `heads.load`.
         coupled: at temperature > 0 draft with the noise that the sampler will use.
         fallback: take plain steps while drafting is slower than they are.
@@ -87,14 +87,14 @@ def load(
         else:
             loading |= {"revision": revision, "trust_remote_code": trust_remote_code}
             target = Target.load(target, **loading)
-    compile = suits(target) if compile is None else compile
-    budget, origin = choose_budget(target, drafter, budget, head, compile)
-    if compile:
-        target = target.compiled((1, budget.num_nodes + 1))
+    target = target.on(backend)
+    budget, origin = choose_budget(target, drafter, budget, head)
+    if backend == "graphs":
+        target = target.on(backend, (1, budget.num_nodes + 1))
     proposer = make_proposer(target, drafter, coupled, head)
     if fallback and not isinstance(proposer, Plain):
         proposer = Fallback(proposer)
-    return Pair(target, proposer, budget, origin)
+    return LLM(target, proposer, budget, origin)
 
 
 def choose_budget(
@@ -102,12 +102,11 @@ def choose_budget(
     drafter: str | Path | Drafter | None,
     asked: Budget | None = None,
     head: str = "auto",
-    compile: bool = False,
 ) -> tuple[Budget, str]:
     """The budget that a drafter gets, and where it comes from: "asked for", "tuned" or "default".
 
-    Tuned is what `coral tune` found for this drafter and head on such a device, with a target of this dtype
-    and number of layers, compiled or not.
+    Tuned is what `coral tune` found for this drafter and head on such a device, with a target of this dtype,
+    number of layers and backend.
 
     Raises:
         CoralError: no such drafter or head, or a file of tuned trees that cannot be read.
@@ -123,9 +122,7 @@ def choose_budget(
         source, head, lookup = read_name(drafter, head)
         if source is not None:
             directory = checkpoint.locate(source)
-            found = tuned.find(
-                directory, tuned.Conditions.of(target, heads.resolve(directory, head), compile)
-            )
+            found = tuned.find(directory, tuned.Conditions.of(target, heads.resolve(directory, head)))
     budget = found or (CPU_DEFAULT if target.device.type == "cpu" else DEFAULT)
     if lookup:
         budget = replace(budget, num_nodes=max(budget.num_nodes, LOOKUP_NODES))
@@ -209,7 +206,7 @@ def _fitted(drafter: Drafter, target: Target) -> Drafter:
     return deepcopy(drafter).to(device=wanted.device, dtype=wanted.dtype)
 
 
-class Pair:
+class LLM:
     """A target and its proposer. The text never depends on the proposer, only the speed does.
 
     budget: how large draft trees grow; budget_origin: where it comes from, see `choose_budget`.
@@ -221,15 +218,33 @@ class Pair:
         self.target, self.proposer, self.budget = target, proposer, budget
         self.budget_origin = budget_origin
 
-    def generate(self, prompt: Prompt, **options: Any) -> Iterator[Cycle]:
+    @property
+    def why(self) -> str | None:
+        """Why the target is not run natively; None: it is."""
+        return None if self.target.backend == "native" else why_not_native(self.target)
+
+    def generate(self, prompt: Prompt | Sequence[str], **options: Any) -> Any:
+        """The whole answer as text, special tokens and stop string left out; of several prompts, which are
+        written together, a list of answers. Options: see `start`.
+        """
+        several = (
+            isinstance(prompt, list | tuple) and len(prompt) > 0 and all(isinstance(p, str) for p in prompt)
+        )
+        asked: Any = prompt if several else [prompt]
+        first = options.pop("sequence_id", 0)
+        states = [self.start(each, sequence_id=first + i, **options) for i, each in enumerate(asked)]
+        for _ in generate(self.target, self.proposer, states, self.budget):
+            pass
+        texts = [self._text(state.written, options.get("stop")) for state in states]
+        return texts if several else texts[0]
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Cycle]:
         """Write after `prompt`; yields a cycle for each target forward. Options: see `start`."""
         return self.cycles(self.start(prompt, **options))
 
-    def generate_text(self, prompt: Prompt, **options: Any) -> str:
-        """The whole answer as text, special tokens and stop string left out. Options: see `start`."""
+    def _text(self, tokens: list[int], stop: Stop | None) -> str:
         detokenizer = Detokenizer(self.tokenizer)
-        pieces = [detokenizer.push(t) for cycle in self.generate(prompt, **options) for t in cycle.tokens]
-        return cut_at("".join(pieces) + detokenizer.rest(), options.get("stop"))
+        return cut_at("".join(map(detokenizer.push, tokens)) + detokenizer.rest(), stop)
 
     def start(
         self,
@@ -275,7 +290,7 @@ class Pair:
             stop=stop_at(self.tokenizer, strings) if strings else None,
         )
 
-    def go_on(self, state: State, prompt: Prompt, *, max_new_tokens: int | None = 256) -> None:
+    def continue_with(self, state: State, prompt: Prompt, *, max_new_tokens: int | None = 256) -> None:
         """Make a finished state ready for a longer conversation; shared keys and values are kept."""
         tokens = self.encode(prompt, chat=True)
         state.continue_with(tokens, self._check_length(tokens, max_new_tokens))

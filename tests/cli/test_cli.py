@@ -33,7 +33,7 @@ OPTIONS = {
     "generate": {
         "--target", "--drafter", "--temperature", "--top-p", "--top-k", "--seed", "--max-new-tokens",
         "--stop", "--chat", "--raw", "--stats", "--mark", "--dtype", "--device", "--tree", "--coupled",
-        "--no-coupled", "--compile", "--no-compile", "--head", "--fallback", "--no-fallback", "--revision",
+        "--no-coupled", "--backend", "--head", "--fallback", "--no-fallback", "--revision",
         "--trust-remote-code",
     },
     "demo": {"--max-new-tokens", "--dtype", "--tree"},
@@ -63,8 +63,8 @@ OPTIONS = {
         "--trust-remote-code",
     },
     "tune": {
-        "--target", "--data", "--prompts", "--max-new-tokens", "--temperature", "--head", "--compile",
-        "--no-compile", "--deepen", "--write", "--no-write", "--dtype", "--device", "--seed", "--revision",
+        "--target", "--data", "--prompts", "--max-new-tokens", "--temperature", "--head", "--backend",
+        "--deepen", "--write", "--no-write", "--dtype", "--device", "--seed", "--revision",
         "--trust-remote-code",
     },
     "convert": {"--revision", "--dtype"},
@@ -75,7 +75,7 @@ OPTIONS = {
     },
     "bench": {
         "--output", "--target", "--drafter", "--suite", "--limit", "--deepen", "--dtype", "--temperature",
-        "--uncoupled", "--peers", "--no-peers", "--assistant", "--compile", "--no-compile", "--head",
+        "--uncoupled", "--peers", "--no-peers", "--assistant", "--backend", "--head",
         "--fallback", "--no-fallback", "--max-new-tokens", "--ignore-eos", "--tree", "--note", "--seed",
         "--device",
     },
@@ -249,7 +249,7 @@ def test_train_head_then_use_it(
     texts = {coral(*asked, "--head", head).out for head in ("auto", "routed", "full")}
     command = ("bench", "--target", models / "target", "--drafter", f"mine={drafter}", "--suite", data)
     measured = coral(
-        *command, "--max-new-tokens", 6, "--no-compile", "--no-peers", "--output", tmp_path / "out"
+        *command, "--max-new-tokens", 6, "--backend=transformers", "--no-peers", "--output", tmp_path / "out"
     )
     assert "routed head of mine: 1 of 4 groups beside a core of 6 ids hold" in measured.out
     kept = json.loads((tmp_path / "out" / "results.json").read_text())["routed_heads"]
@@ -345,7 +345,7 @@ def test_the_text_is_the_same_whatever_drafts(coral, models: Path, options: tupl
             assert coral(*command, "--drafter", drafter, *more) == plain
     asked = {"temperature": 1.0, "seed": 3, "top_p": 0.9} if len(options) > 1 else {"chat": not options}
     pair = library.load(models / "target")
-    assert plain.out == pair.generate_text("the the the", max_new_tokens=24, **asked) + "\n"
+    assert plain.out == pair.generate("the the the", max_new_tokens=24, **asked) + "\n"
 
 
 def test_seeds_differ(coral, models: Path) -> None:
@@ -396,7 +396,7 @@ def test_chat_keeps_the_conversation_and_new_forgets_it(coral, models: Path) -> 
 
     def answer(*said: str) -> str:
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
-        return pair.generate_text(messages, max_new_tokens=16)
+        return pair.generate(messages, max_new_tokens=16)
 
     first = answer("one")
     second = answer("one", first, "and two")
@@ -428,7 +428,7 @@ def test_ctrl_c_stops_an_answer_and_twice_leaves(coral, models: Path, monkeypatc
     """Stops the loss of a conversation with an answer that became too long."""
     command = ("generate", "--target", models / "target", "--drafter", "plain", "--max-new-tokens", 40)
     whole = coral(*command, "one").out.rstrip("\n")
-    cycles, before, presses = library.Pair.cycles, signal.getsignal(signal.SIGINT), [1]
+    cycles, before, presses = library.LLM.cycles, signal.getsignal(signal.SIGINT), [1]
 
     def interrupted(pair: Any, state: Any) -> Any:
         for number, cycle in enumerate(cycles(pair, state)):
@@ -436,7 +436,7 @@ def test_ctrl_c_stops_an_answer_and_twice_leaves(coral, models: Path, monkeypatc
                 signal.raise_signal(signal.SIGINT)
             yield cycle
 
-    monkeypatch.setattr(library.Pair, "cycles", interrupted)
+    monkeypatch.setattr(library.LLM, "cycles", interrupted)
     result = coral(*command, stdin="one\n/quit\n")
     said = result.out.partition("> ")[2].partition("\n")[0]
     assert result.code == 0 and "Stopped; Ctrl-C again leaves." in result.out
@@ -477,7 +477,15 @@ def test_a_user_without_a_name_and_a_home(toy: Path, tmp_path: Path) -> None:
     names = {"HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "XDG_CACHE_HOME"}
     environment = {name: value for name, value in os.environ.items() if name not in names}
     paths = [str(tmp_path), str(Path(library.__file__).parents[1])]
-    command = [sys.executable, "-m", "coral", "generate", "--target", str(toy / "target"), "--no-compile"]
+    command = [
+        sys.executable,
+        "-m",
+        "coral",
+        "generate",
+        "--target",
+        str(toy / "target"),
+        "--backend=transformers",
+    ]
     done = subprocess.run(
         [*command, "--max-new-tokens", "3", "hi"],
         env={**environment, "PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(tmp_path)},
@@ -508,7 +516,8 @@ def test_bench(coral, models: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     result = coral("bench", "--target", models / "target", "--drafter", f"mine={models / 'drafter'}",
                    "--suite", suite, "--limit", 2, "--max-new-tokens", 6, "--temperature", 0,
-                   "--temperature", 1, "--uncoupled", "--no-compile", "--output", output)  # fmt: skip
+                   "--temperature", 1, "--uncoupled", "--backend=transformers",
+                   "--output", output)  # fmt: skip
     assert result.code == 0 and "HF prompt lookup" in result.out and "Traceback" not in result.err
     results = json.loads((output / "results.json").read_text())
     assert {"environment", "command", "commit", "rows"} <= set(results)
@@ -536,7 +545,7 @@ def test_drafters_are_named_as_in_generate(coral, models: Path, tmp_path: Path) 
     suite.write_text('{"id": 1, "turns": ["ask"]}\n')
     shutil.copytree(own, odd)
     command = ("bench", "--target", models / "target", "--suite", suite, "--max-new-tokens", 6,
-               "--temperature", 0, "--temperature", 1, "--uncoupled", "--no-compile")  # fmt: skip
+               "--temperature", 0, "--temperature", 1, "--uncoupled", "--backend=transformers")  # fmt: skip
 
     def run(output: str, *options: object) -> dict[str, list[tuple[str, float, bool]]]:
         """What was measured: kind, temperature and whether coupled, by name."""

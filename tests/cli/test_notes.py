@@ -7,7 +7,7 @@ from tiny import tiny_model
 from tiny_tokenizer import EOT, PAD, PLAIN, tiny_tokenizer
 from transformers import GenerationConfig
 
-from coral.api import Pair
+from coral.api import LLM
 from coral.cli import notes
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
@@ -19,9 +19,9 @@ from coral.tree import Budget
 TOKENIZER = tiny_tokenizer()
 
 
-def pair(**config: Any) -> Pair:
+def pair(**config: Any) -> LLM:
     model = tiny_model(vocab_size=len(TOKENIZER), **config)
-    return Pair(Target.load(model, tokenizer=tiny_tokenizer()), Plain(), Budget(1, 1, 1))
+    return LLM(Target.load(model, tokenizer=tiny_tokenizer()), Plain(), Budget(1, 1, 1))
 
 
 def test_what_a_generation_config_asks_for_and_is_not_done() -> None:

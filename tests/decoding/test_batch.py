@@ -80,7 +80,7 @@ def test_half_precision_keeps_its_dtype():
 def test_packed_answers_are_bit_for_bit_those_written_alone(dtype):
     """Stops rows of a neighbour in a sum or a mask, and a text that is mixed up when others leave or come."""
     model = tiny_model(hidden_size=32, head_dim=16, intermediate_size=48, eos_token_id=[4, 9]).to(dtype)
-    target = Target(model).compiled((1,))
+    target = Target(model).on("native")
     if target._native is None:
         pytest.skip("no C++ compiler")
     options = {"eos_ids": target.eos_ids}

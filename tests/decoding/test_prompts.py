@@ -10,20 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, BatchEncoding
 
-from coral.api import Pair, load
+from coral.api import LLM, load
 from coral.decoding import prompts
 from coral.errors import CoralError
 
 
 @pytest.fixture(scope="module")
-def pair(models: Path) -> Pair:
-    return load(models / "target", dtype=None, attention=None, head=None, compile=False)
+def pair(models: Path) -> LLM:
+    return load(models / "target", dtype=None, attention=None, head=None, backend="transformers")
 
 
-def test_ids_in_every_form(pair: Pair, models: Path) -> None:
+def test_ids_in_every_form(pair: LLM, models: Path) -> None:
     """Stops an UndefinedError of a template that was given a tensor for messages."""
     ids = pair.encode("hi there")
-    wanted = pair.generate_text(ids, max_new_tokens=6)
+    wanted = pair.generate(ids, max_new_tokens=6)
     tokenizer = AutoTokenizer.from_pretrained(models / "target")
     said = [{"role": "user", "content": "hi there"}]
     encoded = tokenizer.apply_chat_template(
@@ -36,7 +36,7 @@ def test_ids_in_every_form(pair: Pair, models: Path) -> None:
     for _ in range(2000):  # deeper than Python calls itself
         nested = [nested]
     for form in [*forms, tuple(ids), [ids], [torch.tensor(ids)], nested, encoded, padded]:
-        assert pair.encode(form) == ids and pair.generate_text(form, max_new_tokens=6) == wanted
+        assert pair.encode(form) == ids and pair.generate(form, max_new_tokens=6) == wanted
 
 
 @pytest.mark.parametrize(
@@ -63,33 +63,42 @@ def test_ids_in_every_form(pair: Pair, models: Path) -> None:
         ({"input_ids": [1, 2], "attention_mask": [0, 0]}, "the prompt is empty"),
     ],
 )
-def test_what_is_no_prompt_is_called_what_it_is(pair: Pair, prompt: Any, message: str) -> None:
+def test_what_is_no_prompt_is_called_what_it_is(pair: LLM, prompt: Any, message: str) -> None:
     """Stops tracebacks of templates and tokenizers."""
     with pytest.raises(CoralError, match=message):
-        pair.generate_text(prompt, max_new_tokens=1)
+        pair.stream(prompt, max_new_tokens=1)
 
 
-def test_none_is_the_default(pair: Pair) -> None:
+def test_several_prompts_are_answered_as_each_alone(pair: LLM) -> None:
+    """Stops answers that change places, or that depend on their neighbours."""
+    asked, options = ["hi", "the the the", "ask 1"], {"max_new_tokens": 9, "temperature": 1.0, "seed": 3}
+    alone = [pair.generate(each, sequence_id=i, **options) for i, each in enumerate(asked)]
+    assert (
+        pair.generate(asked, **options) == alone and pair.generate(tuple(asked[:1]), **options) == alone[:1]
+    )
+
+
+def test_none_is_the_default(pair: LLM) -> None:
     """Stops a TypeError for options that a caller passes on unset."""
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
-    assert pair.generate_text("hi", **dict.fromkeys(names)) == pair.generate_text("hi")
+    assert pair.generate("hi", **dict.fromkeys(names)) == pair.generate("hi")
     with pytest.raises(CoralError, match=r"max_new_tokens is 2\.5, but it must be a whole number"):
-        pair.generate_text("hi", max_new_tokens=2.5)
+        pair.generate("hi", max_new_tokens=2.5)
     with pytest.raises(CoralError, match=r"sequence_id is 1\.5, but it must be a whole number"):
-        pair.generate_text("hi", sequence_id=1.5, temperature=1.0)
+        pair.generate("hi", sequence_id=1.5, temperature=1.0)
     with pytest.raises(CoralError, match="stop is 3; give a string"):
-        pair.generate_text("hi", stop=3)
+        pair.generate("hi", stop=3)
     for temperature in (-1, 10**400):
         with pytest.raises(CoralError, match="temperature is"):
-            pair.generate_text("hi", temperature=temperature)
+            pair.generate("hi", temperature=temperature)
     with pytest.raises(CoralError, match="a stop string is no readable text"):
-        pair.generate_text("hi", stop="\udcff")
+        pair.generate("hi", stop="\udcff")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
 def test_a_dtype_of_torch(models: Path, dtype: Any) -> None:
     """Stops a refusal of what every other library takes."""
-    assert load(models / "target", dtype=dtype, compile=False).target.dtype == torch.bfloat16
+    assert load(models / "target", dtype=dtype, backend="transformers").target.dtype == torch.bfloat16
 
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.binary(max_size=4)

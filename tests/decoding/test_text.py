@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny import Oracle, Wrong, prompt_of, tiny_model
 from tiny_tokenizer import SPECIALS, tiny_tokenizer
 
-from coral.api import Pair
+from coral.api import LLM
 from coral.decoding.plain import Plain
 from coral.decoding.text import Detokenizer, cut_at, stop_at, stop_strings
 from coral.errors import CoralError
@@ -116,9 +116,9 @@ def test_generated_text_ends_before_the_stop_string():
     target = Target.load(model, tokenizer=TOKENIZER)
     prompt, budget = prompt_of(5, len(TOKENIZER)), Budget(top_k=2, max_depth=4, num_nodes=8)
     options = {"max_new_tokens": 20, "temperature": 1.0, "ignore_eos": True}
-    state = (pair := Pair(target, Plain(), budget)).start(prompt, **options)
+    state = (pair := LLM(target, Plain(), budget)).start(prompt, **options)
     list(pair.cycles(state))
-    text = pair.generate_text(prompt, **options)
+    text = pair.generate(prompt, **options)
     stops = sorted({text[i : i + 2] for i in range(2, len(text) - 2, 3)} - {text[:2]})
     assert len(stops) > 2
     for stop in stops:
@@ -128,5 +128,5 @@ def test_generated_text_ends_before_the_stop_string():
             Wrong([state.tokens], len(TOKENIZER)),
         ):
             for asked in (stop, [stop]):
-                written = Pair(target, proposer, budget).generate_text(prompt, stop=asked, **options)
+                written = LLM(target, proposer, budget).generate(prompt, stop=asked, **options)
                 assert written == text[: text.index(stop)]

@@ -15,7 +15,7 @@ PROMPTS = ("What is the capital of France?", "Write a Python function that check
 
 
 @pytest.fixture(scope="module")
-def pair() -> coral.Pair:
+def pair() -> coral.LLM:
     return coral.load(TOY / "target", TOY / "drafter", dtype="float32", fallback=False)  # not by the clock
 
 
@@ -40,19 +40,19 @@ def test_the_shipped_drafter_is_for_the_default_model() -> None:
     assert checkpoint.load(DRAFTER).fc.weight.shape[0] == record["hidden_size"]
 
 
-def test_the_toy_drafter_is_the_toys_own(pair: coral.Pair) -> None:
+def test_the_toy_drafter_is_the_toys_own(pair: coral.LLM) -> None:
     """Stops a target that was replaced without its drafter."""
     checkpoint.load(TOY / "drafter", pair.target)
     assert pair.tokenizer.chat_template
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_the_toy_is_faster_and_writes_the_same(pair: coral.Pair, prompt: str) -> None:
+def test_the_toy_is_faster_and_writes_the_same(pair: coral.LLM, prompt: str) -> None:
     """Stops a drafter that was trained for nothing, and text that depends on it."""
     plain = coral.load(pair.target)
     for temperature in (0.0, 1.0):
         options = {"max_new_tokens": 48, "temperature": temperature, "seed": 5, "ignore_eos": True}
-        cycles = list(pair.generate(prompt, **options))
+        cycles = list(pair.stream(prompt, **options))
         accelerated = [token for cycle in cycles for token in cycle.tokens]
-        assert accelerated == [token for cycle in plain.generate(prompt, **options) for token in cycle.tokens]
+        assert accelerated == [token for cycle in plain.stream(prompt, **options) for token in cycle.tokens]
         assert temperature > 0 or acceptance_length(cycles) > 1.5

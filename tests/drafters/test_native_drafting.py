@@ -135,7 +135,7 @@ def test_texts_stay_the_same(dtype, monkeypatch):
     number formats that are mixed up.
     """
     target, drafter = pair(dtype)
-    fast = target.compiled((1, 8))
+    fast = target.on("native")
     proposer = Feature(drafter, fast, HEADS["static"](target))
     calls, grow = [], NativeDrafter.grow
     monkeypatch.setattr(NativeDrafter, "grow", lambda *a: calls.append(1) or grow(*a))

@@ -133,7 +133,7 @@ def main() -> None:
         FakeTensorMode(),
         patch("coral.cache.from_dlpack", lambda tensor: tensor),  # knows no device of this name
         patch("coral.decoding.cycle.read", read),
-        patch("coral.target.target.upload", uploaded),
+        patch("coral.target.forward.upload", uploaded),
         patch("coral.tree.upload", uploaded),
         patch("coral.drafters.feature.propose.upload", uploaded),
         patch("coral.drafters.heads.in_context.upload", uploaded),

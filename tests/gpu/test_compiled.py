@@ -38,7 +38,7 @@ def test_padded_forwards_write_the_same(kind, monkeypatch):
     """
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, in seconds
     target = tiny_target(kind)
-    fast = target.compiled((1, BUDGET.num_nodes + 1))
+    fast = target.on("graphs", (1, BUDGET.num_nodes + 1))
     proposer = Feature(random_drafter(target).drafter, fast)
     bushes = Bushes([], target.vocab_size)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -61,7 +61,7 @@ def test_every_head_drafts_the_same_compiled(head, monkeypatch):
     """
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     target = tiny_target()
-    fast = target.compiled((1, BUDGET.num_nodes + 1))
+    fast = target.on("graphs", (1, BUDGET.num_nodes + 1))
     drafter = random_drafter(target).drafter
     eager, padded = (Recorder(Feature(drafter, t, HEADS[head](t))) for t in (target, fast))
     for sampling in (Sampling(), Sampling(1.0, seed=3)):
@@ -77,7 +77,7 @@ def test_each_target_has_its_own_graphs(monkeypatch):
         torch.manual_seed(seed)
         target = Target(type(tiny_target().model)(tiny_target().model.config))
         expected = write(target, Plain(), [prompt_of(6)], 8).texts
-        assert write(target.compiled((1,)), Plain(), [prompt_of(6)], 8).texts == expected
+        assert write(target.on("graphs", (1,)), Plain(), [prompt_of(6)], 8).texts == expected
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
@@ -86,14 +86,14 @@ def test_frozen_weights_write_the_same():
     target = tiny_target()
     expected = write(target, Plain(), [prompt_of(9)], 24).texts
     bushes = Bushes(expected, target.vocab_size)
-    assert write(target.compiled((7,)), bushes, [prompt_of(9)], 24, budget=BUDGET).texts == expected
+    assert write(target.on("graphs", (7,)), bushes, [prompt_of(9)], 24, budget=BUDGET).texts == expected
 
 
 def test_a_machine_without_a_compiler_is_told_so(monkeypatch):
     """Stops: a page of traceback from inside the compiler at the first token."""
     monkeypatch.setattr("coral.native.build.shutil.which", lambda name: None)
-    with pytest.raises(CoralError, match="install g\\+\\+, or do not compile"):
-        tiny_target().compiled((1,))
+    with pytest.raises(CoralError, match="install g\\+\\+, or use another backend"):
+        tiny_target().on("graphs", (1,))
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
@@ -127,11 +127,11 @@ def test_kernels_outlive_the_machine(own_cache, monkeypatch, tmp_path):
         if named:
             monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", named)
         cpp.use_own_cache.cache_clear()
-        tiny_target().compiled((1,))
+        tiny_target().on("graphs", (1,))
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "coral" / "compiled")
     cpp.use_own_cache.cache_clear()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "chosen"))
-    tiny_target().compiled((1,))
+    tiny_target().on("graphs", (1,))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "chosen")
 
 

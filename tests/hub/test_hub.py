@@ -105,7 +105,8 @@ def test_the_hub_is_asked_once(
     suite = tmp_path / "mine.jsonl"
     suite.write_text('{"id": 1, "turns": ["ask"]}\n')
     bench = ("bench", "--target", models / "target", "--drafter", REPO, "--suite", suite, "--no-peers",
-             "--temperature", 0, "--temperature", 1, "--max-new-tokens", 4, "--no-compile")  # fmt: skip
+             "--temperature", 0, "--temperature", 1, "--max-new-tokens", 4,
+             "--backend=transformers")  # fmt: skip
     assert coral(*bench, "--output", tmp_path / "out").code == 0
     assert len(asked) == 2
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -229,7 +230,16 @@ def test_the_card(coral, hub: Hub, drafter: Path, models: Path, tmp_path: Path) 
     recorded["recipe"] = {"recipe": "coral", "steps": 3}
     recorded["metrics"] = {"updates": 7, "seconds": 9, "acceptance": {"chain": 1.5, "tree": 2.25}}
     path.write_text(json.dumps(recorded))
-    few = ("--limit", "1", "--max-new-tokens", "4", "--no-compile", "--no-peers", "--suite", "gsm8k")
+    few = (
+        "--limit",
+        "1",
+        "--max-new-tokens",
+        "4",
+        "--backend=transformers",
+        "--no-peers",
+        "--suite",
+        "gsm8k",
+    )
     done = coral(
         "bench",
         "--output",

@@ -162,8 +162,8 @@ def verified(target: Target, tree) -> Tensor:
 def test_logits_are_those_of_the_same_weights_in_bfloat16(tmp_path, name, kind) -> None:
     """Stops matrices of another layer, rows of queries and keys in the file's order, and a lost bias."""
     packed, path = targets(tmp_path, name, kind)
-    assert packed.precision == "packed" and packed.compiled((1,))._native is packed._native
-    wide, tree = Target.load(path).compiled((1,)), random_tree(9, vocab_size=99)
+    assert packed.precision == "packed" and packed.on("native")._native is packed._native
+    wide, tree = Target.load(path).on("native"), random_tree(9, vocab_size=99)
     stored = quantize(wide.head_weight.float().numpy(), GGMLQuantizationType[kind])
     assert (dequantize(stored, GGMLQuantizationType[kind]) == wide.head_weight.float().numpy()).all()
     own, other = verified(packed, tree), verified(wide, tree)

@@ -15,7 +15,6 @@ from coral.gpu.compiled import compiled
 from coral.native import few_rows
 from coral.native.memory import weights_like
 from coral.target.attention import GROUPED_SDPA
-from coral.target.native import NativeForward
 from coral.target.target import Target
 from coral.tree import DraftTree
 
@@ -156,11 +155,10 @@ def test_a_verification_in_bfloat16_is_plain_steps_bit_for_bit(monkeypatch):
 
     use_in = few_rows.use_in
     monkeypatch.setattr(few_rows, "use_in", watch)
-    monkeypatch.setattr(NativeForward, "of", lambda target: None)
     model = tiny_model(
         "llama", GROUPED_SDPA, hidden_size=64, intermediate_size=112, head_dim=16, num_hidden_layers=4
     )
-    target = Target(model.to(torch.bfloat16)).compiled((1, 8))
+    target = Target(model.to(torch.bfloat16)).on("graphs", (1, 8))
     prompt, tokens = prompt_of(9), torch.tensor(prompt_of(7))
     state = State(prompt, 40, target.new_cache(64))
     state.prefill(target, (-1,))

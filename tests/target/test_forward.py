@@ -9,9 +9,10 @@ from tiny import Bushes, prompt_of, random_tree, root_path, tiny_model, tree_of,
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
+from coral.errors import CoralError
 from coral.native import few_rows
 from coral.target.attention import GROUPED_SDPA
-from coral.target.native import NativeForward
+from coral.target.native import why_not_native
 from coral.target.target import Target
 from coral.tree import Budget
 
@@ -37,7 +38,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 def targets(kind="llama", dtype=torch.float32, attention=GROUPED_SDPA, **changes):
     """A target as it is, and with its native forward."""
     slow = Target(tiny_model(kind, attention, **SIZES | changes).bfloat16().to(dtype))
-    return slow, slow.compiled((1, 8))
+    return slow, slow.on()
 
 
 def states_of(target, lengths, room=40):
@@ -100,7 +101,7 @@ def test_bfloat16_is_rounded_where_the_model_rounds(kind):
 def test_the_matrix_unit_computes_what_vectors_do(kind, rows):
     """Stops a tile of the wrong shape: rows above 16 or 32, inputs or outputs that do not fill one."""
     sizes = {"hidden_size": 272, "head_dim": 16, "intermediate_size": 304, "vocab_size": 77}
-    fast = Target(tiny_model(kind, GROUPED_SDPA, **sizes).bfloat16()).compiled((1, 8))
+    fast = Target(tiny_model(kind, GROUPED_SDPA, **sizes).bfloat16()).on("native")
     if not fast._native._job.tiles:
         pytest.skip("no matrix unit for bfloat16")
     tree, results = random_tree(rows, seed=rows), []
@@ -220,19 +221,21 @@ def test_threads_share_the_work():
         ("llama", {"dtype": torch.float16}),
     ],
 )
-def test_what_it_cannot_run_is_left_to_the_compiler(kind, changes):
+def test_what_it_cannot_run_is_left_to_transformers(kind, changes):
     """Stops a model that is run wrongly in silence."""
     slow, fast = targets(kind, **changes)
-    assert NativeForward.of(slow) is None and fast.pads
+    assert why_not_native(slow) and fast.backend == "transformers"
+    with pytest.raises(CoralError, match="cannot run natively: "):
+        slow.on("native")
 
 
-def test_code_that_is_not_transformers_own_is_left_to_the_compiler():
+def test_code_that_is_not_transformers_own_is_left_to_transformers():
     """Stops a model that bears a family's name and does something else: adapters, or remote code."""
     slow, _ = targets()
     linear = slow.decoder.layers[1].mlp.up_proj
     linear.__class__ = type("Adapted", (torch.nn.Linear,), {})
-    assert NativeForward.of(slow) is None
+    assert why_not_native(slow)
     linear.__class__ = torch.nn.Linear
-    assert NativeForward.of(slow) is not None
+    assert why_not_native(slow) is None
     slow.model.__class__ = type("Remote", (type(slow.model),), {"__module__": "elsewhere"})
-    assert NativeForward.of(slow) is None
+    assert why_not_native(slow)

@@ -103,7 +103,7 @@ def test_a_file_is_a_target_in_every_command(coral, file: Path, models: Path, tm
         "1",
         "--max-new-tokens",
         "4",
-        "--no-compile",
+        "--backend=transformers",
         "--no-peers",
         "--suite",
         "gsm8k",

@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from tiny_pair import NATIVE, save_target
 from transformers import AutoModelForCausalLM
 
-from coral.api import Pair, load
+from coral.api import LLM, load
 from coral.decoding.plain import Plain
 from coral.drafters import checkpoint
 from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.errors import CoralError
-from coral.target.native import NativeForward
+from coral.target.native import why_not_native
 from coral.target.record import TargetRecord
 from coral.target.target import Target
 from coral.tree import DEFAULT, Budget
@@ -25,8 +25,8 @@ from coral.tree import DEFAULT, Budget
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 
 
-def written(pair: Pair, ids: list[int]) -> list[int]:
-    return [i for cycle in pair.generate(ids, max_new_tokens=4) for i in cycle.tokens]
+def written(pair: LLM, ids: list[int]) -> list[int]:
+    return [i for cycle in pair.stream(ids, max_new_tokens=4) for i in cycle.tokens]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_ids_outside_the_vocabulary_are_named(place: Path, native: bool, odd: int, at: int) -> None:
     """Stops a segmentation fault, and text that foreign memory wrote; the last id, the root, is one."""
-    pair = load(place, compile=native)
+    pair = load(place, backend="native" if native else "transformers")
     assert (pair.target._native is not None) is native
     ids = [5, 6, 7]
     assert written(pair, ids)
@@ -62,7 +62,7 @@ def test_a_tokenizer_that_is_larger_than_the_embedding(place: Path, tmp_path: Pa
     save_target(tmp_path / "small", vocab_size=100, **NATIVE)
     pair = load(tmp_path / "small")
     with pytest.raises(CoralError, match=r"are 0 to 99; its tokenizer has 270 tokens: use the tokenizer"):
-        pair.generate_text("h\u00e9\u00fe", chat=False, max_new_tokens=4)
+        pair.generate("h\u00e9\u00fe", chat=False, max_new_tokens=4)
 
 
 @needs_compiler
@@ -79,13 +79,13 @@ def test_a_tokenizer_that_is_larger_than_the_embedding(place: Path, tmp_path: Pa
 def test_a_model_that_was_changed_since(place: Path, native: bool, change: Any) -> None:
     """Stops native code that reads where the old embedding was."""
     model = AutoModelForCausalLM.from_pretrained(place, attn_implementation="sdpa")
-    pair = load(model, compile=native)
+    pair = load(model, backend="native" if native else "transformers")
     assert written(pair, [5, 6, 7])
     change(model)
     with pytest.raises(CoralError, match="was resized, converted or moved after it was loaded here"):
         written(pair, [5, 6, 7])
     if model.get_input_embeddings().weight.shape == model.get_output_embeddings().weight.shape:
-        assert written(load(model, compile=native), [5, 6, 7])
+        assert written(load(model, backend="native" if native else "transformers"), [5, 6, 7])
 
 
 def test_an_embedding_and_a_head_of_two_sizes(place: Path) -> None:
@@ -100,13 +100,13 @@ def test_an_embedding_and_a_head_of_two_sizes(place: Path) -> None:
 def test_layers_whose_sizes_do_not_go_together_are_not_run_natively(place: Path, kind: str) -> None:
     """Stops products that read past the end of a weight, in a model that was pruned by hand."""
     target = Target.load(place)
-    assert NativeForward.of(target) is not None or not shutil.which("g++")
+    assert why_not_native(target) is None or not shutil.which("g++")
     layer = target.decoder.layers[1]
     module = layer.mlp if kind in ("down_proj", "up_proj") else layer.self_attn
     old = getattr(module, kind)
     setattr(module, kind, torch.nn.Linear(old.in_features, old.out_features + 16, bias=False))
     target.model.requires_grad_(False)
-    assert NativeForward.of(target) is None
+    assert why_not_native(target) == "the sizes of its layers do not go together"
 
 
 @pytest.mark.parametrize(
@@ -164,4 +164,4 @@ def test_a_loaded_drafter_of_other_sizes(place: Path) -> None:
     drafter = Drafter(DrafterConfig.for_target(target.config, hidden_size=64))
     with pytest.raises(CoralError, match=r"the drafter's hidden_size is 64, but .* has 32"):
         load(target, drafter)
-    assert Pair(target, Plain(), DEFAULT)
+    assert LLM(target, Plain(), DEFAULT)

@@ -96,7 +96,7 @@ def test_states_are_those_that_enter_the_layers(kind):
     target, prompt = tiny_target(kind), prompt_of(9)
     output = target.decoder(torch.tensor([prompt]), output_hidden_states=True)
     expected = torch.cat([output.hidden_states[0], output.last_hidden_state, output.hidden_states[1]], -1)[0]
-    for way in (target, target.compiled((1,))):
+    for way in (target, target.on()):
         state = new_state(way, prompt)
         state.prefill(way, (0, -1, 1))
         _, (states,) = way.verify([state.cache], [tree_of([prompt[-1]], [-1])], (0, -1, 1))

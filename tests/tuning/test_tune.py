@@ -189,7 +189,7 @@ def test_generate_uses_the_tuned_tree(coral, models: Path, pair: tuple[Path, Tar
         loaded, lookup = library.load(target, name), str(name).endswith("+ngram")
         budget = replace(TREE, num_nodes=LOOKUP_NODES) if lookup else TREE
         assert (loaded.budget, loaded.budget_origin) == (budget, "tuned")
-        cycles = list(loaded.generate("the the the", max_new_tokens=12))
+        cycles = list(loaded.stream("the the the", max_new_tokens=12))
         assert max(cycle.num_drafted for cycle in cycles) == budget.num_nodes
     for name in (None, "ngram", models / "drafter"):
         loaded = library.load(target, name)
@@ -256,7 +256,7 @@ def test_each_drafter_is_padded_to_its_own_tree() -> None:
     """Stops a small tree that pays for the largest one of a compiled bench."""
     target = tiny.tiny_target()
     assert target.sized(5) is target
-    compiled = target.compiled((1, 2, 6, 16))
+    compiled = target.on("graphs", (1, 2, 6, 16))
     small = compiled.sized(6)
     state = tiny.new_state(target, tiny.prompt_of(5))
     state.prefill(target, (-1,))

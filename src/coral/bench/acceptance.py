@@ -8,7 +8,6 @@ from coral.api import make_proposer
 from coral.decoding.cycle import acceptance_length, generate
 from coral.decoding.state import State
 from coral.drafters.feature.network import Drafter
-from coral.target.native import suits
 from coral.target.target import Target
 from coral.tree import Budget
 
@@ -24,7 +23,7 @@ def acceptance(
     The drafter may be in another dtype than the target, as it is while it learns.
     """
     taus = {}
-    target = target.compiled(()) if suits(target) else target  # as `coral generate` does
+    target = target.on()  # as `coral generate` does
     proposer = make_proposer(target, drafter, head="full")
     for name, budget in (("chain", CHAIN), ("tree", TREE)):
         cycles = []

@@ -183,25 +183,25 @@ class _Bench:
         }
         few = _first_prompts(eager, self.prompts)
         # A bench that goes on keeps its trees.
-        trees = self.log.trees.get(eager.precision) or _choose_trees(eager, self.drafters, config)
+        fast = eager.on(config.backend)
+        trees = self.log.trees.get(eager.precision) or _choose_trees(fast, self.drafters, config)
         rivals = Rivals(
             {name: maker(source, config.head) for name, source in self.drafters.items()},
             {name: tree["budget"] for name, tree in trees.items()},
             Budget(2, LOOKUP_NODES, max(LOOKUP_NODES, (config.budget or DEFAULT).num_nodes), min_gain=0.1),
             assistant,
         )
-        return _Loaded(self._ways(eager, rivals, dtype), few, rivals, trees)
+        return _Loaded(self._ways(eager, fast, rivals, dtype), few, rivals, trees)
 
-    def _ways(self, eager: Target, rivals: Rivals, dtype: str) -> dict[str, Target]:
-        """The target by how it runs: eager, and if asked for native or compiled."""
-        if not self.config.compile:
+    def _ways(self, eager: Target, fast: Target, rivals: Rivals, dtype: str) -> dict[str, Target]:
+        """The target by how it runs: eager, and where it is not the same native or compiled."""
+        if fast.backend == "transformers":
             return {"eager": eager}
-        sizes = {1, 2, *rivals.rows}
-        fast = eager.compiled(tuple(sizes))
-        if fast.pads:
-            count = len(sizes)
-            self.console.print(f"{dtype}: compiling, a few seconds a layer for each of {count} forwards")
-        return {"eager": eager, "compiled" if fast.pads else "native": fast}
+        if fast.backend == "native":
+            return {"eager": eager, "native": fast}
+        sizes = tuple({1, 2, *rivals.rows})
+        self.console.print(f"{dtype}: compiling, a few seconds a layer for each of {len(sizes)} forwards")
+        return {"eager": eager, "compiled": fast.on("graphs", sizes)}
 
     def _measure_apart(self, loaded: _Loaded) -> dict[str, Any]:
         """Measure on a few prompts of each suite, before the texts: costs, unless the log holds them, and the
@@ -250,7 +250,7 @@ def _choose_trees(target: Target, drafters: Drafters, config: BenchConfig) -> di
     trees: dict[str, Tree] = {}
     for name, source in drafters.items():
         named = source if isinstance(source, (str, Path)) else None  # a function has no directory
-        budget, origin = choose_budget(target, named, config.budget, config.head, config.compile)
+        budget, origin = choose_budget(target, named, config.budget, config.head)
         trees[name] = {"budget": budget, "origin": origin}
     return trees
 

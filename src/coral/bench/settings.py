@@ -22,7 +22,8 @@ class BenchConfig:
     peers: also run Hugging Face's `generate` and prompt lookup, and our n-gram.
     assistant: a small causal LM of the target's vocabulary. Hugging Face's assisted generation with it
         becomes a peer.
-    compile: compile the target for our methods (see `Target.compiled`); plain decoding runs both ways.
+    backend: what computes the target for our methods (see `Target.on`); plain decoding runs on transformers'
+        code, too.
     head: the drafters' LM head, see `heads.load`.
     fallback: our drafters take plain steps while drafting is slower (see `Fallback`), which changes tau.
     ignore_eos: end tokens do not end a turn, so that all are of one length. What a target writes behind its
@@ -40,7 +41,7 @@ class BenchConfig:
     budget: Budget | None = None
     peers: bool = True
     assistant: str | None = None
-    compile: bool = False
+    backend: str = "auto"
     head: str = "auto"
     fallback: bool = False
     ignore_eos: bool = False

@@ -58,7 +58,7 @@ def _bench(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Write on behind end tokens, so that turns are equally long.")
     ] = False,
-    compile: options.Compile = True,
+    backend: options.Backend = "auto",
     head: options.Head = "auto",
     fallback: options.Fallback = False,
     tree: options.Tree = None,
@@ -92,7 +92,7 @@ def _bench(
         budget=options.read_budget(tree),
         peers=peers,
         assistant=assistant,
-        compile=bool(compile),
+        backend=backend,
         head=head,
         fallback=fallback,
         ignore_eos=ignore_eos,

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
 
-from coral.api import Pair
+from coral.api import LLM
 from coral.cli import notes
 from coral.decoding.cycle import acceptance_length
 from coral.decoding.plain import Plain
@@ -27,7 +27,7 @@ _DRAFTED = Style(color="green", underline=True)
 
 
 def answer(
-    pair: Pair, prompt: str, options: dict[str, Any], *, loaded: float | None = None, mark: bool = False
+    pair: LLM, prompt: str, options: dict[str, Any], *, loaded: float | None = None, mark: bool = False
 ) -> None:
     """Stream one answer to standard output. With `loaded`, the seconds that loading took, statistics follow
     on standard error.
@@ -40,7 +40,7 @@ def answer(
         print_stats(pair, cycles, clock, loaded)
 
 
-def converse(pair: Pair, options: dict[str, Any], *, loaded: float | None = None, mark: bool = False) -> None:
+def converse(pair: LLM, options: dict[str, Any], *, loaded: float | None = None, mark: bool = False) -> None:
     """A conversation until Ctrl-D: each turn reads only what is new, the rest is still in the KV cache.
 
     Ctrl-C stops an answer, which stays in the conversation as far as it came; again, it leaves.
@@ -75,7 +75,7 @@ def converse(pair: Pair, options: dict[str, Any], *, loaded: float | None = None
             if state is None:
                 state = pair.start(asked, **options)
             else:
-                pair.go_on(state, asked, max_new_tokens=options["max_new_tokens"])
+                pair.continue_with(state, asked, max_new_tokens=options["max_new_tokens"])
         except CoralError as error:  # too long for the context, for example: the conversation is not lost
             console.print(f"{error} /reset starts over.", style="yellow")
             continue
@@ -115,7 +115,7 @@ class _Stop:
 
 
 def stream(
-    pair: Pair, cycles: Iterator[Cycle], stop: Stop, mark: bool, console: Console | None = None
+    pair: LLM, cycles: Iterator[Cycle], stop: Stop, mark: bool, console: Console | None = None
 ) -> tuple[str, list[Cycle]]:
     """Print text as it comes; returns it with its cycles. With `mark`, accepted draft tokens are marked."""
     console = console or Console(highlight=False, soft_wrap=True)
@@ -174,11 +174,11 @@ class _Clock:
             yield cycle
 
 
-def print_stats(pair: Pair, cycles: Iterable[Cycle], clock: _Clock, loaded: float) -> None:
+def print_stats(pair: LLM, cycles: Iterable[Cycle], clock: _Clock, loaded: float) -> None:
     """On standard error: loading, the first token, writing, which begins behind it, and what drafting did."""
     first, *rest = cycles
     tokens, seconds = sum(len(cycle.tokens) for cycle in rest), clock.last - clock.first
-    line = f"load {loaded:.1f} s, first token {clock.first - clock.begin:.2f} s"
+    line = f"{pair.target.precision}, {pair.target.backend}: load {loaded:.1f} s, first token {clock.first - clock.begin:.2f} s"
     if rest:
         line += f", then {tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s)"
     if isinstance(pair.proposer, Plain):

@@ -179,7 +179,6 @@ def _written_by(
     from coral.decoding.sampling import Sampling
     from coral.decoding.state import State
     from coral.native import sampler
-    from coral.target.native import suits
 
     assert target.tokenizer is not None  # it was loaded from a directory or the hub
     turns = Turns(
@@ -188,7 +187,8 @@ def _written_by(
         max_new_tokens=max_new_tokens,
         keep_unfinished=keep_unfinished,
     )
-    if not suits(target):
+    native = target.on()
+    if native.backend != "native":
 
         def write(prompts: list[list[int]], temperatures: list[float], ids: list[int]) -> list[list[int]]:
             if target.device.type == "cpu":
@@ -197,7 +197,6 @@ def _written_by(
             return write_padded(target, prompts, samplings, ids, max_new_tokens)
 
         return answer_padded(turns, write, batch_size)
-    native = target.compiled((1,))
 
     def begin(prompt: list[int], temperature: float, sequence_id: int) -> State:
         drawn = Sampling(temperature, seed=seed)

@@ -15,7 +15,7 @@ from coral.progress import spinner
 from coral.target import default as models
 
 if TYPE_CHECKING:
-    from coral.api import Pair
+    from coral.api import LLM
     from coral.decoding.state import Cycle
     from coral.tree import Budget
 
@@ -77,20 +77,20 @@ def run(max_new_tokens: int, dtype: str, budget: Budget | None) -> None:
     console.print(_table(_write(pair, max_new_tokens, console), max_new_tokens))
 
 
-def _write(pair: Pair, max_new_tokens: int, console: Console) -> dict[str, _Row]:
+def _write(pair: LLM, max_new_tokens: int, console: Console) -> dict[str, _Row]:
     """Every prompt three times; the pair's answers are streamed."""
-    from coral.api import Pair
+    from coral.api import LLM
     from coral.bench.methods import hugging_face
     from coral.cli.chat import stream
     from coral.decoding.plain import Plain
     from coral.decoding.sampling import Sampling
 
-    plain, generate = Pair(pair.target, Plain(), pair.budget), hugging_face(pair.target)
+    plain, generate = LLM(pair.target, Plain(), pair.budget), hugging_face(pair.target)
     rows = {name: _Row() for name in ("Hugging Face generate", "plain", "CORAL")}
     few = min(HF_TOKENS, max_new_tokens)
     with spinner("Warming up"):
         for warm in (plain, pair):
-            list(warm.generate(PROMPTS[0][1], max_new_tokens=4))
+            list(warm.stream(PROMPTS[0][1], max_new_tokens=4))
         generate(pair.encode(PROMPTS[0][1]), Sampling(), 0, 2)
     for kind, prompt in PROMPTS:
         console.print(f"[bold]{kind}[/bold] [dim]{prompt}[/dim]")

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from coral.api import Pair
+from coral.api import LLM
 from coral.data.chat_format import special_texts
 from coral.decoding.sampling import Sampling
 from coral.integrations.transformers.options import not_applied
 
 
-def of_model(pair: Pair, options: dict[str, Any]) -> list[str]:
-    """That its generation_config asks for what is not done."""
+def of_model(pair: LLM, options: dict[str, Any]) -> list[str]:
+    """That it is slower than it might be, and that its generation_config asks for what is not done."""
+    slow = pair.target.backend == "transformers" and pair.target.device.type == "cpu" and pair.why
+    found = [f"runs as transformers' own code, which is slower: {slow}"] if slow else []
     sampling = Sampling(*(options[name] for name in ("temperature", "top_k", "top_p", "seed")))
     asked = not_applied(pair.target.model.generation_config, sampling)
-    if not asked:
-        return []
-    return [
-        f"not applied, though the model's generation_config has it: {', '.join(asked)} (--temperature, "
-        "--top-p and --top-k sample; penalties are not offered)"
-    ]
+    if asked:
+        found.append(
+            f"not applied, though the model's generation_config has it: {', '.join(asked)} (--temperature, "
+            "--top-p and --top-k sample; penalties are not offered)"
+        )
+    return found
 
 
-def of_prompt(pair: Pair, prompt: str, chat: bool) -> list[str]:
+def of_prompt(pair: LLM, prompt: str, chat: bool) -> list[str]:
     """That a text becomes other tokens than it may seem to."""
     tokenizer, found = pair.tokenizer, []
     bos = tokenizer.bos_token_id

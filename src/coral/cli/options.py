@@ -62,12 +62,13 @@ Tree = Annotated[
         "Default: what `coral tune` found for the drafter on this machine, else a built-in one.",
     ),
 ]
-Compile = Annotated[
-    bool | None,
+Backend = Annotated[
+    str,
     typer.Option(
-        help="Run the target faster than transformers' own code does. On a CPU, a Llama, Mistral, Qwen2, "
-        "Qwen3 or Gemma 3 is run natively, at once, which is the default; anything else is compiled by "
-        "torch, after a minute or more of waiting at the start.",
+        help="What computes the target: native (C++, on a CPU: Llama, Mistral, Qwen2, Qwen3 and Gemma 3), "
+        "transformers (its own code), graphs (of fixed shape, after a minute of compiling), or auto: native "
+        "where that can be.",
+        metavar="auto|native|transformers|graphs",
     ),
 ]
 Head = Annotated[

@@ -36,7 +36,7 @@ def tune(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens written for each prompt.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="That of the texts; 0 is greedy.")] = 0.0,
     head: options.Head = "auto",
-    compile: options.Compile = None,
+    backend: options.Backend = "auto",
     deepen: Annotated[
         int | None,
         typer.Option(help="Append layers that change no output, up to N, as `coral bench --deepen` does."),
@@ -53,7 +53,7 @@ def tune(
     The target writes the prompts once while the drafter grows large trees beside it; every smaller tree's
     acceptance follows from that, and with the measured costs of drafting and verification its speed. The
     best one then decodes the same prompts for real. `coral generate` and `coral bench` use it from then on,
-    on this device, with this dtype, head, number of layers and --compile, unless --tree is given.
+    on this device, with this dtype, head, number of layers and --backend, unless --tree is given.
     """
     with spinner("Loading"):
         from rich.console import Console
@@ -65,9 +65,8 @@ def tune(
         from coral.drafters import checkpoint
         from coral.drafters.heads import store as heads
         from coral.target import default as models
-        from coral.target.native import suits
         from coral.tuning.table import summary, table
-        from coral.tuning.tune import tune_drafter
+        from coral.tuning.tune import GRAPH_ROWS, tune_drafter
 
     sampling = Sampling(temperature, seed=seed)  # refuses what is out of range before any weight is read
     if drafter is None and target is not None:
@@ -81,11 +80,10 @@ def tune(
     loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows, to_write=True)
     append_layers(loaded, deepen)
     found, path = tune_drafter(
-        loaded,
+        loaded.on(backend, GRAPH_ROWS),
         directory,
         kind,
         _prompts(loaded, rows)[:prompts],
-        compile=suits(loaded) if compile is None else compile,
         write=write,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
@@ -101,15 +99,13 @@ def tune(
 def expect(target: Target, drafter: Path, prompts: list[list[int]]) -> None:
     """Say what a drafter that was just trained gains here, by tuning on a few prompts."""
     from coral.api import make_proposer
-    from coral.target.native import suits
     from coral.tuning.tune import tune as run
 
     found = run(
-        target,
+        target.on(),
         lambda target: make_proposer(target, drafter, head="full"),
         prompts,
         max_new_tokens=48,
-        compile=suits(target),
     )
     print(
         f"expect {found.predicted:.2f}x (tau {found.best.tau:.2f}) here with --tree {found.best.budget} and "

@@ -27,24 +27,24 @@ _FILE = Path("coral") / "trees.json"
 class Conditions:
     """What the best tree depends on, beside the drafter.
 
-    device: the GPU's name or the CPU's model; threads: those of the CPU, 0 on a GPU. layers: the target's.
-    head: the kind of the drafter's LM head.
+    device: the GPU's name or the CPU's model; threads: those of the CPU, 0 on a GPU.
+    backend, layers: the target's. head: the kind of the drafter's LM head.
     """
 
     device: str
     threads: int
     dtype: str
-    compiled: bool
+    backend: str
     layers: int
     head: str
 
     @classmethod
-    def of(cls, target: Target, head: str, compiled: bool) -> Conditions:
+    def of(cls, target: Target, head: str) -> Conditions:
         return cls(
             device_name(target.device),
             torch.get_num_threads() if target.device.type == "cpu" else 0,
             target.precision,
-            compiled,
+            target.backend,
             target.config.num_hidden_layers,
             head,
         )

@@ -44,8 +44,8 @@ def compiled(function: Callable[..., Any], device: torch.device, inputs: int) ->
         return Replayed(run, inputs) if device.type == "cuda" else run
     if not cpp.has_compiler():
         raise CoralError(
-            "compiling needs a C++ compiler, and this machine has none; install g++, or do not compile "
-            "(--no-compile)."
+            "forwards of fixed shape need a C++ compiler, and this machine has none; install g++, or use "
+            "another backend than graphs."
         )
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu  # not for commands that never compile
 

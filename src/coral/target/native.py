@@ -87,44 +87,56 @@ class _Job(Structure):
     )
 
 
-def suits(target: Target) -> bool:
-    """Whether a target can be run here. Not so: another family, or code that is not transformers' own; rotary
-    frequencies that follow the length or turn a part of a head; eager attention in bfloat16, which rounds
-    within; another device, number format or activation; sizes that do not fill vectors or differ between
-    layers; layers that are not plain linear ones; no memory for copies; no C++ compiler, or one that does not
-    know this processor's vectors.
-    """
-    config, decoder = target.config, target.decoder
-    if (
-        config.model_type not in FAMILIES
-        or not type(target.model).__module__.startswith("transformers.models.")
-        or any(rope.get("rope_type", "default") not in _FIXED_ROPE for rope in rotations(config).values())
-        or (config._attn_implementation == "eager" and target.dtype != torch.float32)
-        or _activation(config) not in _ACTIVATIONS
-    ):
-        return False
-    weights = [*target.model.parameters()]
-    linears = [
-        *(
-            module
-            for module in decoder.layers.modules()
-            if module._parameters.get("weight") is not None and module.weight.dim() == 2
-        ),
-        target.model.get_output_embeddings(),
-    ]
+def why_not_native(target: Target) -> str | None:
+    """Why a target is not run here, as the end of a sentence; None: it is."""
+    config, model = target.config, target.model
+    ropes = {rope.get("rope_type", "default") for rope in rotations(config).values()}
+    if {weight.device.type for weight in model.parameters()} != {"cpu"}:
+        return "it is not on the CPU"
+    if config.model_type not in FAMILIES:
+        return f"its family, {config.model_type}, has no native forward"
+    if not type(model).__module__.startswith("transformers.models."):
+        return "its code is not transformers' own"
+    if odd := ropes - {*_FIXED_ROPE}:
+        return f"its rotary frequencies ({', '.join(sorted(odd))}) follow the length of the text"
+    if config._attn_implementation == "eager" and target.dtype != torch.float32:
+        return "eager attention rounds within; use sdpa"
+    if _activation(config) not in _ACTIVATIONS:
+        return f"its activation is {_activation(config)}"
+    if target.dtype not in DTYPES or any(weight.dtype != target.dtype for weight in model.parameters()):
+        return f"its weights are in {target.precision} or in several dtypes; use float32 or bfloat16"
+    return _why_not_its_layers(target) or _why_not_here(target)
+
+
+def _linears(target: Target) -> list[Any]:
+    """Every layer that multiplies with a matrix, the LM head included."""
+    modules = target.decoder.layers.modules()
+    found = [m for m in modules if m._parameters.get("weight") is not None and m.weight.dim() == 2]
+    return [*found, target.model.get_output_embeddings()]
+
+
+def _why_not_its_layers(target: Target) -> str | None:
+    """The same for the modules, which may have been changed since the model was made."""
+    decoder, linears = target.decoder, _linears(target)
     head_size = decoder.layers[0].self_attn.head_dim
-    return (
-        all(weight.device.type == "cpu" and weight.dtype == target.dtype for weight in weights)
-        and target.dtype in DTYPES
-        and all(type(linear) in (nn.Linear, PackedLinear) for linear in linears)
-        and all(size % LANES == 0 for size in (head_size, *(linear.in_features for linear in linears)))
-        and all(2 * len(frequencies) == head_size for frequencies in decoder.rotary_emb.buffers())
-        and all(_is_whole(layer, target.hidden_size, head_size) for layer in decoder.layers)
-        and len({layer.self_attn.k_proj.out_features for layer in decoder.layers}) == 1
-        and target.embedding_weight.is_contiguous()
-        and psutil.virtual_memory().available > 1.2 * sum(linear.weight.nbytes for linear in linears)
-        and _library() is not None
-    )
+    if any(type(linear) not in (nn.Linear, PackedLinear) for linear in linears):
+        return "some of its layers are not plain linear ones"
+    if any(size % LANES for size in (head_size, *(linear.in_features for linear in linears))):
+        return f"its sizes are no multiples of {LANES}"
+    if any(2 * len(frequencies) != head_size for frequencies in decoder.rotary_emb.buffers()):
+        return "it rotates a part of each head"
+    sizes = {layer.self_attn.k_proj.out_features for layer in decoder.layers}
+    if len(sizes) > 1 or not all(_is_whole(layer, target.hidden_size, head_size) for layer in decoder.layers):
+        return "the sizes of its layers do not go together"
+    return None if target.embedding_weight.is_contiguous() else "its embedding is not one block of memory"
+
+
+def _why_not_here(target: Target) -> str | None:
+    """The same for this machine."""
+    needed = 1.2 * sum(linear.weight.nbytes for linear in _linears(target))
+    if psutil.virtual_memory().available <= needed:
+        return f"a packed copy of its weights takes {needed / 1e9:.1f} GB, more than is free"
+    return None if _library() else "there is no C++ compiler, or none that knows this processor's vectors"
 
 
 def _is_whole(layer: Any, hidden: int, head_size: int) -> bool:
@@ -156,7 +168,7 @@ def _tiles() -> bool:
 
 
 class NativeForward:
-    """Verifies trees with packed copies of a target's weights as they are now; see `suits`."""
+    """Verifies trees with packed copies of a target's weights as they are now; see `why_not_native`."""
 
     def __init__(self, library: CDLL, target: Target) -> None:
         decoder, config = target.decoder, target.config
@@ -216,20 +228,12 @@ class NativeForward:
         self._rotate(0)
 
     @classmethod
-    def of(cls, target: Target) -> NativeForward | None:
-        """None for a target that it does not suit."""
-        library = _library() if suits(target) else None
-        return None if library is None else cls(library, target)
-
-    @classmethod
-    def packed(cls, target: Target) -> NativeForward:
-        """For a target that has blocks. Raises CoralError where it does not suit, or the blocks do not."""
-        if (native := cls.of(target)) is None:
-            raise CoralError(
-                f"{target.name} cannot stay packed: that needs a CPU, a C++ compiler and a Llama, Mistral, "
-                "Qwen2, Qwen3 or Gemma 3; use dtype auto."
-            )
-        return native
+    def of(cls, target: Target) -> NativeForward:
+        """Raises CoralError with the reason where a target is not run natively."""
+        library, reason = _library(), why_not_native(target)
+        if reason or library is None:
+            raise CoralError(f"{target.name} cannot run natively: {reason}; use another dtype or backend.")
+        return cls(library, target)
 
     def verify(
         self, caches: Sequence[KVCache], trees: Sequence[DraftTree], wanted: bool

@@ -27,12 +27,13 @@ from coral.target.forward import ModelForward, is_simple
 from coral.target.gguf import cache as gguf
 from coral.target.ids import outer_weights
 from coral.target.loading import load_config, load_model, load_tokenizer
-from coral.target.native import NativeForward
+from coral.target.native import NativeForward, why_not_native
 
 if TYPE_CHECKING:
     from coral.target.gguf.blocks import Blocks
     from coral.tree import DraftTree
 
+BACKENDS = ("auto", "native", "transformers", "graphs")
 _ATTENTION = ("sdpa", "eager")  # kernels that take an arbitrary mask; "sdpa" is loaded as our grouped form
 
 
@@ -93,7 +94,7 @@ class Target:
         self.window = sliding_window(model.config)
         self._forward = ModelForward(model, self.window)
         self.blocks, self.precision = blocks, "packed" if blocks else str(self.dtype).removeprefix("torch.")
-        self._native = None if blocks is None else NativeForward.packed(self)
+        self._native = None if blocks is None else NativeForward.of(self)
 
     @classmethod
     def load(
@@ -165,7 +166,7 @@ class Target:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Numbers of rows for which forwards of fixed shape were made; see `compiled`."""
+        """Numbers of rows for which forwards of fixed shape were made; see `on`."""
         return self._forward.sizes
 
     @property
@@ -176,19 +177,37 @@ class Target:
     def vocab_size(self) -> int:
         return self.head_weight.shape[0]
 
-    def compiled(self, rows: Sequence[int]) -> Target:
-        """This target with a faster forward for trees; the model is shared.
+    def on(self, backend: str = "auto", rows: Sequence[int] = ()) -> Target:
+        """This target with another way to compute its rows; the model is shared.
 
-        On a CPU that is native code (`coral.target.native`) if it knows the model's kind.
-        Else it is compiled by torch, for one sequence: a tree is padded to the next size in `rows`; a larger
-        one, or several sequences, run as before. Each size is compiled when it is first met, which takes a
-        few seconds a layer on a CPU.
+        Args:
+            backend: "native" is C++ on a CPU, for any number of rows; "transformers" is the model's own code;
+                "graphs" are forwards of fixed shape for one sequence, recorded on a GPU or compiled by torch;
+                "auto" is native where that can be, else transformers.
+            rows: of graphs, the sizes; a tree is padded to the next one. Each is made when it is first met,
+                which takes a few seconds a layer on a CPU. A larger tree, and several sequences, run as
+                transformers' code.
+
+        Raises:
+            CoralError: another backend, or native, but that cannot be: says why.
         """
+        if backend not in BACKENDS:
+            raise CoralError(f"backend {backend!r} is not known; use {', '.join(BACKENDS)}.")
         target = copy(self)
-        target._native = self._native if self.blocks else NativeForward.of(self)
-        if target._native is None:
+        if backend == "native" or (backend == "auto" and not self.blocks and why_not_native(self) is None):
+            target._native = self._native if self.blocks else NativeForward.of(self)
+        elif backend != "auto":
+            if self.blocks:
+                raise CoralError("packed blocks are multiplied natively alone; use another dtype.")
+            target._native = None
+        if backend == "graphs":
             target._forward = self._forward.fixed(rows)
         return target
+
+    @property
+    def backend(self) -> str:
+        """Which of the backends computes rows."""
+        return "native" if self._native else "graphs" if self.pads else "transformers"
 
     def sized(self, rows: int) -> Target:
         """This target, with trees padded to `rows` alone; where it does not pad them, as it is."""

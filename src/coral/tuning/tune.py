@@ -36,7 +36,7 @@ NUM_NODES = (1, 2, 3, 5, 7, 9, 11, 13, 15, 19, 23, 27, 31, 39, 47, 63)
 MIN_GAIN = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # for which cycles are timed
 PLAIN = Budget(1, 0, 1)
-COMPILED_ROWS = (1, 8, 16, 32)  # fewer, since each takes a few seconds a layer to compile
+GRAPH_ROWS = (1, 8, 16, 32)  # fewer, since each takes a few seconds a layer to compile
 
 
 PROMPTS = (
@@ -110,13 +110,12 @@ def tune(
     *,
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,
-    compile: bool = False,
     console: Console | None = None,
 ) -> Tuned:
     """Find the budget that decodes fastest here with a proposer, and check it by decoding.
 
     Args:
-        target: not compiled; compile=True compiles it for a few sizes of trees.
+        target: on any backend; graphs of `GRAPH_ROWS`.
         make: makes a trained drafter's proposer (`proposers.feature.Feature`) for the target as it runs.
         prompts: token ids. Those that leave no room in the context are left out.
 
@@ -125,9 +124,7 @@ def tune(
     """
     sampling, console = sampling or Sampling(), console or Console(stderr=True)
     prompts = _fitting(target, prompts, max_new_tokens)
-    if compile:
-        target = target.compiled(COMPILED_ROWS)
-    rows = COMPILED_ROWS if target.pads else ROWS
+    rows = GRAPH_ROWS if target.pads else ROWS
     proposer = make(target)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring costs", total=2 * len(prompts) + 1)
@@ -164,7 +161,6 @@ def tune_drafter(
     head: str,
     prompts: Sequence[list[int]],
     *,
-    compile: bool,
     write: bool = True,
     **options: Any,
 ) -> tuple[Tuned, Path | None]:
@@ -180,11 +176,11 @@ def tune_drafter(
     Raises:
         CoralError: see `tune`; a file of trees that cannot be read, or a drafter that another process writes.
     """
-    conditions = tuned.Conditions.of(target, head, compile)
+    conditions = tuned.Conditions.of(target, head)
     with locked(directory) if write else nullcontext():
         tuned.find(directory, conditions)  # a file that cannot be read is refused before minutes of work
         make = partial(make_proposer, drafter=directory, head=head)
-        found = tune(target, make, prompts, compile=compile, **options)
+        found = tune(target, make, prompts, **options)
         if not write:
             return found, None
         return found, tuned.save(directory, conditions, found.best.budget, found.predicted, found.achieved)

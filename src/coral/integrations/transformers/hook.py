@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from coral.api import Pair, choose_budget, located, make_proposer
+from coral.api import LLM, choose_budget, located, make_proposer
 from coral.decoding.cycle import generate as decode
 from coral.decoding.fallback import Fallback
 from coral.decoding.plain import Plain
@@ -92,7 +92,7 @@ def for_transformers(
         with _attention(model):
             pair = _pair(model, drafter, head, coupled, fallback)
             if budget is not None:
-                pair = Pair(pair.target, pair.proposer, budget)
+                pair = LLM(pair.target, pair.proposer, budget)
             pad = generation_config._pad_token_tensor
             pad_id = 0 if pad is None else int(pad)
             sequences = _write(pair, input_ids, prompts, sampling, stopping_criteria, pad_id, streamer)
@@ -129,7 +129,7 @@ def generate_with(
 
 
 def _write(
-    pair: Pair,
+    pair: LLM,
     input_ids: Tensor,
     prompts: Sequence[list[int]],
     sampling: Sampling,
@@ -199,7 +199,7 @@ def _pair(
     head: str,
     coupled: bool,
     fallback: bool,
-) -> Pair:
+) -> LLM:
     """The model wrapped, with what drafts for it; made at the first call and kept with the model."""
     weight = model.get_output_embeddings().weight
     wanted = (drafter, head, coupled, fallback, weight.dtype, weight.device)
@@ -213,11 +213,11 @@ def _pair(
         proposer = make_proposer(target, drafter, coupled, head)
         if fallback and not isinstance(proposer, Plain):
             proposer = Fallback(proposer)
-        pair = kept[wanted] = Pair(target, proposer, *choose_budget(target, drafter, head=head))
+        pair = kept[wanted] = LLM(target, proposer, *choose_budget(target, drafter, head=head))
     return pair
 
 
-class _Kept(dict[Any, Pair]):
+class _Kept(dict[Any, LLM]):
     """What was loaded for a model. It lies in the model's own dictionary and so lives as long as the model;
     copies and pickles of the model get an empty one.
     """

@@ -178,7 +178,8 @@ def print_stats(pair: LLM, cycles: Iterable[Cycle], clock: _Clock, loaded: float
     """On standard error: loading, the first token, writing, which begins behind it, and what drafting did."""
     first, *rest = cycles
     tokens, seconds = sum(len(cycle.tokens) for cycle in rest), clock.last - clock.first
-    line = f"{pair.target.precision}, {pair.target.backend}: load {loaded:.1f} s, first token {clock.first - clock.begin:.2f} s"
+    line = f"{pair.target.precision}, {pair.target.backend}: "
+    line += f"load {loaded:.1f} s, first token {clock.first - clock.begin:.2f} s"
     if rest:
         line += f", then {tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s)"
     if isinstance(pair.proposer, Plain):

@@ -157,7 +157,6 @@ class State:
         positions = len(self.tokens) + self.tree.depth if self.sampling.temperature else None
         return self.sampling.sample(self.logits, positions, self.sequence_id)
 
-    @torch.inference_mode()
     def keep(self, tree: DraftTree, sample: list[int], states: Tensor | None) -> Cycle:
         """Walk the verified tree, write the path's tokens, and drop all rows of the cache but the path's.
 
@@ -167,9 +166,10 @@ class State:
         emitted = [sample[node] for node in path]
         taken = self.extend(emitted)
         kept = path[:taken]  # the end may fall inside the path: the cache is cut there too
-        self.cache.keep(start, kept)
-        if states is not None:
-            states = states[:taken] if kept[-1] == taken - 1 else states[kept]
+        with torch.inference_mode():
+            self.cache.keep(start, kept)
+            if states is not None:
+                states = states[:taken] if kept[-1] == taken - 1 else states[kept]
         self._note(states, taken)
         nodes, accepted, cut = len(tree) - 1, len(path) - 1, taken < len(emitted)
         self.cycle = Cycle(emitted[:taken], nodes, accepted, tree.max_depth, tree.num_forwards, cut)

@@ -26,6 +26,7 @@ from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.drafters.feature.propose import Feature
 from coral.drafters.lookup import NGram
+from coral.target.forward import ModelForward
 from coral.target.target import Target
 from coral.tree import Budget, DraftTree
 
@@ -221,13 +222,13 @@ def emit_the_draft(monkeypatch):
 
 def wrong_position(monkeypatch):
     """Rows behind the prompt stand three positions too far."""
-    forward = Target._forward
+    forward = ModelForward._forward
 
     def shifted(target, ids, positions, *rest, **named):
         positions = torch.where(positions >= len(PROMPT), positions + 3, positions)
         return forward(target, ids, positions, *rest, **named)
 
-    monkeypatch.setattr(Target, "_forward", shifted)
+    monkeypatch.setattr(ModelForward, "_forward", shifted)
 
 
 def sibling_seen(monkeypatch):

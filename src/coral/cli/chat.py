@@ -32,9 +32,9 @@ def answer(
     """Stream one answer to standard output. With `loaded`, the seconds that loading took, statistics follow
     on standard error.
     """
+    state = pair.start(prompt, **options)
     _note([*notes.of_model(pair, options), *notes.of_prompt(pair, prompt, options["chat"])])
     clock = _Clock()
-    state = pair.start(prompt, **options)
     _, cycles = stream(pair, clock.watched(pair.cycles(state)), options["stop"], mark)
     if loaded is not None:
         print_stats(pair, cycles, clock, loaded)

@@ -10,6 +10,7 @@ import typer
 
 from coral.cli import options
 from coral.errors import CoralError
+from coral.progress import spinner
 
 if TYPE_CHECKING:
     from coral.data.jobs import Answer
@@ -62,12 +63,13 @@ def prepare(
     trust_remote_code: options.Trust = False,
 ) -> None:
     """Render conversations through the chat template and mark what the target is to write."""
-    from rich.console import Console
+    with spinner("Loading"):
+        from rich.console import Console
 
-    from coral.data.prepare import PrepareConfig
-    from coral.data.prepare import prepare as run
-    from coral.data.prepared import report
-    from coral.data.preview import preview_sources
+        from coral.data.prepare import PrepareConfig
+        from coral.data.prepare import prepare as run
+        from coral.data.prepared import report
+        from coral.data.preview import preview_sources
 
     if output is None and not preview:
         raise CoralError("missing option '--output'; see `coral data prepare --help`.")
@@ -124,10 +126,11 @@ def regenerate(
 
     Beside OUTPUT.jsonl stand OUTPUT.account.json, where every record went, and OUTPUT.failed.jsonl.
     """
-    from rich.console import Console
+    with spinner("Loading"):
+        from rich.console import Console
 
-    from coral.data.regenerate import regenerate as run
-    from coral.decoding.sampling import Sampling
+        from coral.data.regenerate import regenerate as run
+        from coral.decoding.sampling import Sampling
 
     for each in temperature or ():
         Sampling(each)  # refuses what is out of range before anything is asked
@@ -230,10 +233,11 @@ def features(
     trust_remote_code: options.Trust = False,
 ) -> None:
     """Store the target's features of prepared data: many runs then train without running the target."""
-    from rich.console import Console
+    with spinner("Loading"):
+        from rich.console import Console
 
-    from coral.data import prepared
-    from coral.data.write_shards import store as run
+        from coral.data import prepared
+        from coral.data.write_shards import store as run
 
     rows = prepared.load(data)
     loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows, reads_much=True)

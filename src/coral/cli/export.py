@@ -11,6 +11,7 @@ import typer
 
 from coral.cli import options
 from coral.errors import CoralError
+from coral.progress import spinner
 
 
 def export(
@@ -48,11 +49,12 @@ def export(
     What a format cannot carry is refused by name; heads that it has no place for are left out, and named.
     `coral import` reads each of them back.
     """
-    import torch
+    with spinner("Loading"):
+        import torch
 
-    from coral.drafters import checkpoint
-    from coral.export import write
-    from coral.target import default as models
+        from coral.drafters import checkpoint
+        from coral.export import write
+        from coral.target import default as models
 
     format = write.find(to)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -121,9 +123,10 @@ def import_(
     Its tensors decide what it is, not its config.json; one without a place in ours is refused by name. They
     are kept as they are stored.
     """
-    from coral.drafters import checkpoint
-    from coral.export.read import read, refuse_foreign
-    from coral.target.record import TargetRecord
+    with spinner("Loading"):
+        from coral.drafters import checkpoint
+        from coral.export.read import read, refuse_foreign
+        from coral.target.record import TargetRecord
 
     refuse_foreign(source)
     directory = checkpoint.locate(source)

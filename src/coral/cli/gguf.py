@@ -10,6 +10,7 @@ import typer
 
 from coral.cli import options
 from coral.errors import CoralError
+from coral.progress import spinner
 
 
 def convert(
@@ -22,10 +23,11 @@ def convert(
     revision: options.Revision = None,
 ) -> None:
     """Write a GGUF file as a plain Hugging Face directory. In float32 its values are kept exactly."""
-    from rich.console import Console
+    with spinner("Loading"):
+        from rich.console import Console
 
-    from coral.target.gguf import names
-    from coral.target.gguf.convert import convert as run
+        from coral.target.gguf import names
+        from coral.target.gguf.convert import convert as run
 
     options.quiet_transformers()
     if (paths := names.find(source, revision)) is None:

@@ -9,6 +9,7 @@ import typer
 
 from coral.cli import options
 from coral.errors import CoralError
+from coral.progress import spinner
 
 _OPTIONS = {  # which kind reads which option
     "routed": ("groups", "active", "grouping", "core", "updates"),
@@ -69,13 +70,14 @@ def train_head(
 
     If it is stopped, the drafter's heads stay as they were, and the same command starts again.
     """
-    from rich.console import Console
+    with spinner("Loading"):
+        from rich.console import Console
 
-    from coral.data import shards
-    from coral.drafters import checkpoint
-    from coral.training import heads
-    from coral.training.head_loop import HeadConfig
-    from coral.training.low_rank import TUNING
+        from coral.data import shards
+        from coral.drafters import checkpoint
+        from coral.training import heads
+        from coral.training.head_loop import HeadConfig
+        from coral.training.low_rank import TUNING
 
     _refuse_options_of_others(context, kind)
     if kind == "routed" and updates == 0:

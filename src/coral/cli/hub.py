@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from coral.errors import CoralError
+from coral.progress import spinner
 
 
 def push(
@@ -38,9 +39,10 @@ def push(
     The card is written from what the drafter records. To write your own, put what --dry-run prints into
     DRAFTER/README.md and edit it there: a card in the directory is pushed as it is.
     """
-    from coral.drafters import checkpoint
-    from coral.hub import repository as hub
-    from coral.hub.card import card
+    with spinner("Loading"):
+        from coral.drafters import checkpoint
+        from coral.hub import repository as hub
+        from coral.hub.card import card
 
     recorded = checkpoint.read_config(drafter)["target"]
     files = hub.parts(drafter)

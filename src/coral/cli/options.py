@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -168,7 +167,7 @@ def load_target(
 
     Args:
         to_write: load the default as `coral generate` does.
-        reads_much: of many rows at a time; "auto" is then float32 where bfloat16 is slow.
+        reads_much: see `Target.load`.
 
     Raises:
         CoralError: it cannot be loaded, or the data is for another tokenizer.
@@ -179,19 +178,8 @@ def load_target(
     from coral.target.target import Target as Target_
 
     quiet_transformers()
-    if (
-        reads_much
-        and dtype == "auto"
-        and device in (None, "cpu")
-        and not device_map
-        and _is_slow_in_bfloat16()
-    ):
-        print(
-            "the target computes in float32: this CPU is slow in bfloat16 (--dtype says otherwise)",
-            file=sys.stderr,
-        )
-        dtype = "float32"
     placed: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": device_map}
+    placed["reads_much"] = reads_much
     with spinner(f"Loading {target or models.SMOLLM2.name}"):
         if target is None:
             loaded = (models.load_to_write if to_write else models.load)(**placed)
@@ -201,15 +189,6 @@ def load_target(
     if rows is not None:
         check(rows.info, loaded.vocab_size, loaded.tokenizer)
     return loaded
-
-
-def _is_slow_in_bfloat16() -> bool:
-    """Whether the CPU lacks instructions for many rows of bfloat16."""
-    import torch
-
-    from coral.device import has_fast_bfloat16
-
-    return not has_fast_bfloat16(torch.device("cpu"))
 
 
 def read_tokenizer(source: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:

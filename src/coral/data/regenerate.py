@@ -207,10 +207,10 @@ class _Files:
         Raises:
             CoralError: what is there was written by something else, or with other sources or settings.
         """
+        if not any(path.exists() and path.stat().st_size for path in (self.output, self.failures)):
+            return {}  # whatever was asked, nothing was written
         if not self.account.exists():
-            if self.output.exists() and self.output.stat().st_size:
-                raise _foreign(self.output, f"there is no {self.account.name}")
-            return {}
+            raise _foreign(self.output, f"there is no {self.account.name}")
         try:
             before = json.loads(self.account.read_text(encoding="utf-8"))["asked"]
             differing = [key for key in asked if before.get(key) != asked[key]]

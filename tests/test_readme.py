@@ -95,6 +95,8 @@ def test_named_files_exist() -> None:
         path = line.strip().split("   ")[0].strip()
         for name in path.split():
             assert (ROOT / name).exists() or (ROOT / "src/coral" / name).exists(), name
+    ours = {path.name for path in (ROOT / "src/coral").iterdir() if path.name != "__pycache__"}
+    assert {name for name in ours if name.removesuffix("/") not in tree} == set()
     for link in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / link).exists(), link
     for target in re.findall(r"^ {4}make (\w+)", README, re.MULTILINE):

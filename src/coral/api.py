@@ -94,7 +94,8 @@ def load(
     proposer = make_proposer(target, drafter, coupled, head)
     if fallback and not isinstance(proposer, Plain):
         proposer = Fallback(proposer)
-    return LLM(target, proposer, budget, origin)
+    slow = backend == "auto" and target.backend != "native" and target.device.type == "cpu"
+    return LLM(target, proposer, budget, origin, why_not_native(target) if slow else None)
 
 
 def choose_budget(
@@ -210,26 +211,25 @@ class LLM:
     """A target and its proposer. The text never depends on the proposer, only the speed does.
 
     budget: how large draft trees grow; budget_origin: where it comes from, see `choose_budget`.
+    why: why the target is not run natively on a CPU; None where it is, or another backend was asked for.
     """
 
     def __init__(
-        self, target: Target, proposer: Proposer, budget: Budget, budget_origin: str = "asked for"
+        self,
+        target: Target,
+        proposer: Proposer,
+        budget: Budget,
+        budget_origin: str = "asked for",
+        why: str | None = None,
     ) -> None:
         self.target, self.proposer, self.budget = target, proposer, budget
-        self.budget_origin = budget_origin
-
-    @property
-    def why(self) -> str | None:
-        """Why the target is not run natively; None: it is."""
-        return None if self.target.backend == "native" else why_not_native(self.target)
+        self.budget_origin, self.why = budget_origin, why
 
     def generate(self, prompt: Prompt | Sequence[str], **options: Any) -> Any:
         """The whole answer as text, special tokens and stop string left out; of several prompts, which are
         written together, a list of answers. Options: see `start`.
         """
-        several = (
-            isinstance(prompt, list | tuple) and len(prompt) > 0 and all(isinstance(p, str) for p in prompt)
-        )
+        several = isinstance(prompt, list | tuple) and {*map(type, prompt)} == {str}
         asked: Any = prompt if several else [prompt]
         first = options.pop("sequence_id", 0)
         states = [self.start(each, sequence_id=first + i, **options) for i, each in enumerate(asked)]

@@ -12,8 +12,7 @@ from coral.integrations.transformers.options import not_applied
 
 def of_model(pair: LLM, options: dict[str, Any]) -> list[str]:
     """That it is slower than it might be, and that its generation_config asks for what is not done."""
-    slow = pair.target.backend == "transformers" and pair.target.device.type == "cpu" and pair.why
-    found = [f"runs as transformers' own code, which is slower: {slow}"] if slow else []
+    found = [f"runs as transformers' own code, which is slower: {pair.why}"] if pair.why else []
     sampling = Sampling(*(options[name] for name in ("temperature", "top_k", "top_p", "seed")))
     asked = not_applied(pair.target.model.generation_config, sampling)
     if asked:

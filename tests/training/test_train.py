@@ -358,3 +358,11 @@ def test_weights_that_are_not_finite_are_no_result(tmp_path):
     with pytest.raises(CoralError, match=r"fc\.weight is not finite"):
         checkpoint.save(drafter, tmp_path / "d", target=TargetRecord.of(tiny_target()))
     assert not (tmp_path / "d").exists()
+
+
+def test_an_update_that_reads_little_data_very_often_is_refused(tmp_path):
+    """Stops a run that never ends its first update, or ends for want of memory, of a mistyped batch size."""
+    for large in ({"batch_size": 1_000_000}, {"accumulate": 1_000_000}):
+        with pytest.raises(CoralError, match=r"an update would read \d,000,000 rows.*lower batch_size"):
+            run(tmp_path / "run", replace(CONFIG, **large))
+    assert not (tmp_path / "run").exists()

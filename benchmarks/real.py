@@ -29,8 +29,8 @@ from real_clients import ClientFailed, Records, ask
 from real_methods import chosen, every_method
 from real_table import PACKED, PLAIN, Method, by_method, differences, rows, speed, table
 
-from coral.api import read_name
 from coral.cli.options import quiet_transformers
+from coral.drafters.names import read_name
 from coral.errors import CoralError
 from coral.export import write
 from coral.suites import prompts as suites

@@ -183,3 +183,43 @@ def test_what_cannot_be_replaced_is_refused(tmp_path: Path, monkeypatch: pytest.
     ):
         pass
     assert (tmp_path / "round").is_symlink()
+
+
+def test_what_others_put_into_an_output_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stops an empty directory of the user's from going, and a disk mounted inside an output from being
+    emptied with what was replaced.
+    """
+    output = _new(tmp_path / "out")
+    _new(_new(output / "mine") / "empty").chmod(0o750)
+    with atomic_directory(output, ours=("weights",)) as aside:
+        (aside / "weights").write_text("new")
+    assert (output / "mine" / "empty").stat().st_mode & 0o777 == 0o750 and tree(output) == {"weights": "new"}
+    inside = f"36 35 98:0 / {output}/mine rw - ext4 /dev/sda rw\n"
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda p, *a: inside if p.name == "mountinfo" else read(p, *a))
+    with pytest.raises(CoralError, match=rf"out holds a mount point, {output}/mine; unmount it"):
+        files.replaceable(output)
+
+
+def test_a_name_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
+    """Stops a traceback of Arrow, after all work, from an output that it has no name for."""
+    with pytest.raises(CoralError, match=r"is no UTF-8; choose another output"):
+        files.replaceable(tmp_path / "\udcff")
+
+
+def test_files_aside_of_the_dead_are_removed(tmp_path: Path) -> None:
+    """Stops what a killed process wrote aside of a file from staying forever."""
+    left = tmp_path / f".out.jsonl.{'0a' * 16}"
+    left.write_text("half")
+    (tmp_path / ".out.jsonl.mine").write_text("another's")
+    with locked(tmp_path / "out.jsonl"):
+        assert not left.exists()
+    assert [path.name for path in tmp_path.iterdir()] == [".out.jsonl.mine"]
+
+
+def test_pytorchs_advice_to_run_what_lies_there_is_not_passed_on() -> None:
+    """Stops "Re-running torch.load with weights_only=False will likely succeed" in a message of ours."""
+    assert files.unreadable(ValueError("Weights only load failed. Re-running")) == (
+        "it holds something else than tensors"
+    )
+    assert files.unreadable(EOFError()) == "EOFError"

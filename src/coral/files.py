@@ -60,9 +60,14 @@ def replaceable(path: Path) -> Path:
     """The directory that `path` names, links resolved.
 
     Raises:
-        CoralError: it cannot be replaced: a file, a mount point, or where a process of ours works.
+        CoralError: it cannot be replaced: a file, what is or holds a mount point, where a process of ours
+            works, or a name that is no UTF-8.
     """
     given, path = path, Path(os.path.realpath(path))
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:  # libraries beneath take no other names
+        raise CoralError(f"the name {str(given)!r} is no UTF-8; choose another output.") from error
     if path.exists() and not path.is_dir():
         raise CoralError(f"{given} is a file, but a directory is to be written there; choose another output.")
     here = Path(os.path.realpath("."))
@@ -70,7 +75,9 @@ def replaceable(path: Path) -> Path:
         raise CoralError(
             f"{given} holds the working directory, which cannot be replaced; choose a directory inside it."
         )
-    if _is_mount(path):
+    for mounted in _mounts(path):
+        if mounted != path:  # what is mounted there would be emptied with the old directory
+            raise CoralError(f"{given} holds a mount point, {mounted}; unmount it, or choose another output.")
         raise CoralError(
             f"{given} is a mount point, which cannot be replaced; choose a directory inside it, such as "
             f"{given / 'output'}."
@@ -133,6 +140,14 @@ def is_pointer(file: Path) -> bool:
         return False
 
 
+def unreadable(error: Exception) -> str:
+    """Why torch cannot read a file, in a few words: its own advice is to run what lies there."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if first.startswith("Weights only load failed"):
+        return "it holds something else than tensors"
+    return first.split(". ")[0].rstrip(".")
+
+
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     try:
@@ -146,12 +161,16 @@ def _explained(path: Path) -> Iterator[None]:
 def _carry_over(old: Path, new: Path, ours: Sequence[str]) -> None:
     """Give the files of one directory to another that lacks them, but for those that match `ours`."""
     for folder, folders, files in os.walk(old):
-        links = [name for name in folders if Path(folder, name).is_symlink()]
-        for name in (*files, *links):
+        for name in (*folders, *files):
             source = Path(folder, name)
             inside = source.relative_to(old)
             target = new / inside
             if any(fnmatch(inside.as_posix(), pattern) for pattern in ours) or os.path.lexists(target):
+                continue
+            if name in folders and not source.is_symlink():
+                if not any(source.iterdir()):  # others are made for what they hold
+                    target.mkdir(parents=True)
+                    shutil.copymode(source, target)
                 continue
             if not target.parent.exists():
                 target.parent.mkdir(parents=True)
@@ -219,12 +238,12 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number), str(other))
 
 
-def _is_mount(path: Path) -> bool:
-    if os.path.ismount(path):
-        return True
-    try:  # a directory that is bound to another one of the same file system
+def _mounts(path: Path) -> list[Path]:
+    """The mount points among a directory and what it holds, itself first."""
+    own = [path] if os.path.ismount(path) else []
+    try:  # a directory that is bound to another one of the same file system stands only here
         lines = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
     except OSError:
-        return False
+        return own
     points = {re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), line.split()[4]) for line in lines}
-    return str(path) in points
+    return own or sorted(point for point in map(Path, points) if point.is_relative_to(path))

@@ -95,17 +95,20 @@ def _lock_file(path: Path) -> Path:
 
 
 def _recover(path: Path) -> None:
-    """Take back the directory `path` that a killed process had moved aside, and remove what it left: whoever
-    made it is dead, for it would hold the lock.
+    """Take back the directory `path` that a killed process had moved aside, and remove what it left of a
+    directory or a file: whoever made it is dead, for it would hold the lock.
     """
-    named = re.compile(rf"\.{re.escape(path.name)}\.(new|old)-[0-9a-f]{{32}}")
+    named = re.compile(rf"\.{re.escape(path.name)}\.((new|old)-)?[0-9a-f]{{32}}")
     left = [each for each in path.parent.iterdir() if named.fullmatch(each.name)]
     if not path.exists() and (olds := [each for each in left if ".old-" in each.name]):
         newest = max(olds, key=lambda old: old.stat().st_mtime)
         newest.rename(path)
         left.remove(newest)
     for each in left:
-        shutil.rmtree(each, ignore_errors=True)
+        if each.is_dir():
+            shutil.rmtree(each, ignore_errors=True)
+        else:
+            each.unlink(missing_ok=True)
 
 
 def _take(file: Path, path: Path, wait: bool) -> int:

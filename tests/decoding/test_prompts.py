@@ -126,6 +126,7 @@ def test_a_dash_in_front_and_bytes_that_are_no_text(coral: Any, models: Path) ->
     """Stops "no such option: -5" for "-5 + 3 = ?", and a traceback of the tokenizer."""
     result = coral("generate", "--target", models / "target", "-5 + 3 = ?")
     assert result.code == 2 and "write -- before a prompt that begins with a dash" in result.err
+    assert "write -- before" in coral("generate", "-hello").err  # no option of ours has one dash
     result = coral("generate", "--target", models / "target", "--max-new-tokens", 2, "--", "-5 + 3 = ?")
     assert result.code == 0
     result = coral("generate", "--target", models / "target", "caf\udce9")

@@ -448,3 +448,20 @@ def run(coral, *arguments: object) -> list[str]:
     result = coral(*arguments)
     assert result.code == 0, result.err
     return result.out.splitlines()
+
+
+def test_what_a_foreign_drafter_cannot_be_is_said(coral, models, target, tmp_path):
+    """Stops: a traceback for weights of whole numbers, and an error inside the brackets of another one."""
+    directory = exported(make(tmp_path / "d", target), "vllm", target)
+    line = ("import", directory, "--target", models / "target", "--output", tmp_path / "out")
+    (directory / "config.json").write_text(json.dumps(config(directory) | {"num_attention_heads": -1}))
+    assert "CoralError(" not in coral(*line).err and "says -1 heads" in coral(*line).err
+    torch.save({n: t.to(torch.int8) for n, t in stored(directory).items()}, directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    result = coral(*line)
+    assert result.code == 2 and "as torch.int8, which is no weight of a drafter" in result.err, result.err
+    folder = tmp_path / "cache" / "models--me--eagle" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    result = coral("import", tmp_path / "cache", *line[2:])
+    assert f"is a folder of the hub's cache; name the directory {folder}" in result.err, result.err

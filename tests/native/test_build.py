@@ -94,6 +94,20 @@ def test_the_working_directory_is_no_cache(compiled, tmp_path: Path, monkeypatch
         assert cpp.use_own_cache() == tmp_path / "temporary" / f"coral-{os.geteuid()}"
 
 
+@pytest.mark.parametrize("asked", [".", "sub"])
+def test_a_relative_place_for_temporary_files_is_no_cache(
+    compiled, tmp_path: Path, monkeypatch, asked
+) -> None:
+    """Stops a library that lies in somebody's repository from being run where TMPDIR names that."""
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"HOME": "", "XDG_CACHE_HOME": "", "TMPDIR": asked}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert [compiled(1), compiled(1)] == [1, 1]
+    assert not [*tmp_path.rglob(f"coral-{os.geteuid()}")]
+
+
 def test_a_directory_that_others_may_write_is_not_used(compiled, tmp_path: Path, monkeypatch) -> None:
     """Stops code of another user, who may write a library and its digest alike."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))

@@ -157,3 +157,38 @@ def test_a_damaged_tokenizer_is_a_sentence(target: Path, content: str, coral, tm
     told = coral(*line)
     assert told.code == 2 and "check its files" in told.err, told.err
     assert "tokenizer.json is no JSON" in told.err or content.endswith("}")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"null", b"\xff"])
+def test_a_damaged_config_is_named(target: Path, name: str, content: bytes) -> None:
+    """Stops "argument of type 'NoneType' is not iterable", and end tokens that are lost without a word."""
+    (target / name).write_bytes(content)
+    with pytest.raises(CoralError, match=rf"{name} (is no JSON|holds no object).*copy it again"):
+        load(target)
+
+
+@pytest.mark.parametrize("eos", ["end", -1, 3.5, True, [2, None], {"a": 1}])
+def test_an_end_that_is_no_token_is_refused(target: Path, eos: Any) -> None:
+    """Stops answers that go on to their limit because their end token could not be read."""
+    (target / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(CoralError, match=r"eos_token_id holds .*, which is no token id"):
+        load(target)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_target_whose_scores_are_not_finite_writes_nothing(target: Path, value: float) -> None:
+    """Stops text out of damaged weights, or of float16 that overflows, as if it were the target's."""
+    edit(target, lambda tensors: tensors["model.norm.weight"].fill_(value))
+    pair = load(target)
+    with pytest.raises(CoralError, match=r"scores of .*target are not finite"):
+        pair.generate([1, 2, 3], max_new_tokens=2)
+    from coral.decoding.batch import write_packed, write_padded
+    from coral.decoding.sampling import Sampling
+    from coral.decoding.state import State
+
+    with pytest.raises(CoralError, match="are not finite"):
+        write_padded(pair.target, [[1, 2]], [Sampling()], [0], 2)
+    states = iter([State.begin(pair.target, [1, 2], 2)])
+    with pytest.raises(CoralError, match="are not finite"):
+        list(write_packed(pair.target, lambda: next(states, None), 1))

@@ -379,3 +379,11 @@ def test_muon_in_float32_is_muon(shape: tuple[int, int]) -> None:
     moved = [matrix.detach() - first for matrix in matrices]
     torch.testing.assert_close(moved[0], moved[1], rtol=0.03, atol=0.03 * float(moved[1].abs().max()))
     theirs.load_state_dict(ours.state_dict())
+
+
+def test_an_update_that_reads_little_data_very_often_is_refused(tmp_path):
+    """Stops a run that never ends its first update, or ends for want of memory, of a mistyped batch size."""
+    for large in ({"batch_size": 1_000_000}, {"accumulate": 1_000_000}):
+        with pytest.raises(CoralError, match=r"an update would read \d,000,000 rows.*lower batch_size"):
+            run(tmp_path / "run", replace(CONFIG, **large))
+    assert not (tmp_path / "run").exists()

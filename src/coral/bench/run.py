@@ -73,7 +73,7 @@ def bench(
     Raises:
         CoralError: a bad name or file, or an output that holds another bench or that another process writes.
     """
-    from coral.api import located
+    from coral.drafters.names import located
 
     output, config = Path(output), config or BenchConfig()
     prompts = suites_.load(suites, config.limit)

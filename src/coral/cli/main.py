@@ -260,7 +260,7 @@ def _main() -> None:
         hint = ""
         option = getattr(error, "option_name", None)
         if type(error).__name__ == "NoSuchOption" and any(
-            " " in word and word.startswith(str(option)) for word in sys.argv
+            word.startswith(str(option)) and (" " in word or word[:2] != "--") for word in sys.argv
         ):
             hint = "write -- before a prompt that begins with a dash; "
         what = error.format_message().replace(". Did", ", did").rstrip(".?\n")

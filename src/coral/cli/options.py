@@ -143,7 +143,7 @@ def read_drafters(items: list[str]) -> dict[str, str]:
 
 
 def _own_name(drafter: str) -> str:
-    from coral.api import read_name
+    from coral.drafters.names import read_name
 
     source, _, _ = read_name(drafter)
     if source is None:
@@ -167,7 +167,7 @@ def load_target(
 
     Args:
         to_write: load the default as `coral generate` does.
-        reads_much: see `Target.load`.
+        reads_much: many rows at a time, see `Target.for_many_rows`.
 
     Raises:
         CoralError: it cannot be loaded, or the data is for another tokenizer.
@@ -179,12 +179,13 @@ def load_target(
 
     quiet_transformers()
     placed: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": device_map}
-    placed["reads_much"] = reads_much
     with spinner(f"Loading {target or models.SMOLLM2.name}"):
         if target is None:
             loaded = (models.load_to_write if to_write else models.load)(**placed)
         else:
             loaded = Target_.load(target, revision=revision, trust_remote_code=trust_remote_code, **placed)
+        if reads_much and dtype == "auto":
+            loaded = loaded.for_many_rows()
     end_answers(loaded)
     if rows is not None:
         check(rows.info, loaded.vocab_size, loaded.tokenizer)

@@ -58,12 +58,12 @@ def tune(
     with spinner("Loading"):
         from rich.console import Console
 
-        from coral.api import read_name
         from coral.bench.deepen import append_layers
         from coral.data import shards
         from coral.decoding.sampling import Sampling
         from coral.drafters import checkpoint
         from coral.drafters.heads import store as heads
+        from coral.drafters.names import read_name
         from coral.target import default as models
         from coral.tuning.table import summary, table
         from coral.tuning.tune import GRAPH_ROWS, tune_drafter

@@ -98,8 +98,8 @@ def _files(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise CoralError(
-            f"{source} does not exist; name .jsonl, .json or .parquet files of conversations, a directory of "
-            "them, or hub:ORG/NAME."
+            f"{source} {'is no file' if source.exists() else 'does not exist'}; name .jsonl, .json or "
+            ".parquet files of conversations, a directory of them, or hub:ORG/NAME."
         )
     if found := sorted(path for path in source.rglob("*") if _is_source(path.relative_to(source))):
         return found

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
+from coral.target.ids import check_scores
 from coral.target.target import Target
 from coral.tree import DraftTree
 
@@ -33,6 +34,9 @@ def write_packed(target: Target, admit: Callable[[], State | None], at_once: int
             return
         roots = [DraftTree.root(state.tokens[-1]) for state in live]
         logits, _ = target.verify([state.cache for state in live], roots, ())
+        for state, scores in zip(live, logits, strict=True):
+            if not state.written:
+                check_scores(target, scores)
         positions = torch.tensor([len(state.tokens) for state in live])
         samplings, ids = [state.sampling for state in live], [state.sequence_id for state in live]
         tokens = _sample(torch.cat(logits), positions, range(len(live)), samplings, ids)
@@ -74,7 +78,10 @@ def write_padded(
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        tokens = _sample(target.head(features[:, -1]), positions[:, -1] + 1, rows, samplings, sequence_ids)
+        scores = target.head(features[:, -1])
+        if not any(answers):
+            check_scores(target, scores)
+        tokens = _sample(scores, positions[:, -1] + 1, rows, samplings, sequence_ids)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if row not in ended:
                 answers[row].append(token)

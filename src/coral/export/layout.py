@@ -20,7 +20,7 @@ from coral import json_file
 from coral.drafters.checkpoint import check_names, check_tensors
 from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.errors import CoralError
-from coral.files import POINTER, is_pointer
+from coral.files import POINTER, is_pointer, unreadable
 from coral.target.record import TargetLike
 
 ONCE = ("fc.weight",)
@@ -184,8 +184,7 @@ def _read_file(file: Path) -> dict[Any, Any]:
     try:
         return dict(reader(file))
     except Exception as error:  # torch and pickle raise many kinds
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        why = POINTER if is_pointer(file) else f"cannot be read ({reason})"
+        why = POINTER if is_pointer(file) else f"cannot be read ({unreadable(error)})"
         raise CoralError(f"{file} {why}; copy the drafter again.") from error
 
 
@@ -198,6 +197,11 @@ def _named(file: Path, stored: dict[Any, Any]) -> dict[str, Tensor]:
             continue
         if not isinstance(tensor, Tensor):
             raise CoralError(f"{file} holds {name!r}, which is no tensor; give a directory of weights alone.")
+        if not tensor.is_floating_point():
+            raise CoralError(
+                f"{file} holds {name} as {tensor.dtype}, which is no weight of a drafter; give one that is "
+                "not quantised."
+            )
         if plain in tensors:
             raise CoralError(f"{file} holds {plain} twice, with and without a prefix; keep one of them.")
         tensors[plain] = tensor
@@ -268,6 +272,8 @@ def _empty_drafter(
                 fc_bias="fc.bias" in tensors,
             )
         )
+    except CoralError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise CoralError(f"{path} cannot be read ({error!r}); copy the drafter again.") from error
 

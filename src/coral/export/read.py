@@ -39,8 +39,9 @@ def refuse_foreign(source: str | Path) -> None:
         raise CoralError(f"{place} is a CORAL drafter already; use it as it is.")
     if (place / "adapter_config.json").is_file():
         raise CoralError(f"{place} holds a LoRA adapter, which drafts nothing by itself; {_GIVE}.")
-    if found := next(iter(place.glob("snapshots/*/config.json")), None):
-        raise CoralError(f"{place} is a folder of the hub's cache; name the directory {found.parent}.")
+    for pattern in ("snapshots/*/config.json", "models--*/snapshots/*/config.json"):
+        for found in place.glob(pattern):
+            raise CoralError(f"{place} is a folder of the hub's cache; name the directory {found.parent}.")
     try:
         config = json.loads((place / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):

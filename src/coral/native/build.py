@@ -70,8 +70,10 @@ def _private() -> Path:
     process.
     """
     name = f"coral-{os.geteuid() if hasattr(os, 'geteuid') else 'compiled'}"
-    shared = Path(tempfile.gettempdir())
-    kept = None if shared == Path.cwd() else _own(shared / name)
+    shared = Path(tempfile.gettempdir()).absolute()
+    asked = next(filter(None, map(os.environ.get, ("TMPDIR", "TEMP", "TMP"))), "/")
+    here = shared == Path.cwd() or not Path(asked).is_absolute()  # where others may have put a library
+    kept = None if here else _own(shared / name)
     return kept or Path(tempfile.mkdtemp(prefix=f"{name}-"))
 
 

@@ -86,10 +86,20 @@ def embedding_scale(config: PreTrainedConfig) -> float:
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    """The ids that end a text, empty if none is named."""
+    """The ids that end a text, empty if none is named.
+
+    Raises:
+        CoralError: what is named is no token id.
+    """
     generation = model.generation_config
     eos = generation.eos_token_id if generation is not None else None
     eos = model.config.eos_token_id if eos is None else eos
     if eos is None:
         eos = getattr(tokenizer, "eos_token_id", None)
-    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+    named = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
+    if odd := [each for each in named if type(each) is not int or each < 0]:
+        raise CoralError(
+            f"the model's eos_token_id holds {odd[0]!r}, which is no token id, so its texts would not end; "
+            "correct it in generation_config.json or config.json."
+        )
+    return frozenset(named)

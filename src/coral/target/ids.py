@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from coral.errors import CoralError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from coral.target.target import Target
 
 
@@ -50,3 +52,12 @@ def check_ids(target: Target, ids: Sequence[int]) -> None:
         + (f"its tokenizer has {tokens} tokens: " if tokens > size else "")
         + "use the tokenizer that the model was trained with."
     )
+
+
+def check_scores(target: Target, scores: Tensor) -> None:
+    """Raise CoralError where the largest of a row [N, V] of logits is no number: its token would be any."""
+    if not scores.amax(-1).isfinite().all():
+        raise CoralError(
+            f"the scores of {target.name} are not finite, so its text would mean nothing: its weights are "
+            f"damaged, or too large for {target.precision}; copy them again, or take another dtype."
+        )

@@ -33,6 +33,9 @@ def load_config(place: str, name: str, **common: Any) -> Any:
     refuse_missing(place, "target")
     if Path(place).exists() and not (Path(place) / "config.json").is_file():
         raise CoralError(_no_config(Path(place), name))
+    for file in (Path(place) / "config.json", Path(place) / "generation_config.json"):
+        if file.is_file() and (wrong := _no_object(file)):  # transformers passes over the second in silence
+            raise CoralError(f"the target {name!r} cannot be read: {wrong}; copy it again.")
     try:
         config = AutoConfig.from_pretrained(place, **common)
     except Exception as error:  # of files, or code, that others wrote
@@ -101,13 +104,20 @@ def pointer(directory: Path) -> str | None:
     return None
 
 
+def _no_object(file: Path) -> str | None:
+    """Why a file is no JSON object, if it is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{file.name} is no JSON ({error})"
+    return None if isinstance(content, dict) else f"{file.name} holds no object of keys and values"
+
+
 def _damaged_json(directory: Path) -> str | None:
     """Which of a tokenizer's files is no JSON; the error of who read it does not name it."""
     for file in sorted(directory.glob("*.json")) if directory.is_dir() else ():
-        try:
-            json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            return f"{file.name} is no JSON ({error})"
+        if wrong := _no_object(file):
+            return wrong
     return None
 
 

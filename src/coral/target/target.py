@@ -109,7 +109,6 @@ class Target:
         attention: str | None = "sdpa",
         revision: str | None = None,
         trust_remote_code: bool = False,
-        reads_much: bool = False,
     ) -> Target:
         """Load a target from a directory, a hub id, a GGUF file (see `gguf.names`), or take a loaded model.
 
@@ -118,8 +117,6 @@ class Target:
             device_map: placement of the parts by accelerate, for a model that does not fit on one device:
                 "auto" or another strategy, or a device for each part. Layers may be offloaded.
             attention: "sdpa" or "eager".
-            reads_much: of many rows at a time, as training does: "auto" is then float32 on a CPU that has no
-                instructions for bfloat16.
 
         Raises:
             CoralError: not found, not supported (said before weights are read), or weights that do not fit.
@@ -133,7 +130,6 @@ class Target:
         if attention not in _ATTENTION:
             raise CoralError(f"attention {attention!r} takes no arbitrary mask; use sdpa or eager.")
         place = name = str(source)
-        reads_much &= dtype == "auto" and device_map is None
         blocks = gguf.blocks(source, revision) if dtype == "packed" else None
         if (converted := gguf.directory(source, dtype, revision, Console(stderr=True))) is not None:
             place, dtype, revision = str(converted), "auto", None
@@ -151,11 +147,16 @@ class Target:
             device=device,
             **common,
         )
-        if reads_much and model.device.type == "cpu" and not has_fast_bfloat16(model.device):
-            model = model.float()
         pack_linears(model)
         revision = revision or getattr(config, "_commit_hash", None)
         return cls(model, tokenizer, name=name, revision=revision, blocks=blocks)
+
+    def for_many_rows(self) -> Target:
+        """This target, its model made float32 where a CPU has no instructions for many rows of bfloat16."""
+        spread = hasattr(self.model, "hf_device_map")
+        if self.device.type != "cpu" or spread or self.dtype.itemsize > 2 or has_fast_bfloat16(self.device):
+            return self
+        return Target(self.model.float(), self.tokenizer, name=self.name, revision=self.revision)
 
     @property
     def device(self) -> torch.device:

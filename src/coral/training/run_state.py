@@ -22,7 +22,7 @@ from coral import json_file
 from coral.drafters import checkpoint
 from coral.drafters.feature.network import Drafter
 from coral.errors import CoralError
-from coral.files import atomic_directory
+from coral.files import atomic_directory, unreadable
 from coral.json_file import OPEN, Count, Seconds, Size
 from coral.target.record import TargetRecord
 from coral.training.recipe import TrainConfig
@@ -132,8 +132,7 @@ def load(
     except FileNotFoundError as error:
         raise CoralError(f"{output} holds a drafter but no training state; {elsewhere}") from error
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise CoralError(f"{path} cannot be read ({reason}); {elsewhere}") from error
+        raise CoralError(f"{path} cannot be read ({unreadable(error)}); {elsewhere}") from error
     stored: Any = json_file.check(found, _Stored, str(path), elsewhere)
     state = RunState(**stored["state"])
     if changed := _changed(stored["config"], asdict(config)):

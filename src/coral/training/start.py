@@ -24,6 +24,9 @@ from coral.training.recipe import TrainConfig, check
 from coral.training.run import Run, TrainTarget
 from coral.training.run_state import RunState, random_generator
 
+_FEW_ROWS = 1024
+"""An update of so many may read smaller data several times over."""
+
 
 class Data(Protocol):
     """Prepared data, with or without stored features."""
@@ -48,6 +51,7 @@ def begin(target: TrainTarget, data: Data, output: Path, config: TrainConfig, re
     accelerator = parallel.new_accelerator(
         target.device, log_with=trackers.make(config.reports.tracker, output) or None
     )
+    _refuse_repeats(config, len(dataset), accelerator.num_processes)
     resumed = resume and (output / "coral" / "config.json").exists()
     _refuse_different(accelerator, resumed=resumed, rows=len(dataset))  # before the main process writes
     record, digest = TargetRecord.of(target), digest_of(data)
@@ -88,6 +92,16 @@ def _resume(run: Run) -> None:
         raise CoralError(
             f"the training state in {run.output} is damaged ({error}); choose another output directory."
         ) from error
+
+
+def _refuse_repeats(config: TrainConfig, rows: int, processes: int) -> None:
+    """Raise CoralError for an update that would read little data very often: it has no end, or no memory."""
+    asked = config.batch_size * config.accumulate * processes
+    if asked > max(rows, _FEW_ROWS):
+        raise CoralError(
+            f"an update would read {asked:,} rows (batch_size x accumulate x processes), but the data holds "
+            f"{rows:,}; lower batch_size or accumulate."
+        )
 
 
 def _precision(config: TrainConfig, target: TrainTarget) -> Literal["float32", "bfloat16"]:

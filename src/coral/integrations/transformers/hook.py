@@ -23,12 +23,13 @@ from transformers import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from coral.api import LLM, choose_budget, located, make_proposer
+from coral.api import LLM, choose_budget, make_proposer
 from coral.decoding.cycle import generate as decode
 from coral.decoding.fallback import Fallback
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
+from coral.drafters.names import located
 from coral.errors import CoralError
 from coral.integrations.transformers.options import read_prompts, read_sampling, refuse_others
 from coral.target.attention import GROUPED_SDPA

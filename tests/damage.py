@@ -23,7 +23,7 @@ from coral.target.record import TargetRecord
 from coral.tree import Budget
 
 ODD = [None, True, -1, 0, 1.5, 10**30, 1e308, "", "x", "\udcff", [], [1], {}, {"a": 1}, float("nan")]
-CONDITIONS = tuned.Conditions("a CPU", 4, "float32", False, 8, "full")
+CONDITIONS = tuned.Conditions("a CPU", 4, "float32", "native", 8, "full")
 
 
 def nodes(value: Any) -> Iterator[tuple[Any, Any]]:

@@ -209,7 +209,7 @@ def test_what_cannot_stay_packed_is_refused(tmp_path, monkeypatch) -> None:
     foreign = write_gguf(
         tmp_path / "olmo2.gguf", tiny_model("olmo2", **SIZES | {"head_dim": 72}), quantised="Q8_0"
     )
-    with pytest.raises(CoralError, match="cannot stay packed: that needs a CPU"):
+    with pytest.raises(CoralError, match="cannot run natively: its family, olmo2, has no native forward"):
         Target.load(foreign, dtype="packed")
     path = write_gguf(tmp_path / "mixed.gguf", model, quantised="Q8_0")
     blocks = packed_blocks(path)
@@ -228,5 +228,5 @@ def packed_blocks(path: Path, all_kinds: pytest.MonkeyPatch | None = None):
 def test_a_tree_is_tuned_for_packed_weights_alone(tmp_path) -> None:
     """Stops a tree that was tuned where rows cost something else."""
     packed, path = targets(tmp_path, "llama", "Q8_0")
-    places = [tuned.Conditions.of(target, "full", True) for target in (packed, Target.load(path))]
+    places = [tuned.Conditions.of(target, "full") for target in (packed, Target.load(path))]
     assert [place.dtype for place in places] == ["packed", "bfloat16"]

@@ -35,7 +35,7 @@ def test_another_quantisation_is_drafted_for_with_a_note(coral, models: Path, tm
     that the drafter has a say in, and a note in the text.
     """
     directory = changed(models, tmp_path / "requantised", noise=0.1)  # that of four bits
-    command = ("generate", "hi", "--target", directory, "--max-new-tokens", 8)
+    command = ("generate", "hi", "--target", directory, "--max-new-tokens", 8, "--backend=transformers")
     drafted = coral(*command, "--drafter", models / "drafter")
     assert drafted.code == 0 and drafted.out == coral(*command).out
     assert drafted.err.count("\n") == 1 and "in other numbers" in drafted.err

@@ -296,7 +296,7 @@ def beside(output):
     heads.save(output, "routed", {"ids": torch.arange(31)[None]}, active=1)
     heads.save(output, "static", {"ids": torch.arange(9)})
     heads.save_token_map(output, torch.arange(9))
-    conditions = tuned.Conditions("a CPU", 4, "float32", False, 2, "static")
+    conditions = tuned.Conditions("a CPU", 4, "float32", "native", 2, "static")
     tuned.save(output, conditions, Budget(2, 3, 5), 1.5, 1.4)
     return TargetRecord.of(target)
 

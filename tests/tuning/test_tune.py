@@ -136,7 +136,7 @@ def test_the_grid_and_its_best() -> None:
 # ------------------------------------------------------------------------------------------- trees.json
 
 
-CONDITIONS = tuned.Conditions("a CPU", 4, "float32", False, 8, "full")
+CONDITIONS = tuned.Conditions("a CPU", 4, "float32", "native", 8, "full")
 TREE = Budget(2, 3, 5)
 
 
@@ -145,7 +145,7 @@ def test_lookup_by_conditions(tmp_path: Path) -> None:
     assert tuned.find(tmp_path, CONDITIONS) is None
     others = {
         name: replace(CONDITIONS, **{name: value})
-        for name, value in {"device": "a GPU", "threads": 1, "dtype": "bfloat16", "compiled": True,
+        for name, value in {"device": "a GPU", "threads": 1, "dtype": "bfloat16", "backend": "graphs",
                             "layers": 32, "head": "static"}.items()
     }  # fmt: skip
     path = tuned.save(tmp_path, CONDITIONS, TREE, 1.5, 1.4)
@@ -178,7 +178,7 @@ def pair(models: Path, tmp_path: Path) -> tuple[Path, Target]:
     """A drafter of its own, with a tree tuned for the head `in_context` and the tiny target."""
     shutil.copytree(models / "drafter", tmp_path / "drafter")
     target = Target.load(models / "target")
-    tuned.save(tmp_path / "drafter", tuned.Conditions.of(target, "in_context", False), TREE, 1.5, 1.4)
+    tuned.save(tmp_path / "drafter", tuned.Conditions.of(target, "in_context"), TREE, 1.5, 1.4)
     return tmp_path / "drafter", target
 
 
@@ -269,14 +269,14 @@ def test_a_new_drafter_or_head_drops_what_was_tuned(
 ) -> None:
     """Stops a tree that was tuned to weights which are gone."""
     drafter, target = pair
-    static = tuned.Conditions.of(target, "static", False)
+    static = tuned.Conditions.of(target, "static")
     tuned.save(drafter, static, TREE, 1.5, 1.4)
     source = conversations(tmp_path / "c.jsonl")
     prepare([source], target.tokenizer, tmp_path / "data", PrepareConfig(held_out=1))
     made = coral("train-head", drafter, "--data", tmp_path / "data", "--target", models / "target",
                  "--kind", "static", "--size", 12)  # fmt: skip
     assert made.code == 0 and tuned.find(drafter, static) is None
-    assert tuned.find(drafter, tuned.Conditions.of(target, "in_context", False)) == TREE
+    assert tuned.find(drafter, tuned.Conditions.of(target, "in_context")) == TREE
     assert heads.resolve(drafter, "auto") == "static"
     loaded = checkpoint.load(drafter, target)
     checkpoint.save(loaded, drafter, target=TargetRecord.of(target))

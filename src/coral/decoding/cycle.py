@@ -7,7 +7,6 @@ from time import perf_counter
 from typing import Protocol
 
 from coral.decoding.state import Cycle, State
-from coral.device import has_queue
 from coral.target.ids import check_scores
 from coral.target.target import Target
 from coral.tree import Budget, DraftTree, read
@@ -36,7 +35,7 @@ def cycle(target: Target, proposer: Proposer, live: Sequence[State], budget: Bud
     drafted = perf_counter()
     logits, features = target.verify([state.cache for state in live], trees, proposer.layers)
     for state, tree, scores in zip(live, trees, logits, strict=True):
-        if state.cycle is None and not has_queue(target.device):  # a GPU would be waited for
+        if state.cycle is None:
             check_scores(target, scores[:1])
         state.tree, state.logits = tree, scores
     trees, samples = read(trees, [state.sample() for state in live])  # the one wait of a cycle on a GPU

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from coral.device import has_queue
 from coral.errors import CoralError
 
 if TYPE_CHECKING:
@@ -55,8 +56,10 @@ def check_ids(target: Target, ids: Sequence[int]) -> None:
 
 
 def check_scores(target: Target, scores: Tensor) -> None:
-    """Raise CoralError where the largest of a row [N, V] of logits is no number: its token would be any."""
-    if not scores.amax(-1).isfinite().all():
+    """Raise CoralError where the largest of a row [N, V] of logits is no number: its token would be any. On a
+    GPU nothing is checked, for a cycle would wait for it.
+    """
+    if not has_queue(scores.device) and not scores.amax(-1).isfinite().all():
         raise CoralError(
             f"the scores of {target.name} are not finite, so its text would mean nothing: its weights are "
             f"damaged, or too large for {target.precision}; copy them again, or take another dtype."

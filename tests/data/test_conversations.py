@@ -41,7 +41,7 @@ FORMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         said(("system", "s"), Q, A),
     ),
     "a system prompt": ({"system_prompt": "s", "prompt": "q", "response": "a"}, said(("system", "s"), Q, A)),
-    "both": ({"system": "other", "messages": said(("system", "s"), Q, A)}, said(("system", "s"), Q, A)),
+    "both": ({"system": "s", "messages": said(("system", "s"), Q, A)}, said(("system", "s"), Q, A)),
     "a developer": ({"messages": said(("developer", "s"), Q, A)}, said(("system", "s"), Q, A)),
     "an empty system column": ({"system": "", "messages": said(Q, A)}, ASKED),
     "more keys": (
@@ -199,3 +199,12 @@ def test_all_reasons_are_told_in_one_line(tmp_path: Path) -> None:
         "1 x nothing under 'messages', 'conversations', 'conversation' or 'prompt' "
         f"(the first is {source}:3, it has 'text')"
     )
+
+
+def test_a_system_column_beside_a_system_message_is_counted() -> None:
+    """Stops a column that is left out without a word."""
+    changes: list[str] = []
+    parse({"system": "other", "messages": said(("system", "s"), Q, A)}, changes=changes)
+    assert changes == ["a 'system' column was left out: the turns have a system message of their own"]
+    parse({"system": "s", "messages": said(("system", "s"), Q, A)}, changes=changes)
+    assert len(changes) == 1

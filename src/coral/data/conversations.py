@@ -125,7 +125,7 @@ def parse(record: Any, *, prompts_only: bool = False, changes: list[str] | None 
         BadRecordError: it is no conversation that can be trained on.
     """
     changes = [] if changes is None else changes
-    column, turns = _turns(_decoded(record))
+    column, turns = _turns(_decoded(record), changes)
     messages: list[Message] = []
     fault: BadRecordError | None = None
     for turn in turns:
@@ -160,7 +160,7 @@ def _decoded(record: Any) -> dict[str, Any]:
     return record
 
 
-def _turns(record: dict[str, Any]) -> tuple[str, list[Any]]:
+def _turns(record: dict[str, Any], changes: list[str]) -> tuple[str, list[Any]]:
     """The column that holds the conversation, and its turns with the system message of a column beside it."""
     present = [name for name in COLUMNS if record.get(name) is not None]
     if not present:
@@ -184,7 +184,9 @@ def _turns(record: dict[str, Any]) -> tuple[str, list[Any]]:
     if not isinstance(record[system], str):
         raise BadRecordError(f"'{system}' is not a text", type(record[system]).__name__)
     if any(isinstance(turn, dict) and _role(turn) == "system" for turn in turns[:1]):
-        return column, turns  # which say it themselves
+        if turns[0].get(_key(turns[0], "content", "value")) != record[system]:
+            changes.append(f"a '{system}' column was left out: the turns have a system message of their own")
+        return column, turns
     return column, [{"role": "system", "content": record[system]}, *turns]
 
 

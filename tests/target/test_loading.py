@@ -192,3 +192,10 @@ def test_a_target_whose_scores_are_not_finite_writes_nothing(target: Path, value
     states = iter([State.begin(pair.target, [1, 2], 2)])
     with pytest.raises(CoralError, match="are not finite"):
         list(write_packed(pair.target, lambda: next(states, None), 1))
+
+
+def test_weights_of_whole_numbers_are_no_weights(target: Path) -> None:
+    """Stops a quantised model without its config, whose numbers would be taken for its weights."""
+    edit(target, lambda tensors: tensors.update({UP: tensors[UP].to(torch.int8)}))
+    with pytest.raises(CoralError, match=f"it holds as whole numbers {re.escape(UP)}"):
+        load(target)

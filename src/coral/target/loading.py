@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from coral.errors import CoralError
@@ -83,6 +84,7 @@ def load_model(place: str, name: str, *, device: str | None, **loading: Any) -> 
         "lacks": found["missing_keys"],
         "holds without a place in the model": found["unexpected_keys"],
         "holds in other shapes": [key for key, *_ in found["mismatched_keys"]],
+        "holds as whole numbers": _whole_numbers(Path(place)),
     }
     told = [f"{what} {few(keys)}" for what, names in wrong.items() if (keys := _counted(names))]
     if told:
@@ -92,6 +94,17 @@ def load_model(place: str, name: str, *, device: str | None, **loading: Any) -> 
             "another checkpoint."
         )
     return model
+
+
+def _whole_numbers(directory: Path) -> list[str]:
+    """Weights that a directory holds as integers: of a quantised model without its config, whose scales would
+    be left out.
+    """
+    found = []
+    for file in sorted(directory.glob("*.safetensors")) if directory.is_dir() else ():
+        with safe_open(file, "pt") as opened:
+            found += [key for key in opened.keys() if opened.get_slice(key).get_dtype()[0] in "IU"]  # noqa: SIM118
+    return found
 
 
 def pointer(directory: Path) -> str | None:

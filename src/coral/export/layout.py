@@ -272,8 +272,10 @@ def _empty_drafter(
                 fc_bias="fc.bias" in tensors,
             )
         )
-    except CoralError:
-        raise
+    except CoralError as error:
+        if str(path) in str(error):
+            raise
+        raise CoralError(f"{path} cannot be read: {error}") from error
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise CoralError(f"{path} cannot be read ({error!r}); copy the drafter again.") from error
 

@@ -73,10 +73,13 @@ def test_it_answers() -> None:
     assert "Paris" in library.load().generate("What is the capital of France?", max_new_tokens=24)
 
 
-def test_the_same_model_in_other_numbers_is_drafted_for(
-    pair: library.LLM, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Stops a drafter that is refused for the hub's own weights, or accepts much less there than it did."""
+@pytest.mark.usefixtures("fetched")
+def test_the_same_model_in_other_numbers_is_drafted_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """Stops a drafter that is refused for the hub's own weights, or accepts much less there than it did.
+
+    In float32: in bfloat16 three short texts are others on another processor.
+    """
+    pair = library.load(dtype="float32", fallback=False)
     model = copy.deepcopy(pair.target.model)
     with torch.no_grad():
         for weight in {id(p): p for p in model.parameters() if p.dim() == 2}.values():
@@ -91,7 +94,7 @@ def test_the_same_model_in_other_numbers_is_drafted_for(
         ids, tau = write(other, prompt)
         assert ids == write(plain, prompt)[0]
         own, theirs = own + write(pair, prompt)[1], theirs + tau
-    assert theirs > 0.75 * own  # of three short texts, others on another processor: 0.83 with AVX2
+    assert theirs > 0.85 * own
 
 
 def test_the_demo_and_the_readme(coral, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hub_stand_in import TOKEN, Hub
+from hub_stand_in import TOKEN, Hub, talk_to
 from transformers import AutoModelForCausalLM
 
 from coral.drafters import checkpoint
@@ -27,17 +27,8 @@ GENERATE = ("generate", "What is a reef?", "--max-new-tokens", "8")
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub that this process's client talks to, with a cache of its own and the right token."""
-    constants = "huggingface_hub.constants."
     with Hub() as hub:
-        for name, value in {
-            "ENDPOINT": hub.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-        }.items():
-            monkeypatch.setattr(constants + name, value)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        talk_to(hub, tmp_path / "cache", monkeypatch)
         yield hub
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hub_stand_in import TOKEN, Hub, Repository
+from hub_stand_in import Hub, Repository, talk_to
 from tiny_gguf import write_gguf
 from tiny_tokenizer import PLAIN, SPECIALS, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -67,17 +67,8 @@ def file(master: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def hub(tmp_path: Path, master: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub with a repository of GGUF files."""
-    constants = "huggingface_hub.constants."
     with Hub() as hub:
-        for name, value in {
-            "ENDPOINT": hub.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "hub"),
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-        }.items():
-            monkeypatch.setattr(constants + name, value)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        talk_to(hub, tmp_path / "hub", monkeypatch)
         repository = Repository(private=False)
         stored = dict.fromkeys(("tiny-Q4_K_M.gguf", "tiny-Q8_0.gguf", "other/tiny-Q8_0.gguf"), b"GGUF")
         stored |= {"README.md": b"", "mmproj-F32.gguf": b"GGUF", "tiny-F32.gguf": master.read_bytes()}

@@ -25,7 +25,7 @@ from coral.api import LLM, make_proposer
 from coral.bench.costs import verify_seconds
 from coral.bench.deepen import deepen, plain_bytes
 from coral.cli.demo import PROMPTS
-from coral.cli.options import quiet_transformers, read_budget
+from coral.cli.options import quiet_transformers, read_tree_size
 from coral.decoding.cycle import acceptance_length
 from coral.decoding.merged import Merged
 from coral.decoding.plain import Plain
@@ -106,8 +106,8 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     quiet_transformers()
-    budget = read_budget(options.tree) or CPU_DEFAULT
-    rows = budget.num_nodes + 1
+    tree_size = read_tree_size(options.tree) or CPU_DEFAULT
+    rows = tree_size.num_nodes + 1
     loaded = Target.load(TOY / "target", dtype=options.dtype)
     if options.layers > loaded.config.num_hidden_layers:
         deepen(loaded.model, options.layers)
@@ -115,7 +115,7 @@ def main() -> None:
     proposer: Any = make_proposer(target, options.drafter)
     drafter = proposer.drafter if isinstance(proposer, Merged) else proposer
     assert isinstance(drafter, Feature) and drafter._native, "this drafter is not drafted with natively"
-    pair, plain = LLM(target, proposer, budget), LLM(target, Plain(), budget)
+    pair, plain = LLM(target, proposer, tree_size), LLM(target, Plain(), tree_size)
     begin = perf_counter()
     for warm in (pair, plain):
         list(run(warm, PROMPTS[0][1], 8, options.temperature))
@@ -194,7 +194,7 @@ def main() -> None:
     }
     lines = [
         f"{options.dtype}, {count} cycles of {len(prompts)} texts, tau {tau:.2f}, {steps:.2f} draft steps a "
-        f"cycle, tree {budget}.",
+        f"cycle, tree {tree_size}.",
         "",
         "| part of a cycle | ms | share |",
         "|---|---|---|",

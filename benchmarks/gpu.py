@@ -40,7 +40,7 @@ from coral.drafters.heads.store import FullHead, Head
 from coral.gpu.graphs import record
 from coral.target.attention import GROUPED_SDPA
 from coral.target.target import Target
-from coral.tree import DEFAULT, Budget
+from coral.tree import DEFAULT, TreeSize
 
 SHAPES: dict[str, PreTrainedConfig] = {
     "llama-3-8b": LlamaConfig(
@@ -205,17 +205,17 @@ def cycles(name: str, target: Target, context: int, repeats: int) -> list[dict[s
         fast = target.on("graphs", [1, *(rows for rows, _ in TREES)])
     prefix = torch.randint(target.vocab_size, (context + 1,)).tolist()
 
-    def timed(proposer: Proposer, budget: Budget) -> float:
-        deepest = len(prefix) + (repeats + WARM_UPS) * (budget.max_depth + 1)
-        state = State(list(prefix), deepest, fast.new_cache(deepest + budget.num_nodes))
-        run = islice(generate(fast, proposer, [state], budget), WARM_UPS + repeats)
+    def timed(proposer: Proposer, tree_size: TreeSize) -> float:
+        deepest = len(prefix) + (repeats + WARM_UPS) * (tree_size.max_depth + 1)
+        state = State(list(prefix), deepest, fast.new_cache(deepest + tree_size.num_nodes))
+        run = islice(generate(fast, proposer, [state], tree_size), WARM_UPS + repeats)
         return median([cycle.seconds for (cycle,) in run][WARM_UPS:])
 
-    plain = timed(Plain(), Budget(1, 0, 1))
+    plain = timed(Plain(), TreeSize(1, 0, 1))
     found = [{"shape": name, "tree": "plain step", "head": "", "seconds": plain, "speedup_by_tau": 1.0}]
     for head_name, head in heads_of(target):
         for rows, steps in TREES:
-            taken = timed(Feature(drafter, fast, head), Budget(WIDTHS[-1], steps, rows - 1))
+            taken = timed(Feature(drafter, fast, head), TreeSize(WIDTHS[-1], steps, rows - 1))
             tree = f"{rows} rows, {steps} draft steps"
             row = {"shape": name, "tree": tree, "head": head_name, "seconds": taken}
             found.append({**row, "speedup_by_tau": plain / taken})

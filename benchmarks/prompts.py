@@ -20,7 +20,7 @@ from coral.decoding.state import State
 from coral.native.memory import keep_freed_memory
 from coral.target.default import TOY
 from coral.target.target import Target
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
 
@@ -50,7 +50,7 @@ def main() -> None:
                     state.prefill(reader, proposer.layers)
                     seconds[name].append(perf_counter() - begin)
                 begin = perf_counter()
-                proposer.propose([state], Budget(1, 6, 6))
+                proposer.propose([state], TreeSize(1, 6, 6))
                 seconds["drafter"].append(perf_counter() - begin)
             rows.append({"dtype": dtype, "tokens": length} | {k: median(v) for k, v in seconds.items()})
     lines = [

@@ -17,7 +17,7 @@ from typing import Any
 import coral
 from coral.bench.equality import references, verdict_of
 from coral.bench.methods import ours
-from coral.cli.options import quiet_transformers, read_budget
+from coral.cli.options import quiet_transformers, read_tree_size
 from coral.decoding.sampling import Sampling
 from coral.native.memory import keep_freed_memory
 from coral.target.target import Target
@@ -34,11 +34,11 @@ def main(job_path: str, answers_path: str) -> None:
 
 
 def texts(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    pair = coral.load(job["model"], job["drafter"], dtype=job["dtype"], budget=read_budget(job["tree"]))
-    write = ours(pair.target, pair.proposer, pair.budget)
+    pair = coral.load(job["model"], job["drafter"], dtype=job["dtype"], tree_size=read_tree_size(job["tree"]))
+    write = ours(pair.target, pair.proposer, pair.tree_size)
     prompts, eos_ids = job["prompts"], frozenset(job["eos_ids"])
     write(next(iter(prompts.values())), Sampling(), 0, 16, eos_ids)  # warm up
-    tree = f"{pair.budget} ({pair.budget_origin})" if job["drafter"] else None
+    tree = f"{pair.tree_size} ({pair.tree_size_origin})" if job["drafter"] else None
     yield {"versions": {name: version(name) for name in ("torch", "transformers")}, "tree": tree}
     for name, prompt in prompts.items():
         written = write(prompt, Sampling(), 0, job["tokens"], eos_ids)

@@ -22,7 +22,7 @@ from coral.drafters.feature.propose import Feature
 from coral.drafters.lookup import NGram
 from coral.errors import CoralError
 from coral.target.target import Target
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 Try = Callable[[random.Random], None]
 
@@ -79,10 +79,10 @@ def boundary(place: Path) -> Try:
         sizes = [draw.choice([1, 2, 3, 8, 40]) for _ in range(3)]
         if draw.random() < 0.7:
             sizes[draw.randrange(3)] = number(draw)
-        budget = Budget(*sizes, draw.choice([0, 0.1, 1, -1, float("nan"), 2, "x"]))
+        tree_size = TreeSize(*sizes, draw.choice([0, 0.1, 1, -1, float("nan"), 2, "x"]))
         pair = draw.choice(pairs)
         for count, _ in enumerate(
-            LLM(pair.target, pair.proposer, budget).stream([5, 6, 7], max_new_tokens=4)
+            LLM(pair.target, pair.proposer, tree_size).stream([5, 6, 7], max_new_tokens=4)
         ):
             assert count < 5
 
@@ -161,23 +161,23 @@ def texts(place: Path) -> Try:
         new, row = draw.randrange(1, 20), draw.randrange(2**31)
         eos = frozenset(draw.sample(range(target.vocab_size), draw.randrange(3)))
 
-        def written(proposer: Any, budget: Budget, count: int) -> list[list[int]]:
+        def written(proposer: Any, tree_size: TreeSize, count: int) -> list[list[int]]:
             states = [
                 new_state(target, prompt, new, sampling, sequence_id=row + i, eos_ids=eos)
                 for i in range(count)
             ]
-            for _ in generate(target, proposer, states, budget):
+            for _ in generate(target, proposer, states, tree_size):
                 pass
             return [state.tokens for state in states]
 
-        plain = written(Plain(), Budget(1, 0, 1), 1)[0]
-        budget = Budget(
+        plain = written(Plain(), TreeSize(1, 0, 1), 1)[0]
+        tree_size = TreeSize(
             draw.randrange(1, 9), draw.randrange(8), draw.randrange(1, 24), draw.choice([0, 0.1, 0.5])
         )
         proposer = proposer_of(draw, target, plain)
         if isinstance(proposer, Bushes):
             proposer.texts = {row: plain}  # type: ignore[assignment]
-        found = written(proposer, budget, 1)[0]
-        assert found == plain, f"{target.name}, {budget}, {sampling}: {found} is not {plain}"
+        found = written(proposer, tree_size, 1)[0]
+        assert found == plain, f"{target.name}, {tree_size}, {sampling}: {found} is not {plain}"
 
     return once

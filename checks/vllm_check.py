@@ -38,7 +38,7 @@ from coral.native.memory import keep_freed_memory
 from coral.suites import prompts as suites
 from coral.target.default import TOY
 from coral.target.target import Target
-from coral.tree import DEFAULT, Budget
+from coral.tree import DEFAULT, TreeSize
 
 HERE = Path(__file__).parent
 NGRAM = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}
@@ -151,13 +151,13 @@ def chains(
     counted with all that was accepted, also behind the end of the text. So the first token is written alone
     here, and drafting goes on as if the text had room for the last cycle's chain.
     """
-    budget = Budget(top_k=1, max_depth=draft_tokens, num_nodes=draft_tokens)
+    tree_size = TreeSize(top_k=1, max_depth=draft_tokens, num_nodes=draft_tokens)
     texts, accepted = [], []
     for prompt in prompts:
-        text = ours(target, Plain(), budget)(prompt, Sampling(), 0, 1).tokens
+        text = ours(target, Plain(), tree_size)(prompt, Sampling(), 0, 1).tokens
         end = len(prompt) + length + draft_tokens
         state = State([*prompt, *text], end, target.new_cache(end + draft_tokens + 1))
-        for (cycle,) in generate(target, proposer, [state], budget):
+        for (cycle,) in generate(target, proposer, [state], tree_size):
             assert cycle.depth == draft_tokens and not cycle.cut
             text = [*text, *cycle.tokens]
             accepted.append(cycle.num_accepted)
@@ -207,16 +207,16 @@ def ways(
     """What --speed measures: functions that write all prompts, one after the other, and return the seconds
     that it took, prefill included. vLLM and ours are compiled.
     """
-    chain = Budget(top_k=1, max_depth=options.draft_tokens, num_nodes=options.draft_tokens)
-    lookup = Budget(top_k=2, max_depth=10, num_nodes=DEFAULT.num_nodes)
+    chain = TreeSize(top_k=1, max_depth=options.draft_tokens, num_nodes=options.draft_tokens)
+    lookup = TreeSize(top_k=2, max_depth=10, num_nodes=DEFAULT.num_nodes)
     compiled = target.on("graphs", (1, chain.num_nodes + 1, DEFAULT.num_nodes + 1))
 
     def vllm(config: dict[str, Any] | None) -> float:
         asked = {**job, "speculative": config, "eager": False, "at_once": 1}
         return float(run_vllm(options.engine, asked)["seconds"])
 
-    def own(drafter: str | Path | None, head: str, budget: Budget) -> float:
-        write_text = ours(compiled, make_proposer(compiled, drafter, head=head), budget)
+    def own(drafter: str | Path | None, head: str, tree_size: TreeSize) -> float:
+        write_text = ours(compiled, make_proposer(compiled, drafter, head=head), tree_size)
         for _ in range(2):  # a text of another length may still compile something in the first go
             begin = perf_counter()
             for prompt in job["prompts"]:

@@ -20,7 +20,7 @@ from coral.decoding.state import Cycle
 from coral.drafters import checkpoint, tuned
 from coral.hub.card import card
 from coral.target.record import TargetRecord
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 ODD = [None, True, -1, 0, 1.5, 10**30, 1e308, "", "x", "\udcff", [], [1], {}, {"a": 1}, float("nan")]
 CONDITIONS = tuned.Conditions("a CPU", 4, "float32", "native", 8, "full")
@@ -69,7 +69,7 @@ def a_bench(directory: Path) -> None:
     costs = Costs("float32", "eager", {"eager": 0.1}, 0.1, {1: 0.1, 4: 0.2}, {"a": 0.1})
     written = log.Log(directory / "records.jsonl", header)
     written.add(costs)
-    written.add_trees("float32", {"a": {"budget": Budget(2, 3, 5), "origin": "default"}})
+    written.add_trees("float32", {"a": {"tree_size": TreeSize(2, 3, 5), "origin": "default"}})
     for method in ("plain", "a"):
         written.add(a_record(method))
     environment = {"hardware": "x", "cores": 1, "threads": 1, "torch": "2", "transformers": "5",
@@ -127,7 +127,7 @@ def ours(directory: Path) -> None:
     record, metrics = TargetRecord.of(target), {"updates": 1, "acceptance": {"tree": 2.0}}
     metrics["seconds"] = 2
     checkpoint.save(tiny_drafter(), directory, target=record, recipe={"recipe": "coral"}, metrics=metrics)
-    tuned.save(directory, CONDITIONS, Budget(2, 3, 5), 1.5, 1.4)
+    tuned.save(directory, CONDITIONS, TreeSize(2, 3, 5), 1.5, 1.4)
     a_bench(directory)
     lines = ({**row, "loss_mask": row["loss_mask"]} for row in tiny_data(4).dataset)
     prepare._write_rows((prepare.Row(**row) for row in lines), directory)

@@ -25,9 +25,9 @@ from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
 from coral.drafters.lookup import NGram
-from coral.tree import Budget
+from coral.tree import TreeSize
 
-BUDGET = Budget(top_k=3, max_depth=4, num_nodes=8)
+TREE_SIZE = TreeSize(top_k=3, max_depth=4, num_nodes=8)
 FAMILIES = ["llama", "mistral-sliding", "qwen2-sliding", "qwen3", "phi3-longrope", "olmo2", "gemma3"]
 
 
@@ -102,7 +102,7 @@ def test_grows_beyond_its_capacity(capacity):
     target, prompt = tiny_target(), prompt_of(9)
     expected = write(target, None, [prompt], 20).texts
     state = State(list(prompt), 29, target.new_cache(capacity))
-    for _ in generate(target, Bushes(expected), [state], BUDGET):
+    for _ in generate(target, Bushes(expected), [state], TREE_SIZE):
         pass
     assert [state.tokens] == expected
     assert_cache_is_fresh(target, state)
@@ -121,7 +121,7 @@ def test_update_is_a_view():
 def finish(target, proposer, state):
     """Write to the end; returns the trees that were proposed on the way."""
     recorder = Recorder(proposer)
-    for _ in generate(target, recorder, [state], BUDGET):
+    for _ in generate(target, recorder, [state], TREE_SIZE):
         pass
     return recorder.trees[state.sequence_id]
 
@@ -165,7 +165,7 @@ def test_interrupted_text_goes_on_as_if_nothing_had_happened(name, moment, monke
     expected = write(target, None, [prompt], 16).texts[0]
     proposer = PROPOSERS[name](target)
     state = new_state(target, prompt, 16)
-    cycles = generate(target, proposer, [state], BUDGET)
+    cycles = generate(target, proposer, [state], TREE_SIZE)
     next(cycles), next(cycles)
     with monkeypatch.context() as patch:
         if moment != "between cycles":

@@ -33,7 +33,7 @@ from coral.drafters.heads.routed import RoutedHead, Router
 from coral.drafters.heads.store import Head
 from coral.target.attention import GROUPED_SDPA
 from coral.target.target import Target
-from coral.tree import Budget, DraftTree
+from coral.tree import DraftTree, TreeSize
 
 V = 31
 SHAPE = {
@@ -172,8 +172,8 @@ class Recorder:
         self.proposer, self.layers = proposer, proposer.layers
         self.trees: defaultdict[int, list[tuple[list[int], list[int]]]] = defaultdict(list)
 
-    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
-        trees = self.proposer.propose(states, budget)
+    def propose(self, states: Sequence[State], tree_size: TreeSize) -> list[DraftTree]:
+        trees = self.proposer.propose(states, tree_size)
         for state, tree in zip(states, trees, strict=True):
             self.trees[state.sequence_id].append((tree.tokens.tolist(), tree.parents.tolist()))
         return trees
@@ -187,13 +187,13 @@ class Oracle:
     def __init__(self, texts: Sequence[Sequence[int]], vocab_size: int = V) -> None:
         self.texts, self.vocab_size = texts, vocab_size
 
-    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
-        return [self.tree(state, budget.within(state.remaining)) for state in states]
+    def propose(self, states: Sequence[State], tree_size: TreeSize) -> list[DraftTree]:
+        return [self.tree(state, tree_size.within(state.remaining)) for state in states]
 
-    def tree(self, state: State, budget: Budget) -> DraftTree:
+    def tree(self, state: State, tree_size: TreeSize) -> DraftTree:
         here = len(state.tokens)
         tokens, parents, node = [state.tokens[-1]], [-1], 0
-        for token in self.texts[state.sequence_id][here : here + budget.max_depth]:
+        for token in self.texts[state.sequence_id][here : here + tree_size.max_depth]:
             drafted = self.drafts(token)
             parents += [node] * len(drafted)
             tokens += drafted
@@ -219,15 +219,15 @@ class Bushes(Oracle):
         super().__init__(texts, vocab_size)
         self.draw = random.Random(seed)
 
-    def tree(self, state: State, budget: Budget) -> DraftTree:
+    def tree(self, state: State, tree_size: TreeSize) -> DraftTree:
         draw, text = self.draw, self.texts[state.sequence_id]
         tokens, parents, depths, taken = [state.tokens[-1]], [-1], [0], set()
-        for _ in range(draw.randrange(budget.num_nodes + 1)):
+        for _ in range(draw.randrange(tree_size.num_nodes + 1)):
             parent = draw.randrange(len(tokens))
             position = len(state.tokens) + depths[parent]
             truth = text[position] if position < len(text) else 0
             token = truth if draw.random() < 0.5 else draw.randrange(self.vocab_size)
-            if depths[parent] == budget.max_depth or (parent, token) in taken:
+            if depths[parent] == tree_size.max_depth or (parent, token) in taken:
                 continue
             taken.add((parent, token))
             tokens.append(token)
@@ -277,14 +277,14 @@ def write(
     prompts: Sequence[list[int]],
     new: int = 16,
     sampling: Sampling | None = None,
-    budget: Budget | None = None,
+    tree_size: TreeSize | None = None,
     **options: Any,
 ) -> Written:
     """Write after every prompt in one batch; the sequence id is the index of the prompt."""
     states = [
         new_state(target, prompt, new, sampling, sequence_id=i, **options) for i, prompt in enumerate(prompts)
     ]
-    batches = list(generate(target, proposer or Plain(), states, budget or Budget(4, 4, 15)))
+    batches = list(generate(target, proposer or Plain(), states, tree_size or TreeSize(4, 4, 15)))
     for state in states:
         assert state.done and state.cache.length == len(state.tokens) - 1
     return Written(

@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from coral.errors import CoralError
     from coral.integrations.transformers.hook import for_transformers
     from coral.target.target import Target
-    from coral.tree import Budget, DraftTree
+    from coral.tree import DraftTree, TreeSize
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
-    "Budget",
     "CoralError",
     "Cycle",
     "DraftTree",
     "Sampling",
     "State",
     "Target",
+    "TreeSize",
     "for_transformers",
     "load",
 ]
@@ -46,7 +46,7 @@ _HOME = {
     "Sampling": "coral.decoding.sampling",
     "Cycle": "coral.decoding.state",
     "State": "coral.decoding.state",
-    "Budget": "coral.tree",
+    "TreeSize": "coral.tree",
     "DraftTree": "coral.tree",
     "CoralError": "coral.errors",
     "for_transformers": "coral.integrations.transformers.hook",

@@ -25,7 +25,7 @@ from coral.errors import CoralError
 from coral.target import default as models
 from coral.target.native import why_not_native
 from coral.target.target import Target
-from coral.tree import CPU_DEFAULT, DEFAULT, LOOKUP_NODES, Budget
+from coral.tree import CPU_DEFAULT, DEFAULT, LOOKUP_NODES, TreeSize
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ def load(
     device: str | None = None,
     device_map: str | dict[str, Any] | None = None,
     attention: str | None = "sdpa",
-    budget: Budget | None = None,
+    tree_size: TreeSize | None = None,
     backend: str = "auto",
     head: str | None = "auto",
     coupled: bool = True,
@@ -60,7 +60,7 @@ def load(
         drafter: drafter directory or hub id ("me/drafter", pinned as "me/drafter@REVISION"), "ngram" (prompt
             lookup, no training), both in one tree as "DIRECTORY+ngram", a drafter that is already loaded, or
             None for plain decoding.
-        budget: how large draft trees grow; None: what `coral tune` found for this drafter here, else
+        tree_size: how large draft trees grow; None: what `coral tune` found for this drafter here, else
             `tree.DEFAULT`, or `tree.CPU_DEFAULT`.
         backend: see `Target.on`.
         head: the drafter's LM head, see `heads.load`.
@@ -89,23 +89,23 @@ def load(
             loading |= {"revision": revision, "trust_remote_code": trust_remote_code}
             target = Target.load(target, **loading)
     target = target.on(backend)
-    budget, origin = choose_budget(target, drafter, budget, head)
+    tree_size, origin = choose_tree_size(target, drafter, tree_size, head)
     if backend == "graphs":
-        target = target.on(backend, (1, budget.num_nodes + 1))
+        target = target.on(backend, (1, tree_size.num_nodes + 1))
     proposer = make_proposer(target, drafter, coupled, head)
     if fallback and not isinstance(proposer, Plain):
         proposer = Fallback(proposer)
     slow = backend == "auto" and target.backend != "native" and target.device.type == "cpu"
-    return LLM(target, proposer, budget, origin, why_not_native(target) if slow else None)
+    return LLM(target, proposer, tree_size, origin, why_not_native(target) if slow else None)
 
 
-def choose_budget(
+def choose_tree_size(
     target: Target,
     drafter: str | Path | Drafter | None,
-    asked: Budget | None = None,
+    asked: TreeSize | None = None,
     head: str = "auto",
-) -> tuple[Budget, str]:
-    """The budget that a drafter gets, and where it comes from: "asked for", "tuned" or "default".
+) -> tuple[TreeSize, str]:
+    """The tree size that a drafter gets, and where it comes from: "asked for", "tuned" or "default".
 
     Tuned is what `coral tune` found for this drafter and head on such a device, with a target of this dtype,
     number of layers and backend.
@@ -125,10 +125,10 @@ def choose_budget(
         if source is not None:
             directory = checkpoint.locate(source)
             found = tuned.find(directory, tuned.Conditions.of(target, heads.resolve(directory, head)))
-    budget = found or (CPU_DEFAULT if target.device.type == "cpu" else DEFAULT)
+    tree_size = found or (CPU_DEFAULT if target.device.type == "cpu" else DEFAULT)
     if lookup:
-        budget = replace(budget, num_nodes=max(budget.num_nodes, LOOKUP_NODES))
-    return budget, "tuned" if found else "default"
+        tree_size = replace(tree_size, num_nodes=max(tree_size.num_nodes, LOOKUP_NODES))
+    return tree_size, "tuned" if found else "default"
 
 
 def make_proposer(
@@ -173,7 +173,7 @@ def _fitted(drafter: Drafter, target: Target) -> Drafter:
 class LLM:
     """A target and its proposer. The text never depends on the proposer, only the speed does.
 
-    budget: how large draft trees grow; budget_origin: where it comes from, see `choose_budget`.
+    tree_size: how large draft trees grow; tree_size_origin: where it comes from, see `choose_tree_size`.
     why: why the target is not run natively on a CPU; None where it is, or another backend was asked for.
     """
 
@@ -181,12 +181,12 @@ class LLM:
         self,
         target: Target,
         proposer: Proposer,
-        budget: Budget,
-        budget_origin: str = "asked for",
+        tree_size: TreeSize,
+        tree_size_origin: str = "asked for",
         why: str | None = None,
     ) -> None:
-        self.target, self.proposer, self.budget = target, proposer, budget
-        self.budget_origin, self.why = budget_origin, why
+        self.target, self.proposer, self.tree_size = target, proposer, tree_size
+        self.tree_size_origin, self.why = tree_size_origin, why
 
     def generate(self, prompt: Prompt | Sequence[str], **options: Any) -> Any:
         """The whole answer as text, special tokens and stop string left out; of several prompts, which are
@@ -196,7 +196,7 @@ class LLM:
         asked: Any = prompt if several else [prompt]
         first = options.pop("sequence_id", 0)
         states = [self.start(each, sequence_id=first + i, **options) for i, each in enumerate(asked)]
-        for _ in generate(self.target, self.proposer, states, self.budget):
+        for _ in generate(self.target, self.proposer, states, self.tree_size):
             pass
         texts = [self._text(state.written, options.get("stop")) for state in states]
         return texts if several else texts[0]
@@ -246,7 +246,7 @@ class LLM:
             self.target,
             tokens,
             length - len(tokens),
-            self.budget.num_nodes,
+            self.tree_size.num_nodes,
             sampling=Sampling(**{name: value for name, value in drawn.items() if value is not None}),
             sequence_id=int(sequence_id),
             eos_ids=frozenset() if ignore_eos else self._eos_ids(prompt, chat),
@@ -260,7 +260,7 @@ class LLM:
 
     def cycles(self, state: State) -> Iterator[Cycle]:
         """Write one state to its end."""
-        for (cycle,) in generate(self.target, self.proposer, [state], self.budget):
+        for (cycle,) in generate(self.target, self.proposer, [state], self.tree_size):
             yield cycle
 
     def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:

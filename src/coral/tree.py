@@ -19,7 +19,7 @@ _BOUNDS = {"top_k": (1, 256), "max_depth": (0, 256), "num_nodes": (1, 4096)}
 
 
 @dataclass(frozen=True)
-class Budget:
+class TreeSize:
     """How large a draft tree may grow.
 
     top_k: children drafted per node and nodes expanded per level.
@@ -53,14 +53,14 @@ class Budget:
         """As `--tree` reads it."""
         return f"{self.top_k},{self.max_depth},{self.num_nodes},{self.min_gain:g}"
 
-    def within(self, remaining: int) -> Budget:
-        """The same budget when only `remaining` tokens may still be written, the bonus token included."""
+    def within(self, remaining: int) -> TreeSize:
+        """The same tree size when only `remaining` tokens may still be written, the bonus token included."""
         return replace(self, max_depth=max(0, min(self.max_depth, remaining - 1)))
 
 
-DEFAULT = Budget(top_k=8, max_depth=6, num_nodes=15, min_gain=0.2)
+DEFAULT = TreeSize(top_k=8, max_depth=6, num_nodes=15, min_gain=0.2)
 """The tree of the commands, if none is asked for; docs/log.md has the sizes that were compared."""
-CPU_DEFAULT = Budget(top_k=2, max_depth=6, num_nodes=7, min_gain=0.1)
+CPU_DEFAULT = TreeSize(top_k=2, max_depth=6, num_nodes=7, min_gain=0.1)
 """The same on a CPU, where eight rows cost some 40% more than one, and sixteen more than twice as much."""
 LOOKUP_NODES = 10
 """At least so many beside lookup: where a text repeats itself, the next ten tokens are likely right."""

@@ -27,7 +27,7 @@ from coral.drafters.lookup import NGram
 from coral.errors import CoralError
 from coral.suites import prompts as suites
 from coral.target.target import Target
-from coral.tree import Budget, DraftTree
+from coral.tree import DraftTree, TreeSize
 
 ROW = {
     "kind", "drafter", "suite", "temperature", "coupled", "dtype", "tokens", "cycles", "seconds",
@@ -158,7 +158,7 @@ class Chain:
 
     layers = ()
 
-    def propose(self, states: list, budget: Budget) -> list[DraftTree]:
+    def propose(self, states: list, tree_size: TreeSize) -> list[DraftTree]:
         chain = torch.tensor([-1, 0, 1])
         return [DraftTree(torch.tensor([s.tokens[-1], 3, 3]), chain, -torch.arange(3.0), 2) for s in states]
 
@@ -243,8 +243,8 @@ def test_texts_end_where_they_are_to(tmp_path: Path) -> None:
     """Stops a method that writes on behind the end that others keep to, and is paid for it in tokens."""
     target = confident(tmp_path)
     ways = [
-        methods.ours(target, Plain(), Budget(1, 0, 1)),
-        methods.ours(target, NGram(), Budget(2, 10, 10)),
+        methods.ours(target, Plain(), TreeSize(1, 0, 1)),
+        methods.ours(target, NGram(), TreeSize(2, 10, 10)),
         methods.hugging_face(target),
         methods.hugging_face(target, prompt_lookup_num_tokens=10),
         methods.hugging_face(target, load_assistant(tmp_path, target)),
@@ -350,18 +350,18 @@ def test_the_aim_is_stated_for_what_hardly_repeats() -> None:
 
 def test_group_recall_is_the_targets_mass_along_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stops masses of the wrong position, depth or cycle: they are computed again from the written text."""
-    target, budget = tiny.tiny_target(), Budget(3, 3, 9)
+    target, tree_size = tiny.tiny_target(), TreeSize(3, 3, 9)
     proposer, length = tiny.random_drafter(target), 20
     prompts = [tiny.prompt_of(n) for n in (6, 9)]
-    assert recall_by_depth(target, proposer, prompts, length, budget) is None
+    assert recall_by_depth(target, proposer, prompts, length, tree_size) is None
     proposer.head = head = tiny.routed_head(target, active=2)
     # Groups that depend on the level, so that a level taken for another is seen.
     monkeypatch.setattr(head, "choose", lambda features, scores: (
         head.router(features), torch.tensor([0, 1] if len(features) == 1 else [2, 3])))  # fmt: skip
-    found = recall_by_depth(target, proposer, prompts, length, budget)
+    found = recall_by_depth(target, proposer, prompts, length, tree_size)
     expected: list[list[float]] = [[], [], []]
     for prompt in prompts:
-        written = tiny.write(target, proposer, [prompt], length, budget=budget)
+        written = tiny.write(target, proposer, [prompt], length, tree_size=tree_size)
         law = target.model(torch.tensor(written.texts)).logits[0].softmax(-1)
         at = len(prompt) - 1
         for one in written.cycles[:-1]:  # nothing is proposed after the last
@@ -376,5 +376,5 @@ def test_group_recall_is_the_targets_mass_along_the_path(monkeypatch: pytest.Mon
     assert found["recall"] == pytest.approx([sum(m) / len(m) for m in expected if m], abs=1e-5)
     monkeypatch.undo()
     proposer.head = tiny.routed_head(target, active=4)
-    whole = recall_by_depth(target, proposer, prompts, length, budget)
+    whole = recall_by_depth(target, proposer, prompts, length, tree_size)
     assert whole is not None and whole["recall"] == pytest.approx([1.0] * len(whole["recall"]))

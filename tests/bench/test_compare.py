@@ -15,7 +15,7 @@ from coral.bench.records import Record
 from coral.decoding.state import Cycle
 from coral.errors import CoralError
 
-SETTINGS = {"target": "t", "max_new_tokens": 8, "budget": {"top_k": 2}, "seed": 0}
+SETTINGS = {"target": "t", "max_new_tokens": 8, "tree_size": {"top_k": 2}, "seed": 0}
 
 
 def record(method: str, prompt: int, lengths: list[int], seconds: float = 1.0, **changed: object) -> Record:
@@ -133,8 +133,8 @@ def test_refusals() -> None:
         compare(["a"], ["c"], [run(a, b)])
     with pytest.raises(CoralError, match="in common"):
         compare(["a"], ["b"], [run(a, b)])
-    with pytest.raises(CoralError, match="differ in budget"):
-        compare(["a"], ["b"], [run(a), run(b, budget={"top_k": 3})])
+    with pytest.raises(CoralError, match="differ in tree_size"):
+        compare(["a"], ["b"], [run(a), run(b, tree_size={"top_k": 3})])
 
 
 def test_a_bench_that_runs_or_was_killed_can_be_read(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from coral.drafters.heads import store as heads
 from coral.drafters.heads.reduced import StaticHead
 from coral.target.target import Target
 from coral.training import head_loop, router
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 # Every option of every command. A new one is a promise to keep: it is added here with a reason to exist.
 OPTIONS = {
@@ -569,7 +569,10 @@ def test_drafters_are_named_as_in_generate(coral, models: Path, tmp_path: Path) 
     }
     trees = json.loads((tmp_path / "alone" / "results.json").read_text())["trees"]["float32"]
     asked = ("generate", "hi", "--target", models / "target", "--drafter", "ngram", "--stats")
-    assert f"tree {Budget(**trees['ngram']['budget'])} (default)" in coral(*asked, "--max-new-tokens", 4).err
+    assert (
+        f"tree {TreeSize(**trees['ngram']['tree_size'])} (default)"
+        in coral(*asked, "--max-new-tokens", 4).err
+    )
     drafters = (own, f"{own}+ngram", f"{odd}+full", "look=ngram", f"mine={own}+full+ngram")
     named = run("named", *(word for drafter in drafters for word in ("--drafter", drafter)))
     assert [name for name, rows in named.items() if rows[0][0] == "drafter"] == [

@@ -14,14 +14,14 @@ from coral.decoding.sampling import Sampling
 from coral.errors import CoralError
 from coral.integrations.transformers.options import not_applied
 from coral.target.target import Target
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 TOKENIZER = tiny_tokenizer()
 
 
 def pair(**config: Any) -> LLM:
     model = tiny_model(vocab_size=len(TOKENIZER), **config)
-    return LLM(Target.load(model, tokenizer=tiny_tokenizer()), Plain(), Budget(1, 1, 1))
+    return LLM(Target.load(model, tokenizer=tiny_tokenizer()), Plain(), TreeSize(1, 1, 1))
 
 
 def test_what_a_generation_config_asks_for_and_is_not_done() -> None:

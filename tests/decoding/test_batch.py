@@ -9,7 +9,7 @@ from coral.decoding.cycle import generate
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.target.attention import GROUPED_SDPA
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 NEW = 14
 PROMPTS = [prompt_of(length, seed=i) for i, length in enumerate((5, 17, 1, 9, 9, 3))]
@@ -22,7 +22,7 @@ def alone(target, index, new=NEW):
     """The answer of one prompt by plain decoding."""
     options = {"sampling": SAMPLINGS[index], "sequence_id": SEQUENCES[index], "eos_ids": target.eos_ids}
     state = new_state(target, PROMPTS[index], new, **options)
-    for _ in generate(target, Plain(), [state], Budget(4, 4, 15)):
+    for _ in generate(target, Plain(), [state], TreeSize(4, 4, 15)):
         pass
     return state.written
 

@@ -9,9 +9,9 @@ from coral.decoding.fallback import Fallback
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle
-from coral.tree import Budget, DraftTree
+from coral.tree import DraftTree, TreeSize
 
-BUDGET = Budget(top_k=3, max_depth=3, num_nodes=7)
+TREE_SIZE = TreeSize(top_k=3, max_depth=3, num_nodes=7)
 
 
 class Scripted(Fallback):
@@ -33,7 +33,7 @@ def test_a_rest_leaves_no_gap_in_what_the_drafter_reads(sampling):
     recorder = Recorder(Scripted(random_drafter(target), resting))
     states = [new_state(target, prompt_of(n), 20, sampling, sequence_id=i) for i, n in enumerate((7, 1, 12))]
     lengths = []
-    for _ in generate(target, Before(recorder, lengths), states, BUDGET):
+    for _ in generate(target, Before(recorder, lengths), states, TREE_SIZE):
         pass
     for i, state in enumerate(states):
         expected = write(target, Plain(), [prompt_of(n) for n in (7, 1, 12)], 20, sampling).texts[i]
@@ -44,7 +44,7 @@ def test_a_rest_leaves_no_gap_in_what_the_drafter_reads(sampling):
                     target, state.tokens[:length], state.max_length - length, sampling, sequence_id=i
                 )
                 fresh.prefill(target, (-1,))
-                (again,) = random_drafter(target).propose([fresh], BUDGET)
+                (again,) = random_drafter(target).propose([fresh], TREE_SIZE)
                 assert tree == (again.tokens.tolist(), again.parents.tolist())
 
 
@@ -54,12 +54,12 @@ class Before:
     def __init__(self, proposer, lengths):
         self.proposer, self.lengths, self.layers = proposer, lengths, proposer.layers
 
-    def propose(self, states, budget):
+    def propose(self, states, tree_size):
         for state in states:
             while len(self.lengths) <= state.sequence_id:
                 self.lengths.append([])
             self.lengths[state.sequence_id].append(len(state.tokens))
-        return self.proposer.propose(states, budget)
+        return self.proposer.propose(states, tree_size)
 
 
 class Acted:
@@ -75,7 +75,7 @@ class Acted:
         total, drafted = 0.0, []
         end = len(self.state.tokens) + tokens
         while len(self.state.tokens) < end:
-            (tree,) = self.proposer.propose([self.state], BUDGET)
+            (tree,) = self.proposer.propose([self.state], TREE_SIZE)
             drafts = len(tree) > 1
             count = emitted if drafts else 1
             self.state.tokens += [0] * count
@@ -88,7 +88,7 @@ class Acted:
 class Chain:
     layers = ()
 
-    def propose(self, states, budget):
+    def propose(self, states, tree_size):
         return [DraftTree(torch.zeros(2, dtype=torch.int64), torch.tensor([-1, 0]), torch.zeros(2))]
 
 

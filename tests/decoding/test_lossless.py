@@ -28,9 +28,9 @@ from coral.drafters.feature.propose import Feature
 from coral.drafters.lookup import NGram
 from coral.target.forward import ModelForward
 from coral.target.target import Target
-from coral.tree import Budget, DraftTree
+from coral.tree import DraftTree, TreeSize
 
-BUDGET = Budget(top_k=3, max_depth=4, num_nodes=10)
+TREE_SIZE = TreeSize(top_k=3, max_depth=4, num_nodes=10)
 SAMPLINGS = {
     "T=0": Sampling(seed=5),
     "T=0.7": Sampling(0.7, seed=5),
@@ -55,7 +55,7 @@ PROPOSERS = {
     "wrong": lambda target, texts: Wrong(texts, target.vocab_size),
 }
 PROMPTS = [prompt_of(9), prompt_of(1), prompt_of(17)]
-TAU = {"oracle": BUDGET.max_depth + 1.0, "wrong": 1.0}
+TAU = {"oracle": TREE_SIZE.max_depth + 1.0, "wrong": 1.0}
 
 
 @pytest.fixture(params=SAMPLINGS)
@@ -73,7 +73,7 @@ def plain():
             known[sampling] = []
             for i, prompt in enumerate(PROMPTS):
                 state = new_state(target, prompt, 15, sampling, sequence_id=i)
-                for _ in generate(target, Plain(), [state], BUDGET):
+                for _ in generate(target, Plain(), [state], TREE_SIZE):
                     pass
                 known[sampling].append(state.tokens)
         return known[sampling]
@@ -86,7 +86,7 @@ def test_accelerated_output_is_plain_output(plain, sampling, name):
     """Stops any draft from showing in the text; three sequences in one batch, each equal to itself alone."""
     target, expected = soft_target(V), plain(sampling)
     assert sampling.temperature == 0 or len(set(expected[0])) > 8
-    written = write(target, PROPOSERS[name](target, expected), PROMPTS, 15, sampling, BUDGET)
+    written = write(target, PROPOSERS[name](target, expected), PROMPTS, 15, sampling, TREE_SIZE)
     assert written.texts == expected
     assert name not in TAU or acceptance_length(written.cycles) == TAU[name]
     if name == "bushes":
@@ -109,7 +109,7 @@ def test_each_sequence_of_a_batch_has_its_own_sampling(plain):
         new_state(target, prompt, new, sampling, sequence_id=i)
         for i, (prompt, new, sampling) in enumerate(zip(PROMPTS, (15, 4, 11), kinds, strict=True))
     ]
-    sizes = [len(cycles) for cycles in generate(target, Bushes(texts, V), states, BUDGET)]
+    sizes = [len(cycles) for cycles in generate(target, Bushes(texts, V), states, TREE_SIZE)]
     for state, text in zip(states, texts, strict=True):
         assert state.tokens == text[: len(state.tokens)] and state.remaining == 0
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == 3 and sizes[-1] == 1
@@ -129,7 +129,9 @@ def test_ends_inside_a_path(plain, name, end):
         }[end]
         proposer = PROPOSERS[name](target, [text])
         expected = write(target, None, [PROMPTS[0]], sampling=SAMPLINGS["T=1"], **options)
-        written = write(target, proposer, [PROMPTS[0]], sampling=SAMPLINGS["T=1"], budget=BUDGET, **options)
+        written = write(
+            target, proposer, [PROMPTS[0]], sampling=SAMPLINGS["T=1"], tree_size=TREE_SIZE, **options
+        )
         assert written.texts == expected.texts == [text[: len(written.texts[0])]]
         assert len(written.texts[0]) <= start + n
         assert sum(len(cycle.tokens) for cycle in written.cycles) == len(written.texts[0]) - start
@@ -150,7 +152,7 @@ class Fixed:
 
     layers = ()
 
-    def propose(self, states, budget):
+    def propose(self, states, tree_size):
         parents = torch.tensor([-1, 0, 0, 0, 0, 1, 1])
         return [
             DraftTree(torch.tensor([state.tokens[-1], 2, 0, 1, 3, 4, 0]), parents, torch.zeros(7))
@@ -163,7 +165,7 @@ def two_tokens(proposer, sampling):
     target = soft_target(SMALL)
     states = [new_state(target, PROMPT, 2, sampling, sequence_id=i) for i in range(TEXTS)]
     for first in range(0, TEXTS, 50):
-        for _ in generate(target, proposer, states[first : first + 50], Budget(4, 4, 15)):
+        for _ in generate(target, proposer, states[first : first + 50], TreeSize(4, 4, 15)):
             pass
     return [tuple(state.written) for state in states]
 
@@ -281,21 +283,26 @@ def forgetful():
 
 def test_coupled_drafter_with_the_targets_law_drafts_what_is_sampled(forgetful, sampling):
     """Stops noise of another position, temperature or sequence: with q = p every draft must be accepted."""
-    budget = Budget(top_k=1, max_depth=4, num_nodes=4)
+    tree_size = TreeSize(top_k=1, max_depth=4, num_nodes=4)
     proposer = Feature(Knowing(forgetful), forgetful)
     prompts = [prompt_of(5), prompt_of(8)]
-    written = write(forgetful, proposer, prompts, 15, sampling, budget)
+    written = write(forgetful, proposer, prompts, 15, sampling, tree_size)
     assert written.texts == write(forgetful, None, prompts, 15, sampling).texts
     assert acceptance_length(written.cycles) == 5.0
-    assert write(forgetful, proposer, prompts, 15, sampling, BUDGET).texts == written.texts
+    assert write(forgetful, proposer, prompts, 15, sampling, TREE_SIZE).texts == written.texts
 
 
 def test_coupling_can_be_switched_off(forgetful):
     """Stops a switch that does nothing: without the noise many draft tokens are refused."""
-    budget, sampling = Budget(top_k=1, max_depth=4, num_nodes=4), Sampling(1.0, seed=5)
+    tree_size, sampling = TreeSize(top_k=1, max_depth=4, num_nodes=4), Sampling(1.0, seed=5)
     coupled, independent = (
         write(
-            forgetful, Feature(Knowing(forgetful), forgetful, coupled=c), [prompt_of(5)], 25, sampling, budget
+            forgetful,
+            Feature(Knowing(forgetful), forgetful, coupled=c),
+            [prompt_of(5)],
+            25,
+            sampling,
+            tree_size,
         )
         for c in (True, False)
     )
@@ -313,7 +320,7 @@ def test_a_level_that_will_hardly_be_reached_is_not_drafted():
 
     def grown(min_gain: float) -> DraftTree:
         state.unread = rows  # the prompt is read again
-        (tree,) = proposer.propose([state], Budget(3, 4, 99, min_gain))
+        (tree,) = proposer.propose([state], TreeSize(3, 4, 99, min_gain))
         return tree
 
     whole = grown(0.0)
@@ -334,7 +341,7 @@ def test_sequences_together_grow_the_trees_that_they_grow_alone(name, coupled):
     def trees(*members):
         recorder = Recorder(random_drafter(target, coupled=coupled))
         states = [new_state(target, prompts[i], lengths[i], SAMPLINGS[name], sequence_id=i) for i in members]
-        for _ in generate(target, recorder, states, replace(BUDGET, min_gain=0.1)):
+        for _ in generate(target, recorder, states, replace(TREE_SIZE, min_gain=0.1)):
             pass
         return recorder.trees
 

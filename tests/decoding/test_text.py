@@ -12,7 +12,7 @@ from coral.decoding.plain import Plain
 from coral.decoding.text import Detokenizer, cut_at, stop_at, stop_strings
 from coral.errors import CoralError
 from coral.target.target import Target
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 TOKENIZER = tiny_tokenizer()
 
@@ -114,9 +114,9 @@ def test_generated_text_ends_before_the_stop_string():
     torch.manual_seed(0)
     model = tiny_model(vocab_size=len(TOKENIZER))
     target = Target.load(model, tokenizer=TOKENIZER)
-    prompt, budget = prompt_of(5, len(TOKENIZER)), Budget(top_k=2, max_depth=4, num_nodes=8)
+    prompt, tree_size = prompt_of(5, len(TOKENIZER)), TreeSize(top_k=2, max_depth=4, num_nodes=8)
     options = {"max_new_tokens": 20, "temperature": 1.0, "ignore_eos": True}
-    state = (pair := LLM(target, Plain(), budget)).start(prompt, **options)
+    state = (pair := LLM(target, Plain(), tree_size)).start(prompt, **options)
     list(pair.cycles(state))
     text = pair.generate(prompt, **options)
     stops = sorted({text[i : i + 2] for i in range(2, len(text) - 2, 3)} - {text[:2]})
@@ -128,5 +128,5 @@ def test_generated_text_ends_before_the_stop_string():
             Wrong([state.tokens], len(TOKENIZER)),
         ):
             for asked in (stop, [stop]):
-                written = LLM(target, proposer, budget).generate(prompt, stop=asked, **options)
+                written = LLM(target, proposer, tree_size).generate(prompt, stop=asked, **options)
                 assert written == text[: text.index(stop)]

@@ -13,7 +13,7 @@ from coral.drafters.feature.propose import Feature
 from coral.drafters.heads.in_context import InContextHead, likeliest
 from coral.drafters.heads.store import FullHead
 from coral.target.target import Target
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 
 def biased_target(special=()):
@@ -132,7 +132,7 @@ def test_a_state_knows_the_logits_of_its_own_nodes():
     prompts = [prompt_of(4), prompt_of(7), prompt_of(5)]
     texts = write(target, None, prompts).texts
     states = [new_state(target, prompt, sequence_id=i) for i, prompt in enumerate(prompts)]
-    for cycles in generate(target, Bushes(texts), states, Budget(3, 4, 10)):
+    for cycles in generate(target, Bushes(texts), states, TreeSize(3, 4, 10)):
         for state in states if len(cycles) == 3 else ():
             assert state.logits is not None and state.logits.shape[1] == V
             assert state.tokens[-1] in state.logits.argmax(-1).tolist()
@@ -144,7 +144,7 @@ def test_what_was_written_is_drafted():
     head = InContextHead(target, 24)
     proposer = Feature(random_drafter(target).drafter, target, head)
     state = new_state(target, prompt_of(5), 12)
-    for _ in generate(target, proposer, [state], Budget(3, 3, 9)):
+    for _ in generate(target, proposer, [state], TreeSize(3, 3, 9)):
         pass
     assert held(head, state) >= set(state.tokens[-6:])
     assert state.logits is not None

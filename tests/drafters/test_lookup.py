@@ -8,9 +8,9 @@ from tiny import V, new_state, prompt_of, random_drafter, soft_target
 from coral.decoding.merged import Merged
 from coral.decoding.state import State
 from coral.drafters.lookup import NGram, _Index
-from coral.tree import Budget, DraftTree
+from coral.tree import DraftTree, TreeSize
 
-CHAIN = Budget(top_k=1, max_depth=4, num_nodes=4)
+CHAIN = TreeSize(top_k=1, max_depth=4, num_nodes=4)
 
 
 def longest(text: list[int]) -> int:
@@ -21,10 +21,10 @@ def longest(text: list[int]) -> int:
     )
 
 
-def looked_up(state: State, proposer: NGram, budget: Budget, written: list[int]) -> DraftTree:
+def looked_up(state: State, proposer: NGram, tree_size: TreeSize, written: list[int]) -> DraftTree:
     """What is drafted behind a text to which each of these tokens was added by a cycle of its own."""
     for token in [*written, None]:
-        (tree,) = proposer.propose([state], budget)
+        (tree,) = proposer.propose([state], tree_size)
         if token is not None:
             state.tokens.append(token)
     return tree
@@ -72,11 +72,11 @@ def test_a_node_is_as_likely_as_its_text_says():
 def test_unlikely_levels_are_not_drafted():
     """Stops a `min_gain` that lookup ignores, and a second occurrence that takes more than the first left."""
     prompt = [1, 2, 3, 4, 1, 2, 5, 6, 7, 2]
-    tree = looked_up(new_state(soft_target(V), prompt), NGram(), Budget(2, 3, 6), [])
+    tree = looked_up(new_state(soft_target(V), prompt), NGram(), TreeSize(2, 3, 6), [])
     assert tree.tokens.tolist() == [2, 5, 6, 7, 3, 4, 1]  # the more recent first
     chances = tree.scores.exp().tolist()
     assert chances[4] == pytest.approx((1 - chances[1]) * 0.25)
-    kept = looked_up(new_state(soft_target(V), prompt), NGram(), Budget(2, 3, 6, min_gain=0.1), [])
+    kept = looked_up(new_state(soft_target(V), prompt), NGram(), TreeSize(2, 3, 6, min_gain=0.1), [])
     assert kept.tokens.tolist() == [2, 5, 6, 3] and float(kept.scores.min().exp()) >= 0.1
 
 
@@ -86,9 +86,9 @@ class Watched:
     def __init__(self, drafter) -> None:
         self.drafter, self.read, self.layers = drafter, [], drafter.layers
 
-    def propose(self, states, budget):
+    def propose(self, states, tree_size):
         self.read += [(state.unread.start, state.unread_tokens) for state in states]
-        return self.drafter.propose(states, budget)
+        return self.drafter.propose(states, tree_size)
 
 
 def test_while_the_text_repeats_itself_the_drafter_rests_and_reads_later():
@@ -99,11 +99,11 @@ def test_while_the_text_repeats_itself_the_drafter_rests_and_reads_later():
     prompt = prompt_of(5) * 6
     state = new_state(target, prompt, 60)
     drafter = Watched(random_drafter(target))
-    merged, budget = Merged(drafter, NGram()), Budget(top_k=2, max_depth=3, num_nodes=6)
+    merged, tree_size = Merged(drafter, NGram()), TreeSize(top_k=2, max_depth=3, num_nodes=6)
     state.prefill(target, merged.layers)
     forwards = []
     for cycle in range(4):  # what the target would write is played: the prompt again, in the third cycle not
-        (tree,) = merged.propose([state], budget)
+        (tree,) = merged.propose([state], tree_size)
         forwards.append(tree.num_forwards)
         _, features = target.verify([state.cache], [tree])
         follows = [prompt[(len(state.tokens) + depth) % 5] for depth in tree.depth.tolist()]

@@ -16,7 +16,7 @@ from coral.drafters.heads.in_context import InContextHead
 from coral.drafters.heads.reduced import StaticHead
 from coral.drafters.heads.store import FullHead
 from coral.target.target import Target
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 
@@ -25,7 +25,7 @@ HEADS = {
     "static": lambda target: StaticHead(target, torch.arange(60, 3, -1)),
     "in context": lambda target: InContextHead(target, 40),
 }
-BUDGETS = [Budget(2, 5, 7, 0.15), Budget(3, 3, 30), Budget(8, 4, 12, 0.4), Budget(1, 1, 1)]
+TREE_SIZES = [TreeSize(2, 5, 7, 0.15), TreeSize(3, 3, 30), TreeSize(8, 4, 12, 0.4), TreeSize(1, 1, 1)]
 
 
 def as_bytes(weight):
@@ -62,18 +62,18 @@ def proposers(target, drafter, head):
     return fast, slow
 
 
-def draft(target, proposer, budget, sampling, accepted, length=20):
+def draft(target, proposer, tree_size, sampling, accepted, length=20):
     """The trees of four cycles behind a prompt, and the drafter's cache after them."""
     ids = prompt_of(length + 3 * accepted, 67)
     state = State(ids[:length], 150, target.new_cache(160), sampling, sequence_id=5)
     state.prefill(target, (-1,))
     features = target.features(torch.tensor([ids]))[0]
-    trees = [proposer.propose([state], budget)[0]]
+    trees = [proposer.propose([state], tree_size)[0]]
     for _ in range(3):
         n = len(state.tokens)
         state.tokens += ids[n : n + accepted]
         state.unread = Unread(n - 1, (features[n - 1 : n - 1 + accepted],))
-        trees += proposer.propose([state], budget)
+        trees += proposer.propose([state], tree_size)
     cache = state.memory[proposer]
     return trees, [rows[:, :, : cache.length] for rows in cache.storage]
 
@@ -97,11 +97,11 @@ def test_trees_are_those_of_levels(head, options, monkeypatch):
     monkeypatch.setattr("coral.drafters.feature.propose._POOL", 12)
     target, drafter = pair(**options)
     for sampling in (Sampling(), Sampling(0.8, seed=9)):
-        for budget in BUDGETS:
+        for tree_size in TREE_SIZES:
             for behind in ((1, 20), (4, 20), (2, 90)):
                 fast, slow = proposers(target, drafter, HEADS[head])
-                quick, quick_rows = draft(target, fast, budget, sampling, *behind)
-                trees, rows = draft(target, slow, budget, sampling, *behind)
+                quick, quick_rows = draft(target, fast, tree_size, sampling, *behind)
+                trees, rows = draft(target, slow, tree_size, sampling, *behind)
                 for one, other in zip(quick, trees, strict=True):
                     assert one.tokens.tolist() == other.tokens.tolist()
                     assert one.parents.tolist() == other.parents.tolist()
@@ -123,7 +123,7 @@ def test_threads_share_the_work(threads):
     for count in (1, 3):
         threads(count)
         fast, _ = proposers(target, drafter, FullHead)
-        trees.append(draft(target, fast, BUDGETS[1], Sampling(), 4)[0])
+        trees.append(draft(target, fast, TREE_SIZES[1], Sampling(), 4)[0])
     for one, other in zip(*trees, strict=True):
         assert one.tokens.tolist() == other.tokens.tolist()
         assert one.parents.tolist() == other.parents.tolist()
@@ -142,7 +142,7 @@ def test_texts_stay_the_same(dtype, monkeypatch):
     for sampling in (Sampling(), Sampling(1.0, seed=3), Sampling(1.0, top_p=0.8)):
         calls.clear()
         expected = write(fast, Plain(), [prompt_of(9)], 24, sampling).texts
-        assert write(fast, proposer, [prompt_of(9)], 24, sampling, BUDGETS[0]).texts == expected
+        assert write(fast, proposer, [prompt_of(9)], 24, sampling, TREE_SIZES[0]).texts == expected
         assert bool(calls) != sampling.filters
 
 

@@ -18,7 +18,7 @@ from coral.decoding.sampling import Sampling
 from coral.drafters import checkpoint
 from coral.drafters.feature.propose import Feature
 from coral.target.target import Target
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 COUNTS = Counts(1000, [800, 500, 200, 100])
 EQUAL: list[Verdict] = ["equal"] * 24
@@ -63,7 +63,7 @@ def test_our_chains_are_cut_nowhere(tmp_path: Path) -> None:
     proposer = Feature(checkpoint.load(tmp_path / "drafter", target, dtype=torch.float32), target)
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5]]
     texts, counts = vllm_check.chains(target, proposer, prompts, 11, 3)
-    plain = ours(target, Plain(), Budget(1, 0, 1))
+    plain = ours(target, Plain(), TreeSize(1, 0, 1))
     assert texts == [plain(prompt, Sampling(), 0, 11).tokens for prompt in prompts]
     # Each text is its first token and its cycles; only what lies behind the end may be more.
     accepted = sum(counts.accepted_by_position)

@@ -29,9 +29,9 @@ from coral.drafters.heads.routed import group_logits
 from coral.native.packed import PackedGroups
 from coral.target.attention import GROUPED_SDPA
 from coral.target.target import Target
-from coral.tree import Budget, DraftTree
+from coral.tree import DraftTree, TreeSize
 
-BUDGET = Budget(top_k=3, max_depth=3, num_nodes=6, min_gain=0.5)
+TREE_SIZE = TreeSize(top_k=3, max_depth=3, num_nodes=6, min_gain=0.5)
 GPU = "gpu"
 
 
@@ -100,7 +100,7 @@ def decode(target: Target, proposer: Any, count: int, sampling: Sampling) -> Non
         State(prompt_of(9 + i), 90, target.new_cache(99), sampling=sampling, sequence_id=i)
         for i in range(count)
     ]
-    cycles = generate(target, proposer, states, BUDGET)
+    cycles = generate(target, proposer, states, TREE_SIZE)
     next(cycles)  # the prompt is read: caches and windows are made
     with NoWaits():
         next(cycles)
@@ -111,9 +111,9 @@ class Curious(Plain):
 
     layers = (-1,)
 
-    def propose(self, states: Any, budget: Any) -> list[DraftTree]:
+    def propose(self, states: Any, tree_size: Any) -> list[DraftTree]:
         assert float(states[0].unread.features.sum()) != 0
-        return super().propose(states, budget)
+        return super().propose(states, tree_size)
 
 
 def check(name: str, *arguments: Any) -> None:

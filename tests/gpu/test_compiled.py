@@ -18,9 +18,9 @@ from coral.drafters.feature.propose import Feature
 from coral.errors import CoralError
 from coral.native import build as cpp
 from coral.target.target import Target
-from coral.tree import Budget
+from coral.tree import TreeSize
 
-BUDGET = Budget(top_k=3, max_depth=3, num_nodes=6)
+TREE_SIZE = TreeSize(top_k=3, max_depth=3, num_nodes=6)
 
 
 @pytest.fixture
@@ -38,17 +38,17 @@ def test_padded_forwards_write_the_same(kind, monkeypatch):
     """
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, in seconds
     target = tiny_target(kind)
-    fast = target.on("graphs", (1, BUDGET.num_nodes + 1))
+    fast = target.on("graphs", (1, TREE_SIZE.num_nodes + 1))
     proposer = Feature(random_drafter(target).drafter, fast)
     bushes = Bushes([], target.vocab_size)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for length, sampling in ((5, Sampling()), (9, Sampling(1.0, seed=3)), (14, Sampling())):
         bushes.texts = expected = write(target, Plain(), [prompt_of(length)], 24, sampling).texts
         for drafting in (Plain(), proposer, bushes):
-            assert write(fast, drafting, [prompt_of(length)], 24, sampling, BUDGET).texts == expected
+            assert write(fast, drafting, [prompt_of(length)], 24, sampling, TREE_SIZE).texts == expected
         eager, padded = Recorder(random_drafter(target)), Recorder(proposer)
         for one, drafting in ((target, eager), (fast, padded)):
-            write(one, drafting, [prompt_of(length)], 24, sampling, BUDGET)
+            write(one, drafting, [prompt_of(length)], 24, sampling, TREE_SIZE)
         assert padded.trees == eager.trees
     # Two sizes of the target and one of the drafter, whatever the length.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 3
@@ -61,12 +61,12 @@ def test_every_head_drafts_the_same_compiled(head, monkeypatch):
     """
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     target = tiny_target()
-    fast = target.on("graphs", (1, BUDGET.num_nodes + 1))
+    fast = target.on("graphs", (1, TREE_SIZE.num_nodes + 1))
     drafter = random_drafter(target).drafter
     eager, padded = (Recorder(Feature(drafter, t, HEADS[head](t))) for t in (target, fast))
     for sampling in (Sampling(), Sampling(1.0, seed=3)):
         for one, drafting in ((target, eager), (fast, padded)):
-            write(one, drafting, [prompt_of(9)], 24, sampling, BUDGET)
+            write(one, drafting, [prompt_of(9)], 24, sampling, TREE_SIZE)
     assert padded.trees == eager.trees
 
 
@@ -86,7 +86,7 @@ def test_frozen_weights_write_the_same():
     target = tiny_target()
     expected = write(target, Plain(), [prompt_of(9)], 24).texts
     bushes = Bushes(expected, target.vocab_size)
-    assert write(target.on("graphs", (7,)), bushes, [prompt_of(9)], 24, budget=BUDGET).texts == expected
+    assert write(target.on("graphs", (7,)), bushes, [prompt_of(9)], 24, tree_size=TREE_SIZE).texts == expected
 
 
 def test_a_machine_without_a_compiler_is_told_so(monkeypatch):

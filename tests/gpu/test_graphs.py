@@ -15,9 +15,9 @@ from coral.decoding.sampling import Sampling
 from coral.drafters.feature.propose import Feature
 from coral.gpu import graphs
 from coral.gpu.graphs import Replayed, steady
-from coral.tree import Budget
+from coral.tree import TreeSize
 
-BUDGET = Budget(top_k=3, max_depth=3, num_nodes=6)
+TREE_SIZE = TreeSize(top_k=3, max_depth=3, num_nodes=6)
 
 
 class Tape(TorchDispatchMode):
@@ -60,7 +60,7 @@ def recordings(monkeypatch):
 def replaying(target, drafter, head=None):
     """The target and its proposer as they are on a GPU, but for the compiler."""
     fast = copy(target)
-    fast._forward = fast._forward.fixed((1, BUDGET.num_nodes + 1))
+    fast._forward = fast._forward.fixed((1, TREE_SIZE.num_nodes + 1))
     fast._forward._decode = Replayed(fast._forward._forward_and_score, 5)
     proposer = Feature(drafter, fast, head)
     proposer._native, proposer._fixed = None, Replayed(proposer._fixed_step, 5)
@@ -79,9 +79,9 @@ def test_replayed_forwards_write_the_same(kind, recordings):
         expected = write(target, Plain(), [prompt_of(length)], 24, sampling).texts
         eager, replayed = Recorder(Feature(drafter, target)), Recorder(proposer)
         eager.proposer._native = None
-        write(target, eager, [prompt_of(length)], 24, sampling, BUDGET)
+        write(target, eager, [prompt_of(length)], 24, sampling, TREE_SIZE)
         for drafting in (Plain(), replayed):
-            assert write(fast, drafting, [prompt_of(length)], 24, sampling, BUDGET).texts == expected
+            assert write(fast, drafting, [prompt_of(length)], 24, sampling, TREE_SIZE).texts == expected
         assert replayed.trees == eager.trees
     assert recordings
 
@@ -95,7 +95,7 @@ def test_every_head_drafts_behind_a_replayed_step(head, recordings):
     eager, replayed = Recorder(Feature(drafter, target, HEADS[head](target))), Recorder(proposer)
     eager.proposer._native = None
     for drafting in (eager, replayed):
-        write(target, drafting, [prompt_of(9)], 24, Sampling(), BUDGET)
+        write(target, drafting, [prompt_of(9)], 24, Sampling(), TREE_SIZE)
     assert replayed.trees == eager.trees and recordings
 
 

@@ -14,7 +14,7 @@ from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.drafters.feature import growth
 from coral.drafters.feature.propose import Feature
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 
 def test_a_cycle_waits_for_nothing_else():
@@ -32,15 +32,15 @@ def test_a_cycle_waits_for_nothing_else():
 @pytest.mark.parametrize("sampled", [Sampling(), Sampling(1.0, seed=3), Sampling(0.7, top_k=9, top_p=0.8)])
 def test_without_waits_the_same_is_written(sampled, monkeypatch):
     """Stops another path, text or count of levels where numbers may not be looked at."""
-    target, budget = tiny_target(), Budget(top_k=3, max_depth=4, num_nodes=7)
+    target, tree_size = tiny_target(), TreeSize(top_k=3, max_depth=4, num_nodes=7)
     proposer = Feature(random_drafter(target).drafter, target)
     proposer._native = None
     prompts = [prompt_of(length) for length in (5, 9, 14)]
     plain = write(target, Plain(), prompts, 24, sampled)
-    looks = write(target, proposer, prompts, 24, sampled, budget)
+    looks = write(target, proposer, prompts, 24, sampled, tree_size)
     for module in (growth, sampling, tree):
         monkeypatch.setattr(module, "has_queue", lambda device: True)
-    waits = write(target, proposer, prompts, 24, sampled, budget)
+    waits = write(target, proposer, prompts, 24, sampled, tree_size)
     assert waits.texts == looks.texts == plain.texts
     assert [cycle.tokens for cycle in waits.cycles] == [cycle.tokens for cycle in looks.cycles]
     assert [cycle.depth for cycle in waits.cycles] == [cycle.depth for cycle in looks.cycles]

@@ -39,7 +39,7 @@ from coral.target.default import DRAFTER, TOY
 from coral.target.target import Target
 
 NEW = 14
-BUDGET = coral.Budget(top_k=3, max_depth=4, num_nodes=9)
+TREE_SIZE = coral.TreeSize(top_k=3, max_depth=4, num_nodes=9)
 KINDS = (
     "llama",
     "llama-tied",
@@ -60,7 +60,7 @@ def drafter_of(model: PreTrainedModel) -> Drafter:
 
 def faster(drafter: Any, **options: Any) -> Any:
     """Whether drafting pays must not depend on the clock: then a test would not always test the same."""
-    return coral.for_transformers(drafter, budget=BUDGET, fallback=False, **options)
+    return coral.for_transformers(drafter, tree_size=TREE_SIZE, fallback=False, **options)
 
 
 def batch(lengths: tuple[int, ...] = (9, 4, 7)) -> dict[str, Tensor]:
@@ -264,7 +264,7 @@ def test_sampling_has_the_law_of_generate(name: str) -> None:
     """
     model = soft_target().model
     prompt = prompt_of(6, vocab_size=5)
-    function = coral.for_transformers(drafter_of(model), budget=coral.Budget(2, 1, 2), fallback=False)
+    function = coral.for_transformers(drafter_of(model), tree_size=coral.TreeSize(2, 1, 2), fallback=False)
     torch.manual_seed(11)
     asked = {"max_new_tokens": 2, "do_sample": True, "num_return_sequences": 20, **LAWS[name]}
     pairs = []

@@ -23,7 +23,7 @@ from coral.native import packing
 from coral.target import native as forward
 from coral.target.gguf import cache
 from coral.target.target import Target
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 
@@ -177,8 +177,8 @@ def test_trees_and_batches_write_what_plain_steps_write(tmp_path, name) -> None:
     for sampling in (Sampling(), Sampling(1.0, seed=3)):
         prompts = [prompt_of(5 + 30 * i, 99, seed=i) for i in range(3)]
         plain = write(target, Plain(), prompts, 24, sampling).texts
-        for budget in (Budget(4, 4, 9), Budget(4, 6, 70)):
-            assert write(target, Bushes(plain, 99), prompts, 24, sampling, budget).texts == plain
+        for tree_size in (TreeSize(4, 4, 9), TreeSize(4, 6, 70)):
+            assert write(target, Bushes(plain, 99), prompts, 24, sampling, tree_size).texts == plain
         assert [write(target, Plain(), [p], 24, sampling).texts[0] for p in prompts[:1]] == plain[:1]
 
 

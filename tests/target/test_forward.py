@@ -14,7 +14,7 @@ from coral.native import few_rows
 from coral.target.attention import GROUPED_SDPA
 from coral.target.native import why_not_native
 from coral.target.target import Target
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 
@@ -188,10 +188,10 @@ def test_texts_stay_the_same(sequences, dtype):
         prompts = [prompt_of(length + i, seed=i) for i in range(sequences)]
         plain = write(fast, Plain(), prompts, 40, sampling)
         bushes = Bushes(plain.texts)
-        assert write(fast, bushes, prompts, 40, sampling, Budget(4, 4, 9)).texts == plain.texts
+        assert write(fast, bushes, prompts, 40, sampling, TreeSize(4, 4, 9)).texts == plain.texts
         if dtype == torch.float32:
             assert write(slow, Plain(), prompts, 40, sampling).texts == plain.texts
-            many = Budget(4, 4, few_rows.MOST_ROWS)
+            many = TreeSize(4, 4, few_rows.MOST_ROWS)
             assert write(fast, bushes, prompts, 40, sampling, many).texts == plain.texts
 
 

@@ -20,7 +20,7 @@ from coral.errors import CoralError
 from coral.target.native import why_not_native
 from coral.target.record import TargetRecord
 from coral.target.target import Target
-from coral.tree import DEFAULT, Budget
+from coral.tree import DEFAULT, TreeSize
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 
@@ -132,8 +132,8 @@ def test_layers_whose_sizes_do_not_go_together_are_not_run_natively(place: Path,
 def test_trees_have_bounds(numbers: tuple[Any, ...]) -> None:
     """Stops a division by zero, a hang and an allocation of terabytes, wherever the tree comes from."""
     with pytest.raises(CoralError, match="the draft tree's"):
-        Budget(*numbers)
-    assert Budget(256, 256, 4096, 1).within(3).max_depth == 2
+        TreeSize(*numbers)
+    assert TreeSize(256, 256, 4096, 1).within(3).max_depth == 2
 
 
 @pytest.mark.parametrize("size", ["hidden_size", "vocab_size", "num_key_value_heads", "head_dim"])

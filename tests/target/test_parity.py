@@ -25,10 +25,10 @@ from coral.drafters.lookup import NGram
 from coral.errors import CoralError
 from coral.target.attention import GROUPED_SDPA
 from coral.target.target import Target
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 NEW = 15  # beyond every sliding window
-BUDGET = Budget(top_k=3, max_depth=4, num_nodes=7)
+TREE_SIZE = TreeSize(top_k=3, max_depth=4, num_nodes=7)
 ATTENTION = {"sdpa": GROUPED_SDPA, "eager": "eager"}
 
 
@@ -69,7 +69,7 @@ def test_written_as_hugging_face_writes(kind, attention):
         (Oracle([expected]), 15, 5.0),
         (Wrong([expected]), 6, 1.0),
     ):
-        written = write(target, proposer, [prompt], new, budget=BUDGET)
+        written = write(target, proposer, [prompt], new, tree_size=TREE_SIZE)
         assert written.texts == [expected[: 9 + new]], type(proposer).__name__
         assert tau is None or acceptance_length(written.cycles) == tau
 
@@ -152,7 +152,7 @@ def test_context_ends_before_frequencies_change(kind, limit):
     """Stops text past a length where rotary frequencies change: cached keys would be of another model."""
     target = tiny_target(kind)
     assert target.context_length == limit
-    written = write(target, NGram(3), [prompt_of(limit - 5)], new=50, budget=BUDGET)
+    written = write(target, NGram(3), [prompt_of(limit - 5)], new=50, tree_size=TREE_SIZE)
     assert len(written.texts[0]) == limit
     state = new_state(target, prompt_of(limit - 1))
     state.prefill(target, (-1,))

@@ -23,7 +23,7 @@ from coral.training.progress import Reporter
 from coral.training.recipe import Limits, OptimiserConfig, Reports, TrainConfig
 from coral.training.schedule import learning_rate
 from coral.training.start import new_drafter
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 CONFIG = TrainConfig(
     steps=3,
@@ -297,7 +297,7 @@ def beside(output):
     heads.save(output, "static", {"ids": torch.arange(9)})
     heads.save_token_map(output, torch.arange(9))
     conditions = tuned.Conditions("a CPU", 4, "float32", "native", 2, "static")
-    tuned.save(output, conditions, Budget(2, 3, 5), 1.5, 1.4)
+    tuned.save(output, conditions, TreeSize(2, 3, 5), 1.5, 1.4)
     return TargetRecord.of(target)
 
 

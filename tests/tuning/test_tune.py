@@ -23,7 +23,7 @@ from coral.drafters.heads import store as heads
 from coral.errors import CoralError
 from coral.target.record import TargetRecord
 from coral.target.target import Target
-from coral.tree import CPU_DEFAULT, DEFAULT, LOOKUP_NODES, Budget, DraftTree
+from coral.tree import CPU_DEFAULT, DEFAULT, LOOKUP_NODES, DraftTree, TreeSize
 from coral.tuning.cycle_costs import CycleCosts, measure_cycles
 from coral.tuning.recording import Text, everything, new_state, record
 from coral.tuning.simulate import Simulated, simulate
@@ -35,12 +35,12 @@ IDS = 8  # so few that a random drafter's four children often hold what the targ
 PROMPTS = [tiny.prompt_of(length, IDS) for length in (5, 9, 2)]
 
 
-def decoded(target, proposer, budget, sampling):
+def decoded(target, proposer, tree_size, sampling):
     """The cycles of really decoding all prompts."""
     cycles = []
     for index, prompt in enumerate(PROMPTS):
-        state = new_state(target, prompt, NEW, sampling, index, budget.num_nodes)
-        cycles += [cycle for (cycle,) in generate(target, proposer, [state], budget)]
+        state = new_state(target, prompt, NEW, sampling, index, tree_size.num_nodes)
+        cycles += [cycle for (cycle,) in generate(target, proposer, [state], tree_size)]
     return cycles
 
 
@@ -52,21 +52,21 @@ def recorded(request):
 
 
 @pytest.mark.parametrize(
-    "budget",
+    "tree_size",
     [
-        Budget(4, 6, 15, 0.0),
-        Budget(4, 6, 40, 0.3),
-        Budget(4, 3, 7, 0.2),
-        Budget(4, 1, 2, 0.0),
-        Budget(4, 5, 3, 0.25),
+        TreeSize(4, 6, 15, 0.0),
+        TreeSize(4, 6, 40, 0.3),
+        TreeSize(4, 3, 7, 0.2),
+        TreeSize(4, 1, 2, 0.0),
+        TreeSize(4, 5, 3, 0.25),
     ],
     ids=str,
 )
-def test_simulation_is_decoding(recorded, budget: Budget) -> None:
+def test_simulation_is_decoding(recorded, tree_size: TreeSize) -> None:
     """Stops a growth, rerank or walk on paper that differs from the real one in a single node."""
     target, proposer, sampling, texts = recorded
-    cycles = decoded(target, proposer, budget, sampling)
-    (run,) = simulate(texts, [budget])
+    cycles = decoded(target, proposer, tree_size, sampling)
+    (run,) = simulate(texts, [tree_size])
     assert acceptance_length(cycles) > 1.1  # otherwise nothing is tested
     assert run.tau == pytest.approx(acceptance_length(cycles), abs=1e-6)
     assert (run.tokens, run.cycles) == (sum(len(c.tokens) for c in cycles), len(cycles))
@@ -78,9 +78,9 @@ def test_simulation_is_decoding(recorded, budget: Budget) -> None:
 def test_smaller_top_k_are_cut_from_the_same_record(recorded) -> None:
     """Stops children or levels of the recorded width in a narrower tree."""
     target, proposer, sampling, texts = recorded
-    for budget in (Budget(1, 6, 6, 0.0), Budget(2, 4, 9, 0.1), Budget(3, 6, 15, 0.2)):
-        cycles = decoded(target, proposer, budget, sampling)
-        (run,) = simulate(texts, [budget])
+    for tree_size in (TreeSize(1, 6, 6, 0.0), TreeSize(2, 4, 9, 0.1), TreeSize(3, 6, 15, 0.2)):
+        cycles = decoded(target, proposer, tree_size, sampling)
+        (run,) = simulate(texts, [tree_size])
         assert run.tau == pytest.approx(acceptance_length(cycles), rel=0.03)
         assert run.steps == pytest.approx(sum(c.num_forwards for c in cycles), rel=0.1)
 
@@ -91,9 +91,9 @@ def test_an_end_inside_the_path_cuts_the_cycle() -> None:
     ended = Text([1, 2], [chain, DraftTree.root(1)], room=10)  # 2 ends it
     going = Text([1, 2, 7], [chain, chain, chain], room=3)
     for texts, tau, cycles in (([going], 3.0, 1), ([ended, going], 3.0, 2)):
-        (run,) = simulate(texts, [Budget(1, 3, 3)])
+        (run,) = simulate(texts, [TreeSize(1, 3, 3)])
         assert (run.tau, run.cycles, run.tokens) == (tau, cycles, sum(len(t.tokens) for t in texts))
-    (run,) = simulate([going], [Budget(1, 1, 3)])
+    (run,) = simulate([going], [TreeSize(1, 1, 3)])
     assert (run.tau, run.steps, run.rows.tolist()) == (1.5, 1, [0, 1, 1])  # the last token needs no draft
 
 
@@ -102,7 +102,7 @@ def test_costs_add_up() -> None:
     costs = CycleCosts({1: 1.0, 2: 0.8, 4: 2.0}, {3: 0.5}, {3: 0.25}, padded=False)
     assert costs.plain == 1.0
     assert (costs.of_rows(1), costs.of_rows(3), costs.of_rows(4), costs.of_rows(6)) == (1.0, 1.4, 2.0, 3.2)
-    run = Simulated(Budget(3, 2, 3), 9, 3, 3.0, 5, torch.tensor([0, 1, 0, 2]))
+    run = Simulated(TreeSize(3, 2, 3), 9, 3, 3.0, 5, torch.tensor([0, 1, 0, 2]))
     drafting = 3 * 0.5 + 2 * 0.25
     assert costs.seconds(run) == pytest.approx(1.0 + 2 * 1.4 + drafting)
     assert replace(costs, padded=True).seconds(run) == pytest.approx(1.0 + 2 * 2.0 + drafting)
@@ -120,24 +120,24 @@ def test_measured_costs_are_there() -> None:
 
 def test_the_grid_and_its_best() -> None:
     """Stops a table without the built-in tree, and one that shows five variants of the same tree."""
-    budgets = grid(31)
-    assert {DEFAULT, CPU_DEFAULT} <= {*budgets} and len(budgets) == len(set(budgets)) > 1000
-    assert all(b.num_nodes <= min(31, b.top_k + (b.max_depth - 1) * b.top_k**2) for b in budgets)
-    assert all(b.min_gain in MIN_GAIN for b in budgets)
+    tree_sizes = grid(31)
+    assert {DEFAULT, CPU_DEFAULT} <= {*tree_sizes} and len(tree_sizes) == len(set(tree_sizes)) > 1000
+    assert all(b.num_nodes <= min(31, b.top_k + (b.max_depth - 1) * b.top_k**2) for b in tree_sizes)
+    assert all(b.min_gain in MIN_GAIN for b in tree_sizes)
     found = fastest([
-        Prediction(Budget(k, 2, nodes), 2.0, 1.0, filled, 10.0, speedup)
+        Prediction(TreeSize(k, 2, nodes), 2.0, 1.0, filled, 10.0, speedup)
         for k, nodes, filled, speedup in (
             (1, 2, 1.5, 1.5), (2, 2, 1.8, 1.7), (2, 9, 2.5, 1.6), (2, 4, 2.5, 1.6), (4, 4, 2.5, 1.4)
         )
     ])  # fmt: skip
-    assert [(p.speedup, p.budget.num_nodes) for p in found] == [(1.7, 2), (1.6, 4)]
+    assert [(p.speedup, p.tree_size.num_nodes) for p in found] == [(1.7, 2), (1.6, 4)]
 
 
 # ------------------------------------------------------------------------------------------- trees.json
 
 
 CONDITIONS = tuned.Conditions("a CPU", 4, "float32", "native", 8, "full")
-TREE = Budget(2, 3, 5)
+TREE = TreeSize(2, 3, 5)
 
 
 def test_lookup_by_conditions(tmp_path: Path) -> None:
@@ -187,14 +187,14 @@ def test_generate_uses_the_tuned_tree(coral, models: Path, pair: tuple[Path, Tar
     drafter, target = pair
     for name in (drafter, f"{drafter}+in_context", f"{drafter}+ngram"):
         loaded, lookup = library.load(target, name), str(name).endswith("+ngram")
-        budget = replace(TREE, num_nodes=LOOKUP_NODES) if lookup else TREE
-        assert (loaded.budget, loaded.budget_origin) == (budget, "tuned")
+        tree_size = replace(TREE, num_nodes=LOOKUP_NODES) if lookup else TREE
+        assert (loaded.tree_size, loaded.tree_size_origin) == (tree_size, "tuned")
         cycles = list(loaded.stream("the the the", max_new_tokens=12))
-        assert max(cycle.num_drafted for cycle in cycles) == budget.num_nodes
+        assert max(cycle.num_drafted for cycle in cycles) == tree_size.num_nodes
     for name in (None, "ngram", models / "drafter"):
         loaded = library.load(target, name)
-        budget = replace(CPU_DEFAULT, num_nodes=LOOKUP_NODES) if name == "ngram" else CPU_DEFAULT
-        assert (loaded.budget, loaded.budget_origin) == (budget, "default")
+        tree_size = replace(CPU_DEFAULT, num_nodes=LOOKUP_NODES) if name == "ngram" else CPU_DEFAULT
+        assert (loaded.tree_size, loaded.tree_size_origin) == (tree_size, "default")
     command = (
         "generate",
         "--target",
@@ -226,8 +226,10 @@ def test_bench_gives_each_drafter_its_tree(models: Path, pair: tuple[Path, Targe
         return json.loads(results.read_text())
 
     trees = read()["trees"]["float32"]
-    assert Budget(**trees["mine"]["budget"]) == TREE and trees["mine"]["origin"] == "tuned"
-    assert Budget(**trees["untuned"]["budget"]) == CPU_DEFAULT and trees["untuned"]["origin"] == "default"
+    assert TreeSize(**trees["mine"]["tree_size"]) == TREE and trees["mine"]["origin"] == "tuned"
+    assert (
+        TreeSize(**trees["untuned"]["tree_size"]) == CPU_DEFAULT and trees["untuned"]["origin"] == "default"
+    )
     lines = [json.loads(line) for line in results.with_name("records.jsonl").read_text().splitlines()]
     most: dict[str, int] = {}
     for record_ in (line["record"] for line in lines if "record" in line):
@@ -247,7 +249,7 @@ def test_bench_gives_each_drafter_its_tree(models: Path, pair: tuple[Path, Targe
     (drafter / "coral" / "trees.json").unlink()
     bench(target, drafters, str(suite), tmp_path / "out", BenchConfig(**options))
     assert read()["trees"]["float32"] == trees
-    config = BenchConfig(budget=Budget(1, 2, 2), **options)
+    config = BenchConfig(tree_size=TreeSize(1, 2, 2), **options)
     asked = bench(target, drafters, str(suite), tmp_path / "asked", config)
     assert {t["origin"] for t in json.loads(asked.read_text())["trees"]["float32"].values()} == {"asked for"}
 
@@ -314,11 +316,11 @@ def test_tune_then_generate(coral, models: Path, tmp_path: Path) -> None:
     (entry,) = json.loads(path.read_text())["trees"]
     assert (entry["conditions"]["head"], entry["conditions"]["layers"]) == ("in_context", 3)
     assert entry["predicted_speedup"] > 0 < entry["achieved_speedup"]
-    tree = str(Budget(**entry["budget"]))
+    tree = str(TreeSize(**entry["tree_size"]))
     assert f"tree {tree}: {path}" in result.out
     deepened = Target.load(models / "target")
     deepen(deepened.model, 3)
-    assert str(library.load(deepened, drafter).budget) == tree
+    assert str(library.load(deepened, drafter).tree_size) == tree
 
 
 def test_tune_on_held_out_prompts_and_what_it_refuses(coral, models: Path, tmp_path: Path) -> None:

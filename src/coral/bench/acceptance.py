@@ -9,10 +9,10 @@ from coral.decoding.cycle import acceptance_length, generate
 from coral.decoding.state import State
 from coral.drafters.feature.network import Drafter
 from coral.target.target import Target
-from coral.tree import Budget
+from coral.tree import TreeSize
 
-CHAIN = Budget(top_k=1, max_depth=4, num_nodes=4)
-TREE = Budget(top_k=6, max_depth=5, num_nodes=24)
+CHAIN = TreeSize(top_k=1, max_depth=4, num_nodes=4)
+TREE = TreeSize(top_k=6, max_depth=5, num_nodes=24)
 
 
 def acceptance(
@@ -25,10 +25,10 @@ def acceptance(
     taus = {}
     target = target.on()  # as `coral generate` does
     proposer = make_proposer(target, drafter, head="full")
-    for name, budget in (("chain", CHAIN), ("tree", TREE)):
+    for name, tree_size in (("chain", CHAIN), ("tree", TREE)):
         cycles = []
         for prompt in prompts:
-            state = State.begin(target, prompt, max_new_tokens, budget.num_nodes, eos_ids=target.eos_ids)
-            cycles += [cycle for (cycle,) in generate(target, proposer, [state], budget)]
+            state = State.begin(target, prompt, max_new_tokens, tree_size.num_nodes, eos_ids=target.eos_ids)
+            cycles += [cycle for (cycle,) in generate(target, proposer, [state], tree_size)]
         taus[name] = acceptance_length(cycles)
     return taus

@@ -20,7 +20,7 @@ from coral.errors import CoralError
 DRAWS = 10_000
 FEWEST = 6
 """Prompts for a verdict: of fewer, all differ in one direction by chance more often than in 5% of benches."""
-SAME = ("target", "max_new_tokens", "ignore_eos", "budget", "seed")
+SAME = ("target", "max_new_tokens", "ignore_eos", "tree_size", "seed")
 """Settings without which two taus are not comparable."""
 
 Run = tuple[Mapping[str, Any], Sequence[Record]]
@@ -45,7 +45,7 @@ class Difference:
 
     tau: tau of FIRST minus that of SECOND. speed: seconds of SECOND over those of FIRST; None where no run
     measured both, for times of different runs are not comparable. left_out: prompts that not all have.
-    same_trees: whether all drafters had the same budget; otherwise the trees are part of what is compared.
+    same_trees: whether all drafters had the same tree size; otherwise the trees are part of what is compared.
     """
 
     dtype: str
@@ -98,9 +98,11 @@ def compare(
     for setting, chosen in settings.items():
         if {record.method for records in chosen for record in records} == names:
             trees = [header.get("trees", {}).get(setting[0], {}) for header, _ in runs]
-            budgets = {repr(tree["budget"]) for of in trees for name, tree in of.items() if name in names}
+            tree_sizes = {
+                repr(tree["tree_size"]) for of in trees for name, tree in of.items() if name in names
+            }
             found += [
-                replace(difference, same_trees=len(budgets) < 2)
+                replace(difference, same_trees=len(tree_sizes) < 2)
                 for difference in _differences(setting, first, second, chosen, draws, seed)
             ]
     if not found:

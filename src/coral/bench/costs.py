@@ -18,7 +18,7 @@ from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
 from coral.json_file import Positive, Seconds
 from coral.target.target import Target
-from coral.tree import Budget, DraftTree
+from coral.tree import DraftTree, TreeSize
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class RefusedTree(DraftTree):
 
 def plain_variants(targets: Mapping[str, Target]) -> dict[str, Write]:
     """Plain decoding by each way in which the target runs; the fastest becomes the baseline."""
-    budget = Budget(top_k=1, max_depth=0, num_nodes=1)
-    return {how: ours(target, Plain(), budget) for how, target in targets.items()}
+    tree_size = TreeSize(top_k=1, max_depth=0, num_nodes=1)
+    return {how: ours(target, Plain(), tree_size) for how, target in targets.items()}
 
 
 def fastest_plain(

@@ -73,7 +73,7 @@ def _read(path: Path, advice: str) -> tuple[_Header | None, list[_Line]]:
 class Log:
     """Records, costs and trees on disk. The first line, the header, says which bench they belong to.
 
-    trees: by dtype and drafter, its budget and where that came from.
+    trees: by dtype and drafter, its tree size and where that came from.
 
     Raises:
         CoralError: the file holds another bench, or cannot be read or written.

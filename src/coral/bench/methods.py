@@ -19,7 +19,7 @@ from coral.decoding.state import Cycle, State
 from coral.drafters.lookup import NGram
 from coral.errors import CoralError
 from coral.target.target import Target
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ MakeProposer = Callable[[Target, bool], Proposer]
 RESERVED = ("plain", "hf_generate", "hf_prompt_lookup", "hf_assisted", "ngram")
 
 
-def ours(target: Target, proposer: Proposer, budget: Budget) -> Write:
+def ours(target: Target, proposer: Proposer, tree_size: TreeSize) -> Write:
     """Our decoding with any proposer."""
 
     def write(
@@ -70,8 +70,8 @@ def ours(target: Target, proposer: Proposer, budget: Budget) -> Write:
     ) -> Written:
         begin = perf_counter()
         options = {"sampling": sampling, "sequence_id": sequence_id, "eos_ids": eos_ids}
-        state = State.begin(target, prompt, length, budget.num_nodes, **options)
-        cycles = [cycle for (cycle,) in generate(target, proposer, [state], budget)]
+        state = State.begin(target, prompt, length, tree_size.num_nodes, **options)
+        cycles = [cycle for (cycle,) in generate(target, proposer, [state], tree_size)]
         seconds = perf_counter() - begin
         prefill = seconds - sum(cycle.seconds for cycle in cycles)
         return Written(state.written, seconds, prefill, len(cycles), cycles)
@@ -169,19 +169,19 @@ class Method:
 class Rivals:
     """Who is measured beside plain decoding.
 
-    made, budgets: of the drafters, by name. lookup: the n-gram peer's budget, unless it is one of them.
+    made, tree_sizes: of the drafters, by name. lookup: the n-gram peer's tree_size, unless it is one of them.
     assistant: the draft model of Hugging Face's assisted generation.
     """
 
     made: Mapping[str, MakeProposer]
-    budgets: Mapping[str, Budget]
-    lookup: Budget
+    tree_sizes: Mapping[str, TreeSize]
+    lookup: TreeSize
     assistant: PreTrainedModel | None = None
 
     @property
     def rows(self) -> set[int]:
         """Sizes of the trees that are verified, root included."""
-        return {budget.num_nodes + 1 for budget in (self.lookup, *self.budgets.values())}
+        return {tree_size.num_nodes + 1 for tree_size in (self.lookup, *self.tree_sizes.values())}
 
 
 def all_methods(
@@ -202,19 +202,19 @@ def all_methods(
         if rivals.assistant is not None:
             methods.append(Method("peer", "hf_assisted", False, hugging_face(target, rivals.assistant)))
     if peers or "ngram" in made:
-        lookup = rivals.budgets.get("ngram", rivals.lookup)
+        lookup = rivals.tree_sizes.get("ngram", rivals.lookup)
         proposer: Proposer = Fallback(NGram()) if fallback and "ngram" in made else NGram()
         found = ours(target.sized(lookup.num_nodes + 1), proposer, lookup)
         methods.append(Method("peer", "ngram", False, found))
     for name, make in made.items():
         if name == "ngram":
             continue  # measured above, once: it has no noise to share
-        budget = rivals.budgets[name]
-        own = target.sized(budget.num_nodes + 1)
+        tree_size = rivals.tree_sizes[name]
+        own = target.sized(tree_size.num_nodes + 1)
         for flag in coupled:
             proposer = make(own, flag)
             proposer = Fallback(proposer) if fallback else proposer
-            methods.append(Method("drafter", name, flag, ours(own, proposer, budget)))
+            methods.append(Method("drafter", name, flag, ours(own, proposer, tree_size)))
     return methods
 
 

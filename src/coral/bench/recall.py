@@ -17,11 +17,11 @@ from coral.decoding.state import State
 from coral.drafters.feature.propose import Feature
 from coral.drafters.heads.routed import RoutedHead
 from coral.target.target import Target
-from coral.tree import Budget, DraftTree
+from coral.tree import DraftTree, TreeSize
 
 
 def recall_by_depth(
-    target: Target, proposer: Feature, prompts: Sequence[list[int]], length: int, budget: Budget
+    target: Target, proposer: Feature, prompts: Sequence[list[int]], length: int, tree_size: TreeSize
 ) -> dict[str, Any] | None:
     """The part of the target's probability mass that lies in the groups which a routed head chose, its core
     included.
@@ -36,10 +36,10 @@ def recall_by_depth(
     head = proposer.head
     if not isinstance(head, RoutedHead):
         return None
-    sums = torch.zeros(budget.max_depth, 2, dtype=torch.float64)
+    sums = torch.zeros(tree_size.max_depth, 2, dtype=torch.float64)
     for prompt in prompts:
-        state = State.begin(target, prompt, length, budget.num_nodes)
-        for _ in generate(target, _Watcher(proposer, head, sums), [state], budget):
+        state = State.begin(target, prompt, length, tree_size.num_nodes)
+        for _ in generate(target, _Watcher(proposer, head, sums), [state], tree_size):
             pass
     reached = sums[sums[:, 1] > 0]
     return {
@@ -75,7 +75,7 @@ class _Watcher:
         self.proposer = copy(proposer)
         self.proposer.head, self.layers = self.watched, proposer.layers
 
-    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
+    def propose(self, states: Sequence[State], tree_size: TreeSize) -> list[DraftTree]:
         head, target = self.watched.head, self.proposer.target
         levels = self.watched.levels  # of the last cycle; none before the first
         for depth, (chosen, feature) in enumerate(zip(levels, states[0].unread.features, strict=False)):
@@ -83,4 +83,4 @@ class _Watcher:
             law = target.head(feature).float().softmax(-1)
             self.sums[depth] += torch.tensor([float(law[ids[ids >= 0]].sum()), 1.0], dtype=torch.float64)
         levels.clear()
-        return self.proposer.propose(states, budget)
+        return self.proposer.propose(states, tree_size)

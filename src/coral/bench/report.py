@@ -12,7 +12,7 @@ from rich.markdown import Markdown
 from coral.bench.results import read
 from coral.errors import CoralError
 from coral.files import atomic_text
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 NAMES = {
     "plain": "plain",
@@ -184,7 +184,7 @@ def _fastest(rows: Iterable[dict[str, Any]]) -> tuple[float, str] | None:
 
 def _trees(found: dict[str, Any]) -> Iterable[str]:
     if found:
-        shown = (f"{name} {Budget(**tree['budget'])} ({tree['origin']})" for name, tree in found.items())
+        shown = (f"{name} {TreeSize(**tree['tree_size'])} ({tree['origin']})" for name, tree in found.items())
         yield f"trees (`--tree`): {', '.join(shown)}"
         yield ""
 

@@ -11,15 +11,15 @@ from typing_extensions import NotRequired, TypedDict
 from coral import json_file
 from coral.errors import CoralError
 from coral.json_file import OPEN, Count, Positive, Seconds
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 Share = Annotated[float, Field(ge=0)]
 
 
 class Tree(TypedDict):
-    """A drafter's budget, and where it came from (see `api.choose_budget`)."""
+    """A drafter's tree_size, and where it came from (see `api.choose_tree_size`)."""
 
-    budget: Budget
+    tree_size: TreeSize
     origin: str
 
 

@@ -44,7 +44,7 @@ from coral.progress import spinner
 from coral.suites import prompts as suites_
 from coral.target import default as models
 from coral.target.target import Target
-from coral.tree import DEFAULT, LOOKUP_NODES, Budget
+from coral.tree import DEFAULT, LOOKUP_NODES, TreeSize
 
 Drafters = Mapping[str, str | Path | MakeProposer]
 
@@ -147,7 +147,9 @@ class _Bench:
         """All of one dtype: load, measure costs, write."""
         loaded = self._load(dtype)
         precision = loaded.eager.precision
-        trees = {name: {**tree, "budget": asdict(tree["budget"])} for name, tree in loaded.trees.items()}
+        trees = {
+            name: {**tree, "tree_size": asdict(tree["tree_size"])} for name, tree in loaded.trees.items()
+        }
         self.results["trees"][precision] = trees
         with self.console.status(f"{precision}: measuring what plain and draft steps cost ..."):
             self.results["routed_heads"][precision] = self._measure_apart(loaded)
@@ -187,8 +189,10 @@ class _Bench:
         trees = self.log.trees.get(eager.precision) or _choose_trees(fast, self.drafters, config)
         rivals = Rivals(
             {name: maker(source, config.head) for name, source in self.drafters.items()},
-            {name: tree["budget"] for name, tree in trees.items()},
-            Budget(2, LOOKUP_NODES, max(LOOKUP_NODES, (config.budget or DEFAULT).num_nodes), min_gain=0.1),
+            {name: tree["tree_size"] for name, tree in trees.items()},
+            TreeSize(
+                2, LOOKUP_NODES, max(LOOKUP_NODES, (config.tree_size or DEFAULT).num_nodes), min_gain=0.1
+            ),
             assistant,
         )
         return _Loaded(self._ways(eager, fast, rivals, dtype), few, rivals, trees)
@@ -216,7 +220,7 @@ class _Bench:
             self.log.add(measure(loaded.targets, drafts, first, max(rivals.rows)))
         texts, length = [prompt for suite in loaded.few for prompt in suite], self.config.max_new_tokens
         recalls = {
-            name: recall_by_depth(target, p, texts, length, rivals.budgets[name])
+            name: recall_by_depth(target, p, texts, length, rivals.tree_sizes[name])
             for name, p in trained.items()
         }
         return {name: recall for name, recall in recalls.items() if recall}
@@ -244,14 +248,14 @@ class _Bench:
 
 
 def _choose_trees(target: Target, drafters: Drafters, config: BenchConfig) -> dict[str, Tree]:
-    """The budget of each drafter and where it comes from, as the log and the results hold it."""
-    from coral.api import choose_budget
+    """The tree size of each drafter and where it comes from, as the log and the results hold it."""
+    from coral.api import choose_tree_size
 
     trees: dict[str, Tree] = {}
     for name, source in drafters.items():
         named = source if isinstance(source, (str, Path)) else None  # a function has no directory
-        budget, origin = choose_budget(target, named, config.budget, config.head)
-        trees[name] = {"budget": budget, "origin": origin}
+        tree_size, origin = choose_tree_size(target, named, config.tree_size, config.head)
+        trees[name] = {"tree_size": tree_size, "origin": origin}
     return trees
 
 

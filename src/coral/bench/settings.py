@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coral.errors import CoralError
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class BenchConfig:
     dtypes: "auto", "float32", "bfloat16", "float16"; each is measured against its own plain decoding.
     coupled: whether drafting shares the sampler's noise; each value gives a row at temperature > 0.
     max_new_tokens: a turn ends after so many tokens, or at the target's end token.
-    budget: of all drafters; None: what `coral tune` found for each, else the built-in one.
+    tree_size: of all drafters; None: what `coral tune` found for each, else the built-in one.
     peers: also run Hugging Face's `generate` and prompt lookup, and our n-gram.
     assistant: a small causal LM of the target's vocabulary. Hugging Face's assisted generation with it
         becomes a peer.
@@ -38,7 +38,7 @@ class BenchConfig:
     temperatures: tuple[float, ...] = (0.0,)
     coupled: tuple[bool, ...] = (True,)
     max_new_tokens: int = 128
-    budget: Budget | None = None
+    tree_size: TreeSize | None = None
     peers: bool = True
     assistant: str | None = None
     backend: str = "auto"

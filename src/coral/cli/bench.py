@@ -89,7 +89,7 @@ def _bench(
         temperatures=tuple(temperature or (0.0,)),
         coupled=(True, False) if uncoupled else (True,),
         max_new_tokens=max_new_tokens,
-        budget=options.read_budget(tree),
+        tree_size=options.read_tree_size(tree),
         peers=peers,
         assistant=assistant,
         backend=backend,

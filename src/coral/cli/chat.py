@@ -196,5 +196,5 @@ def print_stats(pair: LLM, cycles: Iterable[Cycle], clock: _Clock, loaded: float
             spent = (sum(getattr(c, name) for c in rest) for name in ("draft_seconds", "verify_seconds"))
             drafting, verification = (part / seconds for part in spent)
             line += f", drafting {drafting:.0%}, verification {verification:.0%} of the time"
-        line += f", tree {pair.budget} ({pair.budget_origin})"
+        line += f", tree {pair.tree_size} ({pair.tree_size_origin})"
     Console(stderr=True, highlight=False, soft_wrap=True).print(line, style="dim")

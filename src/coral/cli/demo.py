@@ -17,7 +17,7 @@ from coral.target import default as models
 if TYPE_CHECKING:
     from coral.api import LLM
     from coral.decoding.state import Cycle
-    from coral.tree import Budget
+    from coral.tree import TreeSize
 
 PROMPTS = (
     ("chat", "What is the capital of France, and what is it known for?"),
@@ -46,7 +46,7 @@ class _Row:
         self.equal += written == plain[: len(written)]
 
 
-def run(max_new_tokens: int, dtype: str, budget: Budget | None) -> None:
+def run(max_new_tokens: int, dtype: str, tree_size: TreeSize | None) -> None:
     """Print six marked answers, then one table.
 
     Raises:
@@ -67,7 +67,7 @@ def run(max_new_tokens: int, dtype: str, budget: Budget | None) -> None:
         from coral.cli.options import quiet_transformers
 
         quiet_transformers()
-        pair = load(source, drafter, dtype=dtype, budget=budget)
+        pair = load(source, drafter, dtype=dtype, tree_size=tree_size)
     console.print(
         f"{pair.target.name} in {pair.target.precision}. ",
         Text.assemble("Green underlined", style="green underline"),
@@ -85,7 +85,7 @@ def _write(pair: LLM, max_new_tokens: int, console: Console) -> dict[str, _Row]:
     from coral.decoding.plain import Plain
     from coral.decoding.sampling import Sampling
 
-    plain, generate = LLM(pair.target, Plain(), pair.budget), hugging_face(pair.target)
+    plain, generate = LLM(pair.target, Plain(), pair.tree_size), hugging_face(pair.target)
     rows = {name: _Row() for name in ("Hugging Face generate", "plain", "CORAL")}
     few = min(HF_TOKENS, max_new_tokens)
     with spinner("Warming up"):

@@ -96,7 +96,7 @@ def generate(
             drafter,
             dtype=dtype,
             device=device,
-            budget=options.read_budget(tree),
+            tree_size=options.read_tree_size(tree),
             backend=backend,
             head=head,
             coupled=coupled,
@@ -131,7 +131,7 @@ def demo(
     """
     from coral.cli.demo import run
 
-    run(max_new_tokens, dtype, options.read_budget(tree) if tree else None)
+    run(max_new_tokens, dtype, options.read_tree_size(tree) if tree else None)
 
 
 @app.command()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from coral.data.prepared import PreparedData
     from coral.target.target import Target as Target_
-    from coral.tree import Budget
+    from coral.tree import TreeSize
 
 Target = Annotated[
     str | None,
@@ -86,13 +86,13 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that 
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.", min=0, max=2**63 - 1)]
 
 
-def read_budget(tree: str | None) -> Budget | None:
+def read_tree_size(tree: str | None) -> TreeSize | None:
     """What --tree says; None where it is not given.
 
     Raises:
         CoralError: it cannot be read, or is out of range.
     """
-    from coral.tree import Budget
+    from coral.tree import TreeSize
 
     if tree is None:
         return None
@@ -104,7 +104,7 @@ def read_budget(tree: str | None) -> Budget | None:
         raise CoralError(
             f"cannot read --tree {tree!r}; write it as TOP_K,MAX_DEPTH,NUM_NODES or with ,MIN_GAIN."
         ) from None
-    return Budget(top_k, max_depth, num_nodes, min_gain)
+    return TreeSize(top_k, max_depth, num_nodes, min_gain)
 
 
 def read_part(part: str) -> tuple[int, int]:

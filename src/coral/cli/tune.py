@@ -91,9 +91,9 @@ def tune(
     Console(width=100).print(table(found))
     print(summary(found))
     if path is None:
-        print(f"not written down; to use it: --tree {found.best.budget}")
+        print(f"not written down; to use it: --tree {found.best.tree_size}")
     else:
-        print(f"tree {found.best.budget}: {path}")
+        print(f"tree {found.best.tree_size}: {path}")
 
 
 def expect(target: Target, drafter: Path, prompts: list[list[int]]) -> None:
@@ -108,8 +108,8 @@ def expect(target: Target, drafter: Path, prompts: list[list[int]]) -> None:
         max_new_tokens=48,
     )
     print(
-        f"expect {found.predicted:.2f}x (tau {found.best.tau:.2f}) here with --tree {found.best.budget} and "
-        "the full head; a head from `coral train-head` costs less, and `coral tune` writes the tree down"
+        f"expect {found.predicted:.2f}x (tau {found.best.tau:.2f}) here with --tree {found.best.tree_size} "
+        "and the full head; a head from `coral train-head` costs less, and `coral tune` writes the tree down"
     )
 
 

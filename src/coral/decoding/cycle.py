@@ -9,7 +9,7 @@ from typing import Protocol
 from coral.decoding.state import Cycle, State
 from coral.target.ids import check_scores
 from coral.target.target import Target
-from coral.tree import Budget, DraftTree, read
+from coral.tree import DraftTree, TreeSize, read
 
 
 class Proposer(Protocol):
@@ -20,7 +20,7 @@ class Proposer(Protocol):
         """The target states that it reads, see `Target.verify`."""
         ...
 
-    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
+    def propose(self, states: Sequence[State], tree_size: TreeSize) -> list[DraftTree]:
         """Trees whose root is each sequence's last token.
 
         What was accepted since it last drafted is in `State.unread`, which starts with the whole prompt.
@@ -28,10 +28,10 @@ class Proposer(Protocol):
         ...
 
 
-def cycle(target: Target, proposer: Proposer, live: Sequence[State], budget: Budget) -> list[Cycle]:
+def cycle(target: Target, proposer: Proposer, live: Sequence[State], tree_size: TreeSize) -> list[Cycle]:
     """One cycle of every live sequence: propose, verify, walk, keep."""
     begin = perf_counter()
-    trees = [tree.to(target.device) for tree in proposer.propose(live, budget)]
+    trees = [tree.to(target.device) for tree in proposer.propose(live, tree_size)]
     drafted = perf_counter()
     logits, features = target.verify([state.cache for state in live], trees, proposer.layers)
     for state, tree, scores in zip(live, trees, logits, strict=True):
@@ -49,18 +49,18 @@ def cycle(target: Target, proposer: Proposer, live: Sequence[State], budget: Bud
 
 
 def generate(
-    target: Target, proposer: Proposer, states: Sequence[State], budget: Budget
+    target: Target, proposer: Proposer, states: Sequence[State], tree_size: TreeSize
 ) -> Iterator[list[Cycle]]:
     """Write until every sequence is done; yields a cycle for each sequence that was still live.
 
-    The output of each sequence is a fixed function of (prompt, sampling, sequence id): no proposer, budget or
-    batch changes it.
+    The output of each sequence is a fixed function of (prompt, sampling, sequence id): no proposer, tree size
+    or batch changes it.
     """
     live = [state for state in states if not state.done]
     for state in live:
         state.prefill(target, proposer.layers)
     while live:
-        yield cycle(target, proposer, live, budget)
+        yield cycle(target, proposer, live, tree_size)
         live = [state for state in live if not state.done]
 
 

@@ -12,7 +12,7 @@ from statistics import fmean, median
 
 from coral.decoding.cycle import Proposer
 from coral.decoding.state import State
-from coral.tree import Budget, DraftTree
+from coral.tree import DraftTree, TreeSize
 
 _NEARLY = 0.9
 """The tokens of eight cycles tell no finer what all will bring: without it a drafter that gains a little
@@ -45,13 +45,13 @@ class Fallback:
         self._plain: deque[float] = deque(maxlen=window)  # seconds
         self._rest, self._next_rest = 0, first_rest
 
-    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
+    def propose(self, states: Sequence[State], tree_size: TreeSize) -> list[DraftTree]:
         self._learn(states)
         drafts = not self._rests()
         for state in states:
             state.memory[self] = drafts
         if drafts:
-            return self.proposer.propose(states, budget)
+            return self.proposer.propose(states, tree_size)
         return [DraftTree.root(state.tokens[-1]) for state in states]
 
     def _learn(self, states: Sequence[State]) -> None:

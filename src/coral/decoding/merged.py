@@ -13,7 +13,7 @@ from dataclasses import replace
 from coral.decoding.cycle import Proposer
 from coral.decoding.state import State
 from coral.device import CPU
-from coral.tree import Budget, DraftTree, merge
+from coral.tree import DraftTree, TreeSize, merge
 
 
 class Merged:
@@ -26,11 +26,11 @@ class Merged:
     def __init__(self, drafter: Proposer, lookup: Proposer, sure: float = 4.0) -> None:
         self.drafter, self.lookup, self.sure, self.layers = drafter, lookup, sure, drafter.layers
 
-    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
-        longest = replace(budget, top_k=1, max_depth=budget.num_nodes)
+    def propose(self, states: Sequence[State], tree_size: TreeSize) -> list[DraftTree]:
+        longest = replace(tree_size, top_k=1, max_depth=tree_size.num_nodes)
         trees = self.lookup.propose(states, longest)
         unsure = [i for i, tree in enumerate(trees) if sum(map(math.exp, tree.lists[2][1:])) < self.sure]
-        drafted = self.drafter.propose([states[i] for i in unsure], budget) if unsure else []
+        drafted = self.drafter.propose([states[i] for i in unsure], tree_size) if unsure else []
         for i, tree in zip(unsure, drafted, strict=True):
-            trees[i] = merge([trees[i], tree.to(CPU)], budget.num_nodes) if len(trees[i]) > 1 else tree
+            trees[i] = merge([trees[i], tree.to(CPU)], tree_size.num_nodes) if len(trees[i]) > 1 else tree
         return trees

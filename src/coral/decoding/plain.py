@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coral.decoding.state import State
-from coral.tree import Budget, DraftTree
+from coral.tree import DraftTree, TreeSize
 
 
 class Plain:
     layers = ()
 
-    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
+    def propose(self, states: Sequence[State], tree_size: TreeSize) -> list[DraftTree]:
         return [DraftTree.root(state.tokens[-1]) for state in states]

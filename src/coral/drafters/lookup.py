@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from coral.decoding.state import State
-from coral.tree import Budget, DraftTree
+from coral.tree import DraftTree, TreeSize
 
 _FIRST = (0.0, 0.25, 0.5, 0.8, 0.9, 0.95)
 """How likely the next token is right behind a match of 0, 1, 2-3, 4-7, 8-15 tokens and more, before a text
@@ -23,7 +23,7 @@ _LOOKED_AT = 64  # of a token's occurrences, the last ones
 class NGram:
     """Needs no training. The longest match comes first, then the others, each the most recent of its length.
 
-    No node is drafted that is less likely than the budget's `min_gain`.
+    No node is drafted that is less likely than the tree size's `min_gain`.
 
     max_n: longest match that is looked for.
     """
@@ -33,10 +33,10 @@ class NGram:
     def __init__(self, max_n: int = 16) -> None:
         self.max_n = max_n
 
-    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
-        return [self._tree(state, budget.within(state.remaining)) for state in states]
+    def propose(self, states: Sequence[State], tree_size: TreeSize) -> list[DraftTree]:
+        return [self._tree(state, tree_size.within(state.remaining)) for state in states]
 
-    def _tree(self, state: State, budget: Budget) -> DraftTree:
+    def _tree(self, state: State, tree_size: TreeSize) -> DraftTree:
         index = state.memory.get(self)
         if index is None or not index.begins(state.tokens):
             index = state.memory[self] = _Index(self.max_n)
@@ -44,14 +44,14 @@ class NGram:
         tokens, parents, chances = [state.tokens[-1]], [-1], [1.0]
         left = [1.0]  # of each node, the probability that its children so far are wrong
         children: dict[tuple[int, int], int] = {}
-        for length, end in index.matches(state.tokens, budget.top_k):
-            node, behind = 0, state.tokens[end : end + budget.max_depth]
-            for depth in range(budget.max_depth):
+        for length, end in index.matches(state.tokens, tree_size.top_k):
+            node, behind = 0, state.tokens[end : end + tree_size.max_depth]
+            for depth in range(tree_size.max_depth):
                 token = behind[depth % len(behind)]  # a text that goes round in a circle goes on so
                 child = children.get((node, token))
                 if child is None:
                     chance = left[node] * index.chance(length + depth)
-                    if len(tokens) > budget.num_nodes or chances[node] * chance < budget.min_gain:
+                    if len(tokens) > tree_size.num_nodes or chances[node] * chance < tree_size.min_gain:
                         break
                     child = children[node, token] = len(tokens)
                     tokens.append(token)

@@ -18,7 +18,7 @@ from coral.device import device_name
 from coral.files import atomic_text
 from coral.json_file import STRICT, Seconds
 from coral.target.target import Target
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 _FILE = Path("coral") / "trees.json"
 
@@ -53,7 +53,7 @@ class Conditions:
 @dataclass(frozen=True)
 class _Entry:
     conditions: Conditions
-    budget: Budget
+    tree_size: TreeSize
     predicted_speedup: Seconds
     achieved_speedup: Seconds
     date: str
@@ -68,17 +68,19 @@ class _Trees:
     trees: list[_Entry]
 
 
-def find(directory: Path, conditions: Conditions) -> Budget | None:
+def find(directory: Path, conditions: Conditions) -> TreeSize | None:
     """The tree that was tuned for this drafter under these conditions, if any.
 
     Raises:
         CoralError: the file is there but cannot be read.
     """
     path = directory / _FILE
-    return next((entry.budget for entry in _entries(path) if entry.conditions == conditions), None)
+    return next((entry.tree_size for entry in _entries(path) if entry.conditions == conditions), None)
 
 
-def save(directory: Path, conditions: Conditions, budget: Budget, predicted: float, achieved: float) -> Path:
+def save(
+    directory: Path, conditions: Conditions, tree_size: TreeSize, predicted: float, achieved: float
+) -> Path:
     """Write down the tree of some conditions, with the speedups over plain decoding that go with it.
 
     Returns:
@@ -89,7 +91,7 @@ def save(directory: Path, conditions: Conditions, budget: Budget, predicted: flo
     """
     path = directory / _FILE
     rounded = round(predicted, 3), round(achieved, 3)
-    entry = _Entry(conditions, budget, *rounded, date.today().isoformat(), __version__)
+    entry = _Entry(conditions, tree_size, *rounded, date.today().isoformat(), __version__)
     _write(path, [*(each for each in _entries(path) if each.conditions != conditions), entry])
     return path
 

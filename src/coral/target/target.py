@@ -289,7 +289,7 @@ class Target:
         if last >= self.context_length:
             raise CoralError(
                 f"a draft tree reaches position {last}, but the target's context is {self.context_length}; "
-                "rotary frequencies may change there; a proposer must keep to budget.within(state.remaining)."
+                "rotary frequencies may change there; a proposer keeps to tree_size.within(state.remaining)."
             )
         if self._native and is_simple(layers):
             logits, states = self._native.verify(caches, trees, bool(layers))

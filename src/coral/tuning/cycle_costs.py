@@ -16,7 +16,7 @@ from coral.decoding.cycle import Proposer, generate
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State, Unread
 from coral.target.target import Target
-from coral.tree import Budget, DraftTree
+from coral.tree import DraftTree, TreeSize
 from coral.tuning.simulate import Simulated
 
 _DEEP = 5  # levels of the deeper of two trees: a level's cost is a share of their difference
@@ -62,12 +62,12 @@ class CycleCosts:
         return (1 - share) * self.cycle[below] + share * self.cycle[above]
 
     def seconds(self, run: Simulated) -> float:
-        """Seconds of decoding with a budget, without prefill."""
+        """Seconds of decoding with a tree size, without prefill."""
         counts = run.rows.tolist()
         if self.padded:
-            counts = [0, counts[1], *[0] * (run.budget.num_nodes - 1), sum(counts[2:])]
+            counts = [0, counts[1], *[0] * (run.tree_size.num_nodes - 1), sum(counts[2:])]
         verified = sum(count * self.of_rows(rows) for rows, count in enumerate(counts) if count)
-        top_k = run.budget.top_k
+        top_k = run.tree_size.top_k
         drafted = run.cycles * self.first[top_k] + max(0, run.steps - run.cycles) * self.level[top_k]
         return verified + drafted
 
@@ -102,7 +102,7 @@ class _Refused:
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = endlessly(sizes)
 
-    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
+    def propose(self, states: Sequence[State], tree_size: TreeSize) -> list[DraftTree]:
         n = next(self.sizes)
         parents = torch.tensor([-1] + [0] * (n - 1))
         return [RefusedTree(torch.full((n,), state.tokens[-1]), parents, torch.zeros(n)) for state in states]
@@ -116,7 +116,7 @@ def _cycle_seconds(
     room = min(max(1, repeats // 4) * len(in_a_row), target.context_length - len(prompt) - 1)
     state = State.begin(target, prompt, room, max(rows), sampling=sampling)
     times: dict[int, list[float]] = {n: [] for n in rows}
-    cycles = generate(target, _Refused(in_a_row), [state], Budget(1, 1, max(rows)))
+    cycles = generate(target, _Refused(in_a_row), [state], TreeSize(1, 1, max(rows)))
     for index, (n, (cycle,)) in enumerate(zip(endlessly(in_a_row), cycles, strict=False)):
         if index % _ALIKE >= _ALIKE // 2:
             times[n].append(cycle.seconds - cycle.draft_seconds)
@@ -139,7 +139,7 @@ def _draft_seconds(
     state = State.begin(target, prompt, _DEEP + 1, sampling=sampling)
     state.prefill(target, proposer.layers)
     features, rows = state.unread.features, state.unread.end
-    proposer.propose([state], Budget(1, 1, 1))
+    proposer.propose([state], TreeSize(1, 1, 1))
     read = min(_READ, rows)
     times: dict[tuple[int, int], list[float]] = {(k, depth): [] for k in top_ks for depth in (1, _DEEP)}
     for _ in range(repeats + 1):
@@ -149,7 +149,7 @@ def _draft_seconds(
             state.unread = Unread(rows - read, (features[-read:],))
             logits[0][0, 0].item()  # a GPU is waited for
             begin = perf_counter()
-            (tree,) = proposer.propose([state], Budget(k, depth, 15))
+            (tree,) = proposer.propose([state], TreeSize(k, depth, 15))
             tree.scores[-1].item()
             seconds.append(perf_counter() - begin)
     return {size: _median(seconds) for size, seconds in times.items()}

@@ -15,16 +15,16 @@ from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
 from coral.device import CPU
 from coral.target.target import Target
-from coral.tree import Budget, DraftTree
+from coral.tree import DraftTree, TreeSize
 
 
-def everything(top_k: int, max_depth: int, min_gain: float) -> Budget:
-    """A budget that keeps every node that is grown."""
-    return Budget(top_k, max_depth, top_k + (max_depth - 1) * top_k**2, min_gain)
+def everything(top_k: int, max_depth: int, min_gain: float) -> TreeSize:
+    """A tree size that keeps every node that is grown."""
+    return TreeSize(top_k, max_depth, top_k + (max_depth - 1) * top_k**2, min_gain)
 
 
 POOL = everything(top_k=10, max_depth=10, min_gain=0.05)
-"""What is recorded: no budget that is compared on a CPU has a smaller `min_gain`."""
+"""What is recorded: no tree size that is compared on a CPU has a smaller `min_gain`."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Text:
 class _Recorder:
     """Lets `proposer` grow its tree, keeps it, and proposes nothing."""
 
-    def __init__(self, proposer: Proposer, pool: Budget) -> None:
+    def __init__(self, proposer: Proposer, pool: TreeSize) -> None:
         self.proposer, self.pool, self.pools, self.layers = proposer, pool, list[DraftTree](), proposer.layers
 
-    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
+    def propose(self, states: Sequence[State], tree_size: TreeSize) -> list[DraftTree]:
         self.pools += [tree.to(CPU) for tree in self.proposer.propose(states, self.pool)]
         return [DraftTree.root(state.tokens[-1]) for state in states]
 
@@ -56,7 +56,7 @@ def record(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     sampling: Sampling | None = None,
-    pool: Budget = POOL,
+    pool: TreeSize = POOL,
     progress: Callable[[], None] = lambda: None,
 ) -> list[Text]:
     """Write up to `max_new_tokens` after each prompt, one text after the other; its sequence id is its index.

@@ -1,4 +1,4 @@
-"""Decoding with any budget, from what was recorded: exact counts of cycles, draft steps and nodes.
+"""Decoding with any tree size, from what was recorded: exact counts of cycles, draft steps and nodes.
 
 A smaller tree is grown again out of the recorded one as the proposer grows it (see `proposers/feature.py`):
 a node's children are its best top_k, the best top_k of a level are expanded, a level that is reached with
@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from coral.tree import Budget, DraftTree
+from coral.tree import DraftTree, TreeSize
 from coral.tuning.recording import Text
 
 _Key = TypeVar("_Key")
@@ -28,13 +28,13 @@ _FAR = 2**30  # the rank of a node that is not there
 
 @dataclass(frozen=True)
 class Simulated:
-    """Counts of decoding all texts with a budget.
+    """Counts of decoding all texts with a tree size.
 
-    tokens: written, the same for every budget. tau: acceptance length. steps: draft steps.
+    tokens: written, the same for every tree size. tau: acceptance length. steps: draft steps.
     rows: [most + 1] how many cycles verified a tree of so many rows, root included.
     """
 
-    budget: Budget
+    tree_size: TreeSize
     tokens: int
     cycles: int
     tau: float
@@ -42,16 +42,16 @@ class Simulated:
     rows: Tensor
 
 
-def simulate(texts: Sequence[Text], budgets: Sequence[Budget]) -> list[Simulated]:
-    """Simulate every budget, none larger than what was recorded, on all texts."""
+def simulate(texts: Sequence[Text], tree_sizes: Sequence[TreeSize]) -> list[Simulated]:
+    """Simulate every tree size, none larger than what was recorded, on all texts."""
     pools, ends = _stack(texts)
-    count, positions = len(budgets), len(pools.limit)
+    count, positions = len(tree_sizes), len(pools.limit)
     accepted = torch.zeros(count, positions, dtype=torch.int64)
     nodes, steps = torch.zeros_like(accepted), torch.zeros_like(accepted)
     everywhere = torch.arange(positions)
-    for top_k, of_width in _group(range(count), lambda i: budgets[i].top_k).items():
+    for top_k, of_width in _group(range(count), lambda i: tree_sizes[i].top_k).items():
         growth = _grow(pools, top_k)
-        shapes = _group(of_width, lambda i: (budgets[i].max_depth, budgets[i].min_gain))
+        shapes = _group(of_width, lambda i: (tree_sizes[i].max_depth, tree_sizes[i].min_gain))
         for (max_depth, min_gain), members in shapes.items():
             most = pools.limit.clamp(max=max_depth)
             levels = torch.minimum(_levels(growth.mass, min_gain), most)  # [N]
@@ -60,7 +60,7 @@ def simulate(texts: Sequence[Text], budgets: Sequence[Budget]) -> list[Simulated
             sizes = (growth.scores >= least).sum(2).cumsum(1)[everywhere, last] * grown  # [N]
             there = grown[:, None] & (growth.path_scores >= least)
             ranks = growth.ranks[everywhere, last].masked_fill(~there, _FAR)  # [N, D]
-            num_nodes = torch.tensor([budgets[i].num_nodes for i in members])
+            num_nodes = torch.tensor([tree_sizes[i].num_nodes for i in members])
             accepted[members] = (ranks < num_nodes[:, None, None]).sum(2)
             nodes[members] = torch.minimum(sizes, num_nodes[:, None])
             steps[members] = levels
@@ -70,14 +70,14 @@ def simulate(texts: Sequence[Text], budgets: Sequence[Budget]) -> list[Simulated
     taus = ((accepted + 1) * whole).sum(1) / whole.sum(1)
     return [
         Simulated(
-            budget,
+            tree_size,
             positions,
             int(visited[i].sum()),
             float(taus[i]),
             int(steps[i][visited[i]].sum()),
             torch.bincount(nodes[i][visited[i]] + 1),
         )
-        for i, budget in enumerate(budgets)
+        for i, tree_size in enumerate(tree_sizes)
     ]
 
 
@@ -217,7 +217,7 @@ def _levels(mass: Tensor, min_gain: float) -> Tensor:
 
 
 def _walk(accepted: Tensor, ends: Tensor) -> Tensor:
-    """[budgets, N] accepted, [N] ends -> where cycles begin, [budgets, N] bool."""
+    """[tree_sizes, N] accepted, [N] ends -> where cycles begin, [tree_sizes, N] bool."""
     visited = torch.zeros_like(accepted, dtype=torch.bool)
     start = 0
     for position, end in enumerate(ends.tolist()):

@@ -12,8 +12,8 @@ def table(found: Tuned) -> Table:
     made = Table(title="Predicted, without prefill; tree is TOP_K,MAX_DEPTH,NUM_NODES,MIN_GAIN")
     for column in ("tree", "tau", "draft steps", "nodes", "tokens/s", "speedup"):
         made.add_column(column, justify="left" if column == "tree" else "right")
-    rows = {f"{one.budget}": one for one in found.candidates[:5]}
-    rows[f"{found.default.budget} (built in)"] = found.default
+    rows = {f"{one.tree_size}": one for one in found.candidates[:5]}
+    rows[f"{found.default.tree_size} (built in)"] = found.default
     rows["plain"] = found.plain
     for name, one in rows.items():
         made.add_row(

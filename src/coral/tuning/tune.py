@@ -1,4 +1,4 @@
-"""Find the fastest draft tree: record texts, measure costs, try all budgets on paper, then the best."""
+"""Find the fastest draft tree: record texts, measure costs, try all tree sizes on paper, then the best."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from coral.errors import CoralError
 from coral.locks import locked
 from coral.suites.prompts import Prompt, render
 from coral.target.target import Target
-from coral.tree import CPU_DEFAULT, DEFAULT, Budget
+from coral.tree import CPU_DEFAULT, DEFAULT, TreeSize
 from coral.tuning.cycle_costs import CycleCosts, measure_cycles
 from coral.tuning.recording import everything, new_state, record
 from coral.tuning.simulate import Simulated, simulate
@@ -35,7 +35,7 @@ MAX_DEPTH = (1, 2, 3, 4, 5, 6, 8, 10)
 NUM_NODES = (1, 2, 3, 5, 7, 9, 11, 13, 15, 19, 23, 27, 31, 39, 47, 63)
 MIN_GAIN = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # for which cycles are timed
-PLAIN = Budget(1, 0, 1)
+PLAIN = TreeSize(1, 0, 1)
 GRAPH_ROWS = (1, 8, 16, 32)  # fewer, since each takes a few seconds a layer to compile
 
 
@@ -62,9 +62,9 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Prediction:
-    """A budget with its predicted tokens a second (without prefill) and speedup over plain decoding."""
+    """A tree size with its predicted tokens a second (without prefill) and speedup over plain decoding."""
 
-    budget: Budget
+    tree_size: TreeSize
     tau: float
     steps: float
     nodes: float
@@ -78,8 +78,8 @@ class Tuned:
 
     candidates: see `fastest`. default: `tree.DEFAULT` or `tree.CPU_DEFAULT`.
     plain: plain decoding, from the same costs.
-    predicted: the best budget's speedup, from costs measured anew between the texts that were decoded.
-    decoded: tokens a second of the best budget and of plain decoding, when both decode the same prompts.
+    predicted: the best tree size's speedup, from costs measured anew between the texts that were decoded.
+    decoded: tokens a second of the best tree size and of plain decoding, when both decode the same prompts.
     """
 
     candidates: list[Prediction]
@@ -94,7 +94,7 @@ class Tuned:
 
     @property
     def achieved(self) -> float:
-        """The best budget's speedup over plain decoding, as measured."""
+        """The best tree size's speedup over plain decoding, as measured."""
         return self.decoded[0] / self.decoded[1]
 
     @property
@@ -112,7 +112,7 @@ def tune(
     sampling: Sampling | None = None,
     console: Console | None = None,
 ) -> Tuned:
-    """Find the budget that decodes fastest here with a proposer, and check it by decoding.
+    """Find the tree size that decodes fastest here with a proposer, and check it by decoding.
 
     Args:
         target: on any backend; graphs of `GRAPH_ROWS`.
@@ -133,16 +133,18 @@ def tune(
         told = partial(progress.advance, task)
         texts = record(target.sized(1), proposer, prompts, max_new_tokens, sampling, progress=told)
         gains, default = _compared(target)
-        runs = {run.budget: run for run in simulate(texts, grid(max(rows) - 1, gains))}
-        predictions = {budget: _predict(run, costs) for budget, run in runs.items()}
+        runs = {run.tree_size: run for run in simulate(texts, grid(max(rows) - 1, gains))}
+        predictions = {tree_size: _predict(run, costs) for tree_size, run in runs.items()}
         candidates = fastest([*predictions.values()])
-        best = candidates[0].budget
+        best = candidates[0].tree_size
         progress.update(task, description="decoding")
         ways = _Decoded(proposer, best), _Decoded(Plain(), PLAIN)
         meanwhile = list[CycleCosts]()  # the machine may be faster or slower by now than it was at first
         for index, prompt in enumerate([prompts[0], *prompts]):
             for way in ways:
-                state = new_state(target, prompt, max_new_tokens, sampling, index - 1, way.budget.num_nodes)
+                state = new_state(
+                    target, prompt, max_new_tokens, sampling, index - 1, way.tree_size.num_nodes
+                )
                 way.write(target, state, counted=index > 0)  # the first time warms up, and compiles
             if index > 0:
                 meanwhile.append(
@@ -183,7 +185,7 @@ def tune_drafter(
         found = tune(target, make, prompts, **options)
         if not write:
             return found, None
-        return found, tuned.save(directory, conditions, found.best.budget, found.predicted, found.achieved)
+        return found, tuned.save(directory, conditions, found.best.tree_size, found.predicted, found.achieved)
 
 
 def general_prompts(target: Target) -> list[list[int]]:
@@ -206,17 +208,17 @@ def _fitting(target: Target, prompts: Sequence[list[int]], max_new_tokens: int) 
     return fitting
 
 
-def _compared(target: Target) -> tuple[Sequence[float], Budget]:
-    """The values of `min_gain` that are compared, and the built-in budget, among them."""
+def _compared(target: Target) -> tuple[Sequence[float], TreeSize]:
+    """The values of `min_gain` that are compared, and the built-in tree_size, among them."""
     if has_queue(target.device):  # growth does not stop early there: it would wait for the scores
         return (0.0,), replace(DEFAULT, min_gain=0.0)
     return MIN_GAIN, CPU_DEFAULT
 
 
-def grid(most_nodes: int, min_gains: Sequence[float] = MIN_GAIN) -> list[Budget]:
-    """The budgets that are compared, the default among them; none has more nodes than can grow."""
+def grid(most_nodes: int, min_gains: Sequence[float] = MIN_GAIN) -> list[TreeSize]:
+    """The tree sizes that are compared, the default among them; none has more nodes than can grow."""
     return [
-        Budget(top_k, max_depth, num_nodes, min_gain)
+        TreeSize(top_k, max_depth, num_nodes, min_gain)
         for top_k, max_depth, num_nodes, min_gain in product(TOP_K, MAX_DEPTH, NUM_NODES, min_gains)
         if num_nodes <= min(most_nodes, everything(top_k, max_depth, 0).num_nodes)
         and (max_depth > 1 or min_gain == min_gains[0])  # a single level is always grown
@@ -224,14 +226,14 @@ def grid(most_nodes: int, min_gains: Sequence[float] = MIN_GAIN) -> list[Budget]
 
 
 def fastest(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """The fastest budget of each number of nodes, fastest first. Of budgets that draft alike one is kept."""
+    """The fastest of each number of nodes, fastest first. Of tree sizes that draft alike one is kept."""
     best: dict[int, Prediction] = {}
     met = set[tuple[float, float, float]]()
-    for one in sorted(predictions, key=lambda p: (-p.speedup, p.budget.num_nodes)):
+    for one in sorted(predictions, key=lambda p: (-p.speedup, p.tree_size.num_nodes)):
         does = one.tau, one.steps, one.nodes  # a drafter that is never sure fills no larger tree
         if does not in met:
             met.add(does)
-            best.setdefault(one.budget.num_nodes, one)
+            best.setdefault(one.tree_size.num_nodes, one)
     return list(best.values())
 
 
@@ -240,14 +242,14 @@ class _Decoded:
     """One way of decoding the prompts, with its seconds and tokens so far."""
 
     proposer: Proposer
-    budget: Budget
+    tree_size: TreeSize
     seconds: float = 0.0
     tokens: int = 0
 
     def write(self, target: Target, state: State, counted: bool) -> None:
         """Write a text, and count its time and tokens if asked to."""
-        at_size = target.sized(self.budget.num_nodes + 1)
-        cycles = generate(at_size, self.proposer, [state], self.budget)
+        at_size = target.sized(self.tree_size.num_nodes + 1)
+        cycles = generate(at_size, self.proposer, [state], self.tree_size)
         seconds = sum(cycle.seconds for (cycle,) in cycles)
         if counted:
             self.seconds += seconds
@@ -258,4 +260,4 @@ def _predict(run: Simulated, costs: CycleCosts) -> Prediction:
     speed = run.tokens / costs.seconds(run)
     rows = float((run.rows * torch.arange(len(run.rows))).sum())
     nodes = rows / run.cycles - 1
-    return Prediction(run.budget, run.tau, run.steps / run.cycles, nodes, speed, speed * costs.plain)
+    return Prediction(run.tree_size, run.tau, run.steps / run.cycles, nodes, speed, speed * costs.plain)

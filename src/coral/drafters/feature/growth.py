@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from coral.device import has_queue
-from coral.tree import Budget, DraftTree, best_nodes
+from coral.tree import DraftTree, TreeSize, best_nodes
 
 
 class Rows(NamedTuple):
@@ -43,17 +43,17 @@ class Growth:
         depth: levels below the root so far.
     """
 
-    def __init__(self, root: int, rows: Rows, budget: Budget) -> None:
-        self.root, self.rows, self.budget, self.depth = root, rows, budget, 0
+    def __init__(self, root: int, rows: Rows, tree_size: TreeSize) -> None:
+        self.root, self.rows, self.tree_size, self.depth = root, rows, tree_size, 0
         device = rows.ids.device
-        self.wants_more = budget.max_depth > 0 and budget.num_nodes > 0
+        self.wants_more = tree_size.max_depth > 0 and tree_size.num_nodes > 0
         self.scores = torch.zeros(1, device=device)
         self._frontier = torch.zeros(1, dtype=torch.int64, device=device)  # indices among all; the root is 0
         self._count = 1  # nodes so far
         self._levels: list[tuple[Tensor, Tensor, Tensor]] = []  # ids, scores and parents of the nodes
 
     def add(self, ids: Tensor, log_probs: Tensor, features: Tensor) -> None:
-        """Add the frontier's children, if the budget has a level for them.
+        """Add the frontier's children, if the tree size has a level for them.
 
         The best top_k of them are the next frontier, unless they are too unlikely to be reached. It is read
         with what their parents predicted.
@@ -68,14 +68,14 @@ class Growth:
         # Rounding may lift a certain child above 0, hence above its parent: the total order forbids that.
         scores = (self.scores[:, None] + log_probs.clamp(max=0)).flatten()
         self._levels.append((ids, scores, self._frontier.repeat_interleave(k)))
-        best = scores.topk(min(self.budget.top_k, n * k)).indices.sort().values
+        best = scores.topk(min(self.tree_size.top_k, n * k)).indices.sort().values
         parents, self.scores, self._frontier = best // k, scores[best], best + self._count
         self._count += n * k
         self.depth += 1
-        self.wants_more = self.depth < self.budget.max_depth and (
-            self.budget.min_gain == 0
+        self.wants_more = self.depth < self.tree_size.max_depth and (
+            self.tree_size.min_gain == 0
             or has_queue(ids.device)
-            or float(self.scores.exp().sum()) >= self.budget.min_gain
+            or float(self.scores.exp().sum()) >= self.tree_size.min_gain
         )
         if not self.wants_more:
             return
@@ -88,9 +88,9 @@ class Growth:
         if not self._levels:
             return DraftTree.root(self.root)
         ids, scores, parents = (torch.cat(parts) for parts in zip(*self._levels, strict=True))
-        kept = best_nodes(scores, self.budget.num_nodes)
-        if self.budget.min_gain and not has_queue(scores.device):
-            kept = kept[scores[kept] >= math.log(self.budget.min_gain)]
+        kept = best_nodes(scores, self.tree_size.num_nodes)
+        if self.tree_size.min_gain and not has_queue(scores.device):
+            kept = kept[scores[kept] >= math.log(self.tree_size.min_gain)]
         new_index = parents.new_zeros(self._count)
         new_index[kept + 1] = torch.arange(1, len(kept) + 1, device=kept.device)
         return DraftTree(

@@ -20,7 +20,7 @@ from coral.native.build import SOURCES, build
 from coral.native.few_rows import DTYPES, LANES
 from coral.native.memory import weights_like
 from coral.target.target import Target
-from coral.tree import Budget, DraftTree
+from coral.tree import DraftTree, TreeSize
 
 
 class _Numbers(Structure):
@@ -135,21 +135,21 @@ class NativeDrafter:
         """Bytes of weights that a level reads, with this head."""
         return self._num_bytes + (table.rows.numel() if table.fixed else table.rows.nbytes)
 
-    def grow(self, state: State, cache: KVCache, table: Table, budget: Budget, pool: int) -> DraftTree:
+    def grow(self, state: State, cache: KVCache, table: Table, tree_size: TreeSize, pool: int) -> DraftTree:
         """The tree of one sequence, of which one row at least is unread.
 
         Args:
             cache: the drafter's, of the rows in front of the unread ones; it then has these, too.
-            budget: with at least one level.
+            tree_size: with at least one level.
             pool: ids of a node that compete after the sampler's noise is added; 0: it is not.
         """
         length, tokens, features = cache.length, state.unread_tokens, state.unread.features.contiguous()
         n = len(tokens)
-        cache.reserve(n + budget.top_k * budget.max_depth, self._no_rows)
+        cache.reserve(n + tree_size.top_k * tree_size.max_depth, self._no_rows)
         if self._rotated < cache.capacity:
             self._rotate(cache.capacity)
         ids = (c_int64 * n)(*tokens)
-        most = min(budget.num_nodes, budget.top_k * (1 + (budget.max_depth - 1) * budget.top_k))
+        most = min(tree_size.num_nodes, tree_size.top_k * (1 + (tree_size.max_depth - 1) * tree_size.top_k))
         tree_ids, parents = (c_int64 * (most + 1))(), (c_int64 * (most + 1))()
         scores = (c_float * (most + 1))()
         job = _Job.from_buffer_copy(self._job)
@@ -158,8 +158,8 @@ class NativeDrafter:
         job.capacity, job.candidates = cache.capacity, len(table.rows)
         job.head, job.head_bias, job.head_ids = self._scored(table), _data(table.bias), _data(table.ids)
         job.num_rows, job.length, job.ids, job.features = n, length, addressof(ids), _numbers(features)
-        job.top_k, job.max_depth, job.num_nodes = budget.top_k, budget.max_depth, most
-        job.min_gain, job.pool = budget.min_gain, pool
+        job.top_k, job.max_depth, job.num_nodes = tree_size.top_k, tree_size.max_depth, most
+        job.min_gain, job.pool = tree_size.min_gain, pool
         job.temperature = state.sampling.temperature
         job.stream = state.sampling.stream(state.sequence_id)
         job.tree_ids, job.tree_parents = addressof(tree_ids), addressof(parents)

@@ -24,7 +24,7 @@ from coral.drafters.heads.store import FullHead, Head
 from coral.gpu.compiled import compiled, fix, fixed_cache
 from coral.native.packed import pack_linears
 from coral.target.target import Target
-from coral.tree import Budget, DraftTree
+from coral.tree import DraftTree, TreeSize
 
 _POOL = 256  # ids per node that compete after the noise is added: the sampled id is rarely outside
 _STEP, _MOST = 8, 32  # a compiled draft step has 8, 16, 24 or 32 rows, as many as a level needs
@@ -61,44 +61,44 @@ class Feature:
         self._fixed: Callable[..., Tensor] | None = None
 
     @torch.inference_mode()
-    def propose(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
-        trees = [self._at_once(state, budget) for state in states]
+    def propose(self, states: Sequence[State], tree_size: TreeSize) -> list[DraftTree]:
+        trees = [self._at_once(state, tree_size) for state in states]
         rest = [state for state, tree in zip(states, trees, strict=True) if tree is None]
-        grown = iter(self._level_by_level(rest, budget))
+        grown = iter(self._level_by_level(rest, tree_size))
         for state in states:
             state.has_read()
         return [next(grown) if tree is None else tree for tree in trees]
 
-    def _at_once(self, state: State, budget: Budget) -> DraftTree | None:
+    def _at_once(self, state: State, tree_size: TreeSize) -> DraftTree | None:
         """The tree of one sequence in one call; None where that cannot be done."""
-        sampling, budget = state.sampling, budget.within(state.remaining)
+        sampling, tree_size = state.sampling, tree_size.within(state.remaining)
         pool = _POOL if self.coupled and sampling.temperature > 0 else 0
         if (
             self._native is None
             or not state.unread.parts
-            or min(budget.max_depth, budget.num_nodes) == 0
+            or min(tree_size.max_depth, tree_size.num_nodes) == 0
             or (pool and sampling.filters)
             or (table := self.head.table(state)) is None
         ):
             return None
-        return self._native.grow(state, self._cache(state, budget), table, budget, pool)
+        return self._native.grow(state, self._cache(state, tree_size), table, tree_size, pool)
 
-    def _level_by_level(self, states: Sequence[State], budget: Budget) -> list[DraftTree]:
+    def _level_by_level(self, states: Sequence[State], tree_size: TreeSize) -> list[DraftTree]:
         """The trees of several sequences, which share a forward a level."""
-        texts = [self._begin(state, budget) for state in states]
+        texts = [self._begin(state, tree_size) for state in states]
         live = [text for text in texts if len(text.growth.rows.ids)]
         while live:
-            for text, children in zip(live, self._draft(live, budget), strict=True):
+            for text, children in zip(live, self._draft(live, tree_size), strict=True):
                 text.growth.add(*children)
             live = [text for text in live if text.growth.wants_more]
         for text in texts:
             text.cache.keep(text.length)
         return [text.growth.finish() for text in texts]
 
-    def _begin(self, state: State, budget: Budget) -> _Text:
+    def _begin(self, state: State, tree_size: TreeSize) -> _Text:
         """The first draft step reads the unread pairs; the last row is the root."""
-        cache = self._cache(state, budget)
-        growth = Growth(state.tokens[-1], self._unread(state), budget.within(state.remaining))
+        cache = self._cache(state, tree_size)
+        growth = Growth(state.tokens[-1], self._unread(state), tree_size.within(state.remaining))
         return _Text(state, cache, growth, state.unread.end)
 
     def _unread(self, state: State) -> Rows:
@@ -112,17 +112,17 @@ class Feature:
         ids = upload(state.unread_tokens, nothing.device)
         return Rows(ids, features, positions, keys[None, :] <= positions[:, None])
 
-    def _cache(self, state: State, budget: Budget) -> KVCache:
+    def _cache(self, state: State, tree_size: TreeSize) -> KVCache:
         """The drafter's cache of a sequence, cut to the rows in front of the unread ones."""
         cache: KVCache | None = state.memory.get(self)
         if cache is None:
-            room = budget.top_k * budget.max_depth + _MOST
+            room = tree_size.top_k * tree_size.max_depth + _MOST
             capacity = self.target.room(state.max_length + room)
             cache = state.memory[self] = KVCache(len(self.drafter.layers), capacity)
         cache.keep(state.unread.start)
         return cache
 
-    def _draft(self, texts: Sequence[_Text], budget: Budget) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _draft(self, texts: Sequence[_Text], tree_size: TreeSize) -> list[tuple[Tensor, Tensor, Tensor]]:
         """One draft step: for the n frontier nodes of each sequence, which are its last rows, the ids and
         log-probabilities [n, k] of their children, and the draft features [n, h] that they were found with.
 
@@ -131,16 +131,16 @@ class Feature:
         """
         states, growths = [text.state for text in texts], [text.growth for text in texts]
         coupled = self.coupled and any(state.sampling.temperature > 0 for state in states)
-        count, n = _POOL if coupled else budget.top_k, len(growths[0].scores)
+        count, n = _POOL if coupled else tree_size.top_k, len(growths[0].scores)
         rows = [growth.rows for growth in growths]
-        drafted = self._forward([text.cache for text in texts], rows, budget.top_k)
+        drafted = self._forward([text.cache for text in texts], rows, tree_size.top_k)
         features = [piece[-n:] for piece in drafted.split([len(row.ids) for row in rows])]
         scores = torch.cat([growth.scores for growth in growths])
         ids, log_probs = self.head.topk(torch.cat(features), count, states, scores)
         children = [*zip(ids.split(n), log_probs.split(n), strict=True)]
         if coupled:
             children = [
-                _best(state, growth.depth, *pool, budget.top_k)
+                _best(state, growth.depth, *pool, tree_size.top_k)
                 for state, growth, pool in zip(states, growths, children, strict=True)
             ]
         return [(*pair, piece) for pair, piece in zip(children, features, strict=True)]

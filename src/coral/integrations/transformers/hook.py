@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from coral.api import LLM, choose_budget, make_proposer
+from coral.api import LLM, choose_tree_size, make_proposer
 from coral.decoding.cycle import generate as decode
 from coral.decoding.fallback import Fallback
 from coral.decoding.plain import Plain
@@ -34,7 +34,7 @@ from coral.errors import CoralError
 from coral.integrations.transformers.options import read_prompts, read_sampling, refuse_others
 from coral.target.attention import GROUPED_SDPA
 from coral.target.target import Target
-from coral.tree import Budget
+from coral.tree import TreeSize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +48,7 @@ def for_transformers(
     tokenizer: PreTrainedTokenizerBase | None = None,
     streamer: BaseStreamer | None = None,
     *,
-    budget: Budget | None = None,
+    tree_size: TreeSize | None = None,
     head: str = "auto",
     coupled: bool = True,
     fallback: bool = True,
@@ -63,7 +63,7 @@ def for_transformers(
         drafter: as `coral.load` takes it. Loaded in the model's dtype, on its device, at the first call.
         tokenizer: for `stop_strings=`. transformers keeps its own `tokenizer=` from a function.
         streamer: gets what it would get from `generate`, for the same reason.
-        budget, head, coupled, fallback: as `coral.load` takes them.
+        tree_size, head, coupled, fallback: as `coral.load` takes them.
 
     Raises (when called):
         CoralError: an option of `generate` that is not offered, with the reason; a model that is not
@@ -92,8 +92,8 @@ def for_transformers(
             stopping_criteria = StoppingCriteriaList([*stopping_criteria, stop])
         with _attention(model):
             pair = _pair(model, drafter, head, coupled, fallback)
-            if budget is not None:
-                pair = LLM(pair.target, pair.proposer, budget)
+            if tree_size is not None:
+                pair = LLM(pair.target, pair.proposer, tree_size)
             pad = generation_config._pad_token_tensor
             pad_id = 0 if pad is None else int(pad)
             sequences = _write(pair, input_ids, prompts, sampling, stopping_criteria, pad_id, streamer)
@@ -158,7 +158,7 @@ def _write(
             pair.target,
             prompt,
             end - left - len(prompt),
-            pair.budget.num_nodes,
+            pair.tree_size.num_nodes,
             sampling=sampling,
             sequence_id=row,
             eos_ids=eos,
@@ -170,7 +170,7 @@ def _write(
     texts = torch.full((batch, end), pad_id, device=input_ids.device)
     texts[:, :width] = input_ids
     filled, running = [width] * batch, [True] * batch
-    for _ in decode(pair.target, pair.proposer, states, pair.budget):
+    for _ in decode(pair.target, pair.proposer, states, pair.tree_size):
         for row, state in enumerate(states):
             if (there := padding[row] + len(state.tokens)) > filled[row]:
                 new = state.tokens[filled[row] - there :]
@@ -214,7 +214,7 @@ def _pair(
         proposer = make_proposer(target, drafter, coupled, head)
         if fallback and not isinstance(proposer, Plain):
             proposer = Fallback(proposer)
-        pair = kept[wanted] = LLM(target, proposer, *choose_budget(target, drafter, head=head))
+        pair = kept[wanted] = LLM(target, proposer, *choose_tree_size(target, drafter, head=head))
     return pair
 
 

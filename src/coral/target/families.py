@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from coral.errors import CoralError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Families whose logits are head(feature) with nothing in between, and whose only state is a KV cache. Each is
 # compared with Hugging Face `generate` token for token in tests/test_parity.py.

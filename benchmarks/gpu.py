@@ -38,7 +38,7 @@ from coral.drafters.heads.reduced import StaticHead
 from coral.drafters.heads.routed import RoutedHead, Router
 from coral.drafters.heads.store import FullHead, Head
 from coral.gpu.graphs import record
-from coral.target.attention import GROUPED_SDPA
+from coral.target.grouped_sdpa import GROUPED_SDPA
 from coral.target.target import Target
 from coral.tree import DEFAULT, TreeSize
 
@@ -118,7 +118,7 @@ def draft_step(
     ids = torch.randint(target.vocab_size, (context + width,), device=device)
     features = torch.randn(context + width, target.hidden_size, device=device, dtype=target.dtype)
     before = torch.arange(context, device=device)
-    drafter(target.embed(ids[before])[None], features[None, before], before[None], cache)
+    drafter(target.embed(ids[before])[None], features[None, before], before[None], cache.layers)
     ids, features = ids[context:], features[context:]
     positions = torch.full((1, width), context, device=device)
     mask = torch.ones(width, context + width, dtype=torch.bool, device=device)
@@ -129,7 +129,7 @@ def draft_step(
         return head.topk(rows, DEFAULT.top_k, [], scores)
 
     def step() -> Any:
-        output = drafter(target.embed(ids)[None], features[None], positions, cache, mask)
+        output = drafter(target.embed(ids)[None], features[None], positions, cache.layers, mask)
         cache.keep(context)
         return score(drafter.feedback(output)[0])
 

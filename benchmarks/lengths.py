@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from coral.data.features import FeatureBatch
 from coral.drafters.feature.learn import Learner
 from coral.drafters.feature.network import Drafter, DrafterConfig
-from coral.target.attention import GROUPED_SDPA
+from coral.target.grouped_sdpa import GROUPED_SDPA
 from coral.target.target import Target
 from coral.training.recipe import load_recipe
 

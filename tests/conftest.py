@@ -16,10 +16,18 @@ from tiny_pair import save_drafter, save_target
 from coral.cli.main import main
 from coral.native import build as cpp
 from coral.target import default as models_
+from coral.target import second_start
 
 torch.set_num_threads(1)
 if flags := os.environ.get("CORAL_CXXFLAGS"):  # see test_sanitized.py
     cpp.FLAGS = tuple(flags.split())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Those of tests do not push out a user's own."""
+    folder = tmp_path_factory.mktemp("starts")
+    second_start._root = lambda: folder
 
 
 @pytest.fixture

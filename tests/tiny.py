@@ -31,7 +31,7 @@ from coral.drafters.heads.in_context import InContextHead
 from coral.drafters.heads.reduced import LowRankHead, StaticHead, factorise
 from coral.drafters.heads.routed import RoutedHead, Router
 from coral.drafters.heads.store import Head
-from coral.target.attention import GROUPED_SDPA
+from coral.target.grouped_sdpa import GROUPED_SDPA
 from coral.target.target import Target
 from coral.tree import DraftTree, TreeSize
 

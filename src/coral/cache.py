@@ -6,12 +6,11 @@ Shapes: keys and values are [1, kv_heads, rows, head_dim] in the dtype and on th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
-from transformers.cache_utils import Cache, DynamicLayer
 
 
 class _Buffer:
@@ -46,31 +45,30 @@ class _Buffer:
         return from_dlpack(self.rows[self.taken - 1])
 
 
-class KVLayer(DynamicLayer):
+class KVLayer:
     """One layer's keys and values; `update` returns views, never copies of what is already there."""
 
     def __init__(self, capacity: int, buffer: _Buffer) -> None:
-        super().__init__()
         self.capacity, self.length, self.buffer = capacity, 0, buffer
+        self.is_made = False
 
     keys: Tensor
     values: Tensor
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = self.buffer.take(key_states, self.capacity)
-        self.values = self.buffer.take(value_states, self.capacity)
-        self.is_initialized = True
+    def make(self, keys: Tensor, values: Tensor) -> None:
+        """Take memory for keys and values like these."""
+        self.keys = self.buffer.take(keys, self.capacity)
+        self.values = self.buffer.take(values, self.capacity)
+        self.is_made = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.reserve(key_states.shape[-2])
-        end = self.length + key_states.shape[-2]
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append [1, kv_heads, n, head_dim]; all that is there then."""
+        if not self.is_made:
+            self.make(keys, values)
+        self.reserve(keys.shape[-2])
+        end = self.length + keys.shape[-2]
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
@@ -81,26 +79,21 @@ class KVLayer(DynamicLayer):
 
     def _grow(self, capacity: int) -> None:
         old_keys, old_values, self.capacity = self.keys, self.values, capacity
-        self.lazy_initialization(old_keys, old_values)
+        self.make(old_keys, old_values)
         self.keys[:, :, : self.length] = old_keys[:, :, : self.length]
         self.values[:, :, : self.length] = old_values[:, :, : self.length]
 
-    def get_seq_length(self) -> int:
-        return self.length
 
-
-class KVCache(Cache):
+class KVCache:
     """All layers of one sequence.
 
     Args:
         apart: each layer is a tensor of its own, as layers on several devices must be.
     """
 
-    layers: list[KVLayer]  # type: ignore[assignment]
-
     def __init__(self, num_layers: int, capacity: int, apart: bool = False) -> None:
         self.buffer = _Buffer(2 * num_layers, apart)
-        super().__init__(layers=[KVLayer(capacity, self.buffer) for _ in range(num_layers)])
+        self.layers = [KVLayer(capacity, self.buffer) for _ in range(num_layers)]
 
     @property
     def length(self) -> int:
@@ -118,8 +111,8 @@ class KVCache(Cache):
     def reserve(self, rows: int, like: Tensor) -> None:
         """Make room for `rows` more rows; `like`: [1, kv_heads, any, head_dim], what they will be."""
         for layer in self.layers:
-            if not layer.is_initialized:
-                layer.lazy_initialization(like, like)
+            if not layer.is_made:
+                layer.make(like, like)
             layer.reserve(rows)
 
     def keep(self, start: int, rows: Sequence[int] = ()) -> None:
@@ -145,33 +138,37 @@ class KVCache(Cache):
             layer.length = length
 
 
-class PackedLayer(DynamicLayer):
+class Layer(Protocol):
+    """What a forward asks of a layer of a cache: to append rows, and to return what its rows attend to."""
+
+    @property
+    def length(self) -> int: ...
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class PackedLayer:
     """One layer of several sequences in one forward: rows are split by sequence, keys concatenated."""
 
-    def __init__(self, layers: list[KVLayer], counts: list[int]) -> None:
-        super().__init__()
+    def __init__(self, layers: Sequence[KVLayer], counts: list[int]) -> None:
         self.layers, self.counts = layers, counts
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        pieces = zip(
-            self.layers, key_states.split(self.counts, -2), value_states.split(self.counts, -2), strict=True
-        )
-        keys, values = zip(*(layer.update(k, v) for layer, k, v in pieces), strict=True)
-        return torch.cat(keys, -2), torch.cat(values, -2)
-
-    def get_seq_length(self) -> int:
+    @property
+    def length(self) -> int:
         return sum(layer.length for layer in self.layers)
 
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        pieces = zip(self.layers, keys.split(self.counts, -2), values.split(self.counts, -2), strict=True)
+        joined = zip(*(layer.update(k, v) for layer, k, v in pieces), strict=True)
+        keys, values = (torch.cat(each, -2) for each in joined)
+        return keys, values
 
-def pack(caches: list[KVCache], counts: list[int]) -> Cache:
-    """A cache that takes counts[b] rows of sequence b, packed in this order; one sequence needs no copy."""
+
+def pack(caches: Sequence[KVCache], counts: list[int]) -> Sequence[Layer]:
+    """Layers that take counts[b] rows of sequence b, packed in this order; one sequence needs no copy."""
     if len(caches) == 1:
-        return caches[0]
-    return Cache(
-        layers=[PackedLayer(list(layers), counts) for layers in zip(*(c.layers for c in caches), strict=True)]
-    )
+        return caches[0].layers
+    return [PackedLayer(layers, counts) for layers in zip(*(c.layers for c in caches), strict=True)]
 
 
 def pack_masks(lengths: list[int], masks: list[Tensor], new: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """What is said of a prompt and its model beside the text, and where an answer to chat messages ends."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,16 +30,15 @@ def test_what_a_generation_config_asks_for_and_is_not_done() -> None:
     asks = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.1)
     penalty = ["repetition_penalty=1.1"]
     sampling = ["temperature=0.7", "top_k=20", "top_p=0.8"]
-    assert not_applied(asks, Sampling()) == ["do_sample=True", *sampling, *penalty]
-    assert not_applied(asks, Sampling(0.7, 20, 0.8)) == penalty
-    assert not_applied(asks, Sampling(0.7, 20, 0.9)) == ["top_p=0.8", *penalty]
-    assert not_applied(GenerationConfig(), Sampling()) == not_applied(None, Sampling()) == []
-    assert (
-        not_applied(GenerationConfig(repetition_penalty=1.0, num_beams=1, temperature=0.5), Sampling()) == []
-    )
+    assert not_applied(asks.to_dict(), Sampling()) == ["do_sample=True", *sampling, *penalty]
+    assert not_applied(asks.to_dict(), Sampling(0.7, 20, 0.8)) == penalty
+    assert not_applied(asks.to_dict(), Sampling(0.7, 20, 0.9)) == ["top_p=0.8", *penalty]
+    assert not_applied(GenerationConfig().to_dict(), Sampling()) == not_applied({}, Sampling()) == []
+    off = GenerationConfig(repetition_penalty=1.0, num_beams=1, temperature=0.5)
+    assert not_applied(off.to_dict(), Sampling()) == []
     for name, value in {"min_p": 0.1, "no_repeat_ngram_size": 3, "bad_words_ids": [[1]], "num_beams": 4,
                         "suppress_tokens": [5], "stop_strings": ["x"]}.items():  # fmt: skip
-        assert not_applied(GenerationConfig(**{name: value}), Sampling()) == [f"{name}={value!r}"]
+        assert not_applied(GenerationConfig(**{name: value}).to_dict(), Sampling()) == [f"{name}={value!r}"]
 
 
 def test_notes_are_one_line_each() -> None:
@@ -51,7 +51,7 @@ def test_notes_are_one_line_each() -> None:
         == notes.of_prompt(own, "hi", False)
         == []
     )
-    own.target.model.generation_config = GenerationConfig(repetition_penalty=1.1)
+    own.target.facts = replace(own.target.facts, generation={"repetition_penalty": 1.1})
     (line,) = notes.of_model(own, options)
     assert "repetition_penalty=1.1" in line and "\n" not in line
     (line,) = notes.of_prompt(own, "<|bos|>hi", False)

@@ -8,7 +8,7 @@ from coral.decoding import batch
 from coral.decoding.cycle import generate
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
-from coral.target.attention import GROUPED_SDPA
+from coral.target.grouped_sdpa import GROUPED_SDPA
 from coral.tree import TreeSize
 
 NEW = 14

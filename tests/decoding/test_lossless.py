@@ -263,7 +263,7 @@ class Knowing(torch.nn.Module):
 
     def forward(self, embeddings, features, positions, cache, mask):
         rows = torch.zeros(1, 1, embeddings.shape[1], 1)
-        cache.layers[0].update(rows, rows)
+        cache[0].update(rows, rows)
         each = embeddings[0][:, None]  # every row is a sequence of its own
         return self.target.decoder(inputs_embeds=each, use_cache=False).last_hidden_state[None, :, 0]
 

@@ -59,7 +59,7 @@ def propose_chains(drafter, embeddings, features, steps):
             if row == len(features):
                 break
             position = torch.tensor([[row]])
-            out = drafter(embeddings[None, None, row], fed[None, None], position, cache)[0, 0]
+            out = drafter(embeddings[None, None, row], fed[None, None], position, cache.layers)[0, 0]
             drafted[row, step] = out
             fed = drafter.feedback(out)
     return drafted

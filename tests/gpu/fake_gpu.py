@@ -27,7 +27,7 @@ from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.drafters.feature.propose import Feature
 from coral.drafters.heads.routed import group_logits
 from coral.native.packed import PackedGroups
-from coral.target.attention import GROUPED_SDPA
+from coral.target.grouped_sdpa import GROUPED_SDPA
 from coral.target.target import Target
 from coral.tree import DraftTree, TreeSize
 

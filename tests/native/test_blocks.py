@@ -27,7 +27,7 @@ from coral.tree import TreeSize
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 
-KINDS = [kind.name for kind in packing.BLOCKS]
+KINDS = [*packing.BLOCKS]
 MODELS = ["llama", "llama-tied", "qwen2", "qwen3"]
 SIZES = {"hidden_size": 288, "head_dim": 32, "intermediate_size": 320, "vocab_size": 99}  # not whole panels
 
@@ -49,7 +49,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 def product(
     library: CDLL, kind: str, blocks: np.ndarray, rows: Tensor, tiles: bool, threads: int = 1
 ) -> Tensor:
-    number, panels = packing.pack_blocks(library, GGMLQuantizationType[kind], [torch.from_numpy(blocks)])
+    number, panels = packing.pack_blocks(library, kind, [torch.from_numpy(blocks)])
     matrix = forward._Matrix(panels.data_ptr(), None, rows.shape[1], len(blocks), number)
     sums = torch.full((len(rows), len(blocks)), torch.nan)
     pointers = c_void_p(rows.data_ptr()), c_void_p(sums.data_ptr())
@@ -127,11 +127,10 @@ def test_tiles_and_vectors_agree_where_numbers_vanish(library, kind) -> None:
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_joined_matrices_are_those_beside_each_other(library, interleaved) -> None:
     """Stops rows of one matrix among those of another."""
-    kind = GGMLQuantizationType.Q4_1
+    kind = "Q4_1"
     draw = np.random.default_rng(0)
-    parts = [
-        torch.from_numpy(quantize(draw.standard_normal((32, 64)).astype(np.float32), kind)) for _ in "ab"
-    ]
+    drawn = [draw.standard_normal((32, 64)).astype(np.float32) for _ in "ab"]
+    parts = [torch.from_numpy(quantize(each, GGMLQuantizationType[kind])) for each in drawn]
     whole = torch.stack([part.unflatten(0, (2, 16)) for part in parts], 1).flatten(0, 2)
     _, joined = packing.pack_blocks(library, kind, [whole if interleaved else torch.cat(parts)])
     assert torch.equal(packing.pack_blocks(library, kind, parts, interleaved)[1], joined)
@@ -214,14 +213,14 @@ def test_what_cannot_stay_packed_is_refused(tmp_path, monkeypatch) -> None:
     path = write_gguf(tmp_path / "mixed.gguf", model, quantised="Q8_0")
     blocks = packed_blocks(path)
     name = "model.layers.0.mlp.gate_proj.weight"
-    monkeypatch.setitem(blocks._placed, name, packed_blocks(other, all_kinds=monkeypatch)._placed[name])
+    monkeypatch.setitem(blocks.places, name, packed_blocks(other, all_kinds=monkeypatch).places[name])
     with pytest.raises(CoralError, match=r"in Q5_0, Q8_0, but they are multiplied together"):
         blocks.packed([name, "model.layers.0.mlp.up_proj.weight"])
 
 
 def packed_blocks(path: Path, all_kinds: pytest.MonkeyPatch | None = None):
     if all_kinds is not None:
-        all_kinds.setitem(packing.BLOCKS, GGMLQuantizationType.Q5_0, (9, 22, 352))
+        all_kinds.setitem(packing.BLOCKS, "Q5_0", (9, 22, 352))
     return cache.blocks(path)
 
 

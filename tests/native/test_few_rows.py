@@ -14,7 +14,7 @@ from coral.decoding.state import State
 from coral.gpu.compiled import compiled
 from coral.native import few_rows
 from coral.native.memory import weights_like
-from coral.target.attention import GROUPED_SDPA
+from coral.target.grouped_sdpa import GROUPED_SDPA
 from coral.target.target import Target
 from coral.tree import DraftTree
 

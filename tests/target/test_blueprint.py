@@ -10,8 +10,8 @@ import torch
 from test_forward import DTYPES, KINDS, SIZES
 from tiny import LLAMA3, prompt_of, random_tree, tiny_model
 
-from coral.target.attention import GROUPED_SDPA
 from coral.target.blueprint import Blueprint, why_not
+from coral.target.grouped_sdpa import GROUPED_SDPA
 from coral.target.native import NativeForward, _library
 from coral.target.target import Target
 

@@ -11,7 +11,7 @@ from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
 from coral.errors import CoralError
 from coral.native import few_rows
-from coral.target.attention import GROUPED_SDPA
+from coral.target.grouped_sdpa import GROUPED_SDPA
 from coral.target.native import why_not_native
 from coral.target.target import Target
 from coral.tree import TreeSize

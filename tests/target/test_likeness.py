@@ -58,17 +58,17 @@ def test_another_model_is_refused(models: Path, tmp_path: Path) -> None:
 
 def test_family_ids_and_rows_tell_models_apart() -> None:
     """Stops ids that mean other tokens, layers that are missing, and rows that stand in another order."""
-    weight, config = torch.randn(64, 48), SimpleNamespace(model_type="llama", num_hidden_layers=2)
+    weight, facts = torch.randn(64, 48), SimpleNamespace(family="llama", num_layers=2)
     tokenizer = tiny_tokenizer()
-    target = SimpleNamespace(head_weight=weight, config=config, tokenizer=tokenizer)
+    target = SimpleNamespace(head_weight=weight, facts=facts, tokenizer=tokenizer)
 
     def difference(**changes: object) -> str | None:
         return Likeness.of(target).difference(Likeness.of(SimpleNamespace(**{**vars(target), **changes})))
 
     assert difference() is None
     assert difference(tokenizer=None) is None  # nothing to compare
-    other = SimpleNamespace(model_type="llama", num_hidden_layers=3)
-    assert difference(config=other) == "is a llama of 3 layers, not a llama of 2 layers"
+    other = SimpleNamespace(family="llama", num_layers=3)
+    assert difference(facts=other) == "is a llama of 3 layers, not a llama of 2 layers"
     assert "cosine" in (difference(head_weight=weight.roll(1, 0)) or "")
     assert difference(head_weight=weight.half()) is None
     tokenizer.add_tokens(["[PAD270]"])  # as files that fill up the vocabulary do

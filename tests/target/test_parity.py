@@ -23,7 +23,7 @@ from coral.decoding.cycle import acceptance_length
 from coral.drafters.feature.network import DrafterConfig
 from coral.drafters.lookup import NGram
 from coral.errors import CoralError
-from coral.target.attention import GROUPED_SDPA
+from coral.target.grouped_sdpa import GROUPED_SDPA
 from coral.target.target import Target
 from coral.tree import TreeSize
 

@@ -45,6 +45,7 @@ def cache(
     ] = False,
 ) -> None:
     """List the GGUF files that were converted for use as targets, or delete them."""
+    from coral.target import second_start
     from coral.target.gguf import cache as kept
 
     found = kept.entries()
@@ -59,6 +60,8 @@ def cache(
         elif not entries or entry.path.name in entries:
             kept.remove(entry)
             print(f"deleted {entry.path.name}: {entry.size / 1e9:.2f} GB, {entry.source}")
+    if clear and not entries:
+        second_start.clear()
     total = sum(entry.size for entry in found)
     if not clear:
         print(f"{total / 1e9:.2f} GB of at most {kept.bound() / 1e9:g} (CORAL_CACHE_GB) in {kept.root()}")

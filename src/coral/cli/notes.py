@@ -14,7 +14,7 @@ def of_model(pair: LLM, options: dict[str, Any]) -> list[str]:
     """That it is slower than it might be, and that its generation_config asks for what is not done."""
     found = [f"runs as transformers' own code, which is slower: {pair.why}"] if pair.why else []
     sampling = Sampling(*(options[name] for name in ("temperature", "top_k", "top_p", "seed")))
-    asked = not_applied(pair.target.model.generation_config, sampling)
+    asked = not_applied(pair.target.facts.generation, sampling)
     if asked:
         found.append(
             f"not applied, though the model's generation_config has it: {', '.join(asked)} (--temperature, "

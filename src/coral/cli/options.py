@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -211,12 +212,5 @@ def read_tokenizer(source: str, revision: str | None, trust_remote_code: bool) -
 
 
 def quiet_transformers() -> None:
-    """Keep its bars and advice off standard error; the hub's download bars stay, for they take minutes."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging
-
-    hub_is_quiet = are_progress_bars_disabled()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    if not hub_is_quiet:
-        enable_progress_bars()
+    """Keep its bars and advice off standard error, without importing it; see `target.loading`."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

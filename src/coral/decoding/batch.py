@@ -8,6 +8,7 @@ an answer is bit for bit the one that is written alone; `write_padded` is for al
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,8 @@ def write_padded(
     The rows of a batch are padded on the left and share one cache; those that have ended leave it as soon as
     they are a quarter.
     """
+    from transformers import DynamicCache
+
     answers: list[list[int]] = [[] for _ in prompts]
     rows = [i for i, prompt in enumerate(prompts) if prompt and max_new_tokens > 0]
     if not rows:
@@ -68,7 +71,7 @@ def write_padded(
     ids = torch.tensor([[0] * pad + prompts[i] for i, pad in zip(rows, padding, strict=True)])
     real = torch.arange(width)[None, :] >= torch.tensor(padding)[:, None]  # [B, keys] bool
     positions = (real.cumsum(-1) - 1).clamp(min=0)
-    cache = target.new_cache(width + max_new_tokens)
+    cache: Any = DynamicCache()
     ended: set[int] = set()
     while True:
         features = target.decoder(

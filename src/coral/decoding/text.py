@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from coral.decoding.prompts import readable
 from coral.errors import CoralError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Stop = str | Sequence[str] | None
 """Stop strings: one, several, or none."""

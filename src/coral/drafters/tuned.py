@@ -45,7 +45,7 @@ class Conditions:
             torch.get_num_threads() if target.device.type == "cpu" else 0,
             target.precision,
             target.backend,
-            target.config.num_hidden_layers,
+            target.facts.num_layers,
             head,
         )
 

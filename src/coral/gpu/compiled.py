@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, DynamicLayer
 
-from coral.cache import KVCache
+from coral.cache import KVCache, Layer
 from coral.errors import CoralError
 from coral.gpu.graphs import Replayed
 from coral.native import build as cpp
@@ -81,32 +80,26 @@ def _own_code(function: Any) -> Any:
     return copy if f is function else MethodType(copy, function.__self__)
 
 
-class FixedLayer(DynamicLayer):
+class FixedLayer:
     """One layer as a compiled forward wants it: rows go to given slots, and the whole buffer is returned."""
 
-    def __init__(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values, self.slots, self.is_initialized = keys, values, slots, True
+    length = 0
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None and self.values is not None
-        self.keys[:, :, self.slots] = key_states
-        self.values[:, :, self.slots] = value_states
+    def __init__(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        self.keys, self.values, self.slots = keys, values, slots
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys[:, :, self.slots] = keys
+        self.values[:, :, self.slots] = values
         return self.keys, self.values
 
-    def get_seq_length(self) -> int:
-        return 0
 
-
-def fixed_cache(slots: Tensor, storage: Sequence[Tensor]) -> Cache:
-    """A cache over the keys and values of each layer in turn; made inside the compiled function, whose inputs
-    then are tensors alone.
+def fixed_layers(slots: Tensor, storage: Sequence[Tensor]) -> Sequence[Layer]:
+    """Layers over the keys and values of each in turn; made inside the compiled function, whose inputs then
+    are tensors alone.
     """
     pairs = zip(storage[::2], storage[1::2], strict=True)
-    layers: list[Any] = [FixedLayer(keys, values, slots) for keys, values in pairs]
-    return Cache(layers=layers)
+    return [FixedLayer(keys, values, slots) for keys, values in pairs]
 
 
 def fix(cache: KVCache, rows: int, allowed: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -40,12 +40,12 @@ def use_own_cache() -> Path:
     """Let torch keep what it builds where it outlives the machine, unlike in the directory for temporary
     files; the directory of our own libraries.
     """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
     caches, asked = user_caches(), os.environ.get(_CACHE_DIR, "")
     own = (caches and _own(caches / "coral" / "compiled")) or _private()
-    # Torch sets it to its default when imported, and this function in a process that started this one.
-    if Path(asked).is_absolute() and asked not in (default_cache_dir(), str(own)):
+    # Torch sets it to its default when its compiler is imported, which takes seconds, and this function in a
+    # process that started this one.
+    given = asked != str(own) and not Path(asked).name.startswith("torchinductor_")
+    if Path(asked).is_absolute() and given:
         return _own(Path(asked) / "coral") or own
     os.environ[_CACHE_DIR] = str(own)
     return own

@@ -14,17 +14,12 @@ from ctypes import CDLL, POINTER, Structure, byref, c_bool, c_int64, c_uint64, c
 from typing import Any
 
 import torch
-from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from coral.native.few_rows import PANEL, once
 from coral.native.memory import weights_like
 
-BLOCKS = {
-    GGMLQuantizationType.Q8_0: (2, 34, 544),
-    GGMLQuantizationType.Q4_1: (3, 20, 320),
-    GGMLQuantizationType.Q4_0: (4, 18, 288),
-}
+BLOCKS = {"Q8_0": (2, 34, 544), "Q4_1": (3, 20, 320), "Q4_0": (4, 18, 288)}
 """What native products read as it is: its kind in blocks.h, bytes of a block of one output, of sixteen."""
 
 
@@ -62,7 +57,7 @@ def pack(library: CDLL, weights: Sequence[Tensor], interleaved: bool = False) ->
 
 
 def pack_blocks(
-    library: CDLL, kind: GGMLQuantizationType, weights: Sequence[Tensor], interleaved: bool = False
+    library: CDLL, kind: str, weights: Sequence[Tensor], interleaved: bool = False
 ) -> tuple[int, Tensor]:
     """Rows of blocks, [rows, bytes] uint8 of this kind as in a GGUF file, one below another or interleaved as
     in `pack`: their kind as the library knows it, and flat panels.

@@ -10,13 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zlib import crc32
-
-from transformers import PreTrainedTokenizerBase
 
 from coral.data import prepared
 from coral.errors import CoralError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SUITES = {"mt_bench": 80, "humaneval": 164, "gsm8k": 1319}  # name: number of prompts
 

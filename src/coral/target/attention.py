@@ -6,24 +6,17 @@ kernel of torch that takes a mask will do, and keys and values are read once. On
 row only (32 heads on 8 of width 128 over 512 keys, one thread: bfloat16 5.4 -> 0.5 ms, float32 0.57 -> 0.31);
 with several rows torch's grouped kernel is as fast or faster there, since it shares out more, smaller pieces.
 
-Registered through transformers' public interface. Shapes: B sequences, N rows, M rows that are attended to,
-H heads, K key/value heads, d head size.
+Shapes: B sequences, N rows, M rows that are attended to, H heads, K key/value heads, d head size.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from coral.native import few_rows
 
-GROUPED_SDPA = "coral_sdpa"
 BLOCK = 512
 """Rows for which `attend_from` has a mask in memory at a time, on a CPU a quarter: a block sees all columns
 from its first row's document on, and calls are cheap there."""
@@ -82,24 +75,3 @@ def attend_from(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float | N
         allowed = (column[columns] <= column[rows, None]) & (column[columns] >= first[..., rows].mT)
         pieces.append(attend(q[:, :, rows], k[:, :, columns], v[:, :, columns], allowed, scale))
     return torch.cat(pieces, 1)
-
-
-def grouped_sdpa(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """An attention function of transformers; see `attend`, and `attend_from` for a mask of integers."""
-    if attention_mask is not None and attention_mask.dtype == torch.int64:
-        return attend_from(query, key, value, attention_mask, scaling), None
-    if attention_mask is None and query.shape[2] > 1:  # what that means depends on transformers' own cache
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
-    return attend(query, key, value, attention_mask, scaling), None
-
-
-AttentionInterface.register(GROUPED_SDPA, grouped_sdpa)
-AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)

@@ -7,9 +7,10 @@ weights, and a forward then stands without transformers. Names are those of the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
+from typing_extensions import TypedDict
 
 from coral.native.few_rows import LANES
 from coral.native.packed import PackedLinear

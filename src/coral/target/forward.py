@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 
-from coral.cache import KVCache, pack, pack_masks
+from coral.cache import KVCache, Layer, pack, pack_masks
 from coral.device import upload
-from coral.gpu.compiled import compiled, fix, fixed_cache
-from coral.target.attention import GROUPED_SDPA
+from coral.gpu.compiled import compiled, fix, fixed_layers
 from coral.target.families import alike
+from coral.target.grouped_sdpa import GROUPED_SDPA
+from coral.target.native import is_simple
 
 if TYPE_CHECKING:
     from coral.tree import DraftTree
@@ -80,7 +82,9 @@ class ModelForward:
         positions = key_positions[cache.length :]
         allowed = key_positions[None, :] <= positions[:, None]
         ids = upload(tokens, self.device)[None]
-        _, states = self._forward(ids, positions[None], allowed[None], key_positions[None], cache, layers)
+        _, states = self._forward(
+            ids, positions[None], allowed[None], key_positions[None], cache.layers, layers
+        )
         return None if states is None else states[0]
 
     def verify(
@@ -99,7 +103,7 @@ class ModelForward:
         size = self._size(caches, counts) if is_simple(layers) else None
         if size is None:
             # In plain decoding one row sees everything, and a kernel without a mask is faster.
-            allowed, cache = (None if counts == [1] else mask), pack(list(caches), counts)
+            allowed, cache = (None if counts == [1] else mask), pack(caches, counts)
             features, states = self._forward(ids, positions, allowed, key_positions, cache, layers, length)
             return self.head(features[0]), None if states is None else states[0]
         allowed, slots, storage = fix(caches[0], size, mask)
@@ -121,7 +125,7 @@ class ModelForward:
         positions: Tensor,
         allowed: Tensor | None,
         key_positions: Tensor | None,
-        cache: Any,
+        cache: Sequence[Layer] | None,
         layers: tuple[int, ...] = (),
         length: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
@@ -149,13 +153,18 @@ class ModelForward:
         return windowed if alike(self.config) else kinds
 
     def _run(
-        self, ids: Tensor, positions: Tensor, mask: Any, cache: Any, layers: tuple[int, ...] = ()
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        mask: Any,
+        cache: Sequence[Layer] | None,
+        layers: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor | None]:
         output = self.decoder(
             input_ids=ids,
             position_ids=positions,
             attention_mask=mask,
-            past_key_values=cache,
+            past_key_values=None if cache is None else Cache(layers=[*map(_TheirLayer, cache)]),
             use_cache=cache is not None,
             **({} if is_simple(layers) else {"output_hidden_states": True}),
         )
@@ -174,7 +183,7 @@ class ModelForward:
         slots: Tensor,
         *storage: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        features = self._forward(ids, positions, allowed, key_positions, fixed_cache(slots, storage))[0][0]
+        features = self._forward(ids, positions, allowed, key_positions, fixed_layers(slots, storage))[0][0]
         return features, self.head(features)
 
     def _mask(self, allowed: Tensor) -> Tensor:
@@ -185,6 +194,15 @@ class ModelForward:
         return torch.where(allowed, zero, torch.finfo(self.head.weight.dtype).min)[:, None]
 
 
-def is_simple(layers: tuple[int, ...]) -> bool:
-    """Whether no state from within the model is wanted, which only transformers' code gives."""
-    return set(layers) <= {-1}
+class _TheirLayer(DynamicLayer):
+    """A layer of a cache of ours as transformers' code wants it."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self._layer = layer
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return self._layer.update(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return self._layer.length

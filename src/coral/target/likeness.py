@@ -43,8 +43,8 @@ class Likeness:
 
     @classmethod
     def of(cls, target: Any) -> Likeness:
-        config: Any = getattr(target, "config", None)
-        family = f"{config.model_type} of {config.num_hidden_layers} layers" if config else ""
+        facts: Any = getattr(target, "facts", None)
+        family = f"{facts.family} of {facts.num_layers} layers" if facts else ""
         tokenizer: Any = getattr(target, "tokenizer", None)
         ids = None
         if tokenizer is not None:

@@ -7,22 +7,69 @@ text would be another one without a word, so both are refused here.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+from rich.console import Console
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from coral.errors import CoralError
 from coral.files import POINTER, is_pointer, refuse_missing
 from coral.target.families import check_supported
+from coral.target.gguf import cache as gguf
 from coral.target.gguf.names import hint
+from coral.target.grouped_sdpa import GROUPED_SDPA
 
 _BUFFERS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|self_attn\.(masked_)?bias$")
 """Tensors that older checkpoints hold although they follow from the config."""
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "tokenizer.json", "tokenizer.model")
+
+
+def load(
+    source: str, tokenizer: Any, dtype: str, trust_remote_code: bool, how: dict[str, Any]
+) -> tuple[Any, Any, str | None]:
+    """Model, tokenizer and revision; see `Target.load`, whose options `how` are device, device_map, attention
+    and revision.
+
+    Raises:
+        CoralError: not found, not supported (said before weights are read), or weights that do not fit.
+    """
+    if os.environ.get("TRANSFORMERS_VERBOSITY") == "error":  # as our commands set it
+        quiet()
+    place, revision, attention = source, how["revision"], how["attention"]
+    if (converted := gguf.directory(source, dtype, revision, Console(stderr=True))) is not None:
+        place, dtype, revision = str(converted), "auto", None
+        tokenizer = tokenizer or gguf.load_tokenizer(converted, source)
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = load_config(place, source, **common)
+    tokenizer = tokenizer or load_tokenizer(place, source, **common)
+    model = load_model(
+        place,
+        source,
+        config=config,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        attn_implementation=GROUPED_SDPA if attention == "sdpa" else attention,
+        device_map=how["device_map"],
+        device=how["device"],
+        **common,
+    )
+    return model, tokenizer, revision or getattr(config, "_commit_hash", None)
+
+
+def quiet() -> None:
+    """Transformers keeps its bars and advice to itself; downloads, which take minutes, go on showing bars."""
+    hub_is_quiet = are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if not hub_is_quiet:
+        enable_progress_bars()
 
 
 def load_config(place: str, name: str, **common: Any) -> Any:

@@ -22,6 +22,7 @@ from coral.native.build import SOURCES, build
 from coral.native.few_rows import DTYPES, PANEL
 from coral.native.packing import pack_blocks, pack_once
 from coral.target.blueprint import Blueprint, Matrix, linears, why_not
+from coral.target.second_start import Recorded
 
 if TYPE_CHECKING:
     from coral.cache import KVCache
@@ -87,6 +88,8 @@ class _Job(Structure):
 
 def why_not_native(target: Target) -> str | None:
     """Why a target is not run here, as the end of a sentence; None: it is."""
+    if isinstance(target.source, Recorded) and not target.source.is_loaded:
+        return _why_not_here(target.source.num_bytes)
     weights = [*target.model.parameters()]
     if {weight.device.type for weight in weights} != {"cpu"}:
         return "it is not on the CPU"
@@ -94,12 +97,12 @@ def why_not_native(target: Target) -> str | None:
         return "eager attention rounds within; use sdpa"
     if target.dtype not in DTYPES or any(weight.dtype != target.dtype for weight in weights):
         return f"its weights are in {target.precision} or in several dtypes; use float32 or bfloat16"
-    return why_not(target) or _why_not_here(target)
+    return why_not(target) or _why_not_here(sum(linear.weight.nbytes for linear in linears(target)))
 
 
-def _why_not_here(target: Target) -> str | None:
-    """The same for this machine."""
-    needed = 1.2 * sum(linear.weight.nbytes for linear in linears(target))
+def _why_not_here(num_bytes: int) -> str | None:
+    """The same for this machine and weights of so many bytes."""
+    needed = 1.2 * num_bytes
     if psutil.virtual_memory().available <= needed:
         return f"a packed copy of its weights takes {needed / 1e9:.1f} GB, more than is free"
     return None if _library() else "there is no C++ compiler, or none that knows this processor's vectors"
@@ -140,20 +143,21 @@ class _Packer:
         def halved(parts: list[Tensor]) -> list[Tensor]:
             return [*parts[0].chunk(2)] if interleaved and len(parts) == 1 else parts
 
-        weights = halved([self._weights[name].detach() for name in matrix["weights"]])
         if self._blocks is None:
-            packed = pack_once(self._library, weights, interleaved, self._met)
+            weights = halved([self._weights[name].detach() for name in matrix["weights"]])
+            packed, inputs = pack_once(self._library, weights, interleaved, self._met), weights[0].shape[1]
             kind = int(packed.dtype == torch.bfloat16)
         else:
-            stored, rows = self._blocks.packed(matrix["weights"])
-            kind, packed = pack_blocks(self._library, stored, halved(rows), interleaved)
+            stored, weights = self._blocks.packed(matrix["weights"])
+            kind, packed = pack_blocks(self._library, stored, halved(weights), interleaved)
+            inputs = self._blocks.columns(matrix["weights"][0])
         self.owned.append(packed)
         biases = halved([self._weights[name] for name in matrix["biases"]])
         if biases and interleaved:
             biases = [torch.stack([bias.unflatten(0, (-1, PANEL)) for bias in biases], 1).flatten()]
         return _Matrix(
             panels=packed.data_ptr(),
-            inputs=weights[0].shape[1],
+            inputs=inputs,
             outputs=sum(map(len, weights)),
             kind=kind,
             bias=self._vector(torch.cat(biases)) if biases else None,
@@ -198,6 +202,7 @@ class NativeForward:
         self._layers, embedding = (_Layer * len(layers))(*layers), weights[blueprint.embedding]
         self._owned = packer.owned, embedding  # what the pointers lead to
         self._no_rows = torch.empty(1, blueprint.kv_heads, 0, blueprint.head_size, dtype=dtype)
+        self._vocab_size = len(embedding)
         self._job = _Job(
             **{name: getattr(blueprint, name) for name in _FACTS},
             num_layers=len(layers),
@@ -219,7 +224,10 @@ class NativeForward:
         library, reason = _library(), why_not_native(target)
         if reason or library is None:
             raise CoralError(f"{target.name} cannot run natively: {reason}; use another dtype or backend.")
-        weights = dict(target.model.named_parameters())
+        source = target.source
+        if isinstance(source, Recorded) and not source.is_loaded:
+            return cls(library, source.blueprint, source.weights, target.dtype, target.blocks)
+        weights = dict(source.model.named_parameters())
         return cls(library, Blueprint.of(target), weights, target.dtype, target.blocks)
 
     def verify(
@@ -227,7 +235,7 @@ class NativeForward:
     ) -> tuple[Tensor, Tensor | None]:
         """Logits [N, V] and, if wanted, features [N, h] of all nodes, whose rows the caches take in."""
         nodes = [tree.lists[:2] for tree in trees]
-        logits = self._no_rows.new_empty(sum(map(len, trees)), self._job.head.outputs)
+        logits = self._no_rows.new_empty(sum(map(len, trees)), self._vocab_size)
         features = self._rows(caches, nodes, logits)
         return logits, features if wanted else None
 
@@ -275,3 +283,8 @@ class NativeForward:
         pairs = [_Rotation(*(table.data_ptr() for table in pair)) for pair in self._tables]
         self._rotations, self._rotated = (_Rotation * len(pairs))(*pairs), length
         self._job.rotations = addressof(self._rotations)
+
+
+def is_simple(layers: tuple[int, ...]) -> bool:
+    """Whether no state from within the model is wanted, which only transformers' code gives."""
+    return set(layers) <= {-1}

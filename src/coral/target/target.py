@@ -8,45 +8,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coral.cache import KVCache
 from coral.device import has_fast_bfloat16
 from coral.errors import CoralError
 from coral.gpu.graphs import steady
-from coral.native.packed import pack_linears
-from coral.target.attention import GROUPED_SDPA
-from coral.target.families import check_supported, context_length, eos_ids, sliding_window
-from coral.target.forward import ModelForward, is_simple
 from coral.target.gguf import cache as gguf
-from coral.target.ids import outer_weights
-from coral.target.loading import load_config, load_model, load_tokenizer
-from coral.target.native import NativeForward, why_not_native
+from coral.target.gguf.blocks import Blocks
+from coral.target.native import NativeForward, is_simple, why_not_native
+from coral.target.second_start import Recorded, Start
+from coral.target.source import Loaded
 
 if TYPE_CHECKING:
-    from coral.target.gguf.blocks import Blocks
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from coral.target.forward import ModelForward
     from coral.tree import DraftTree
 
 BACKENDS = ("auto", "native", "transformers", "graphs")
-_ATTENTION = ("sdpa", "eager")  # kernels that take an arbitrary mask; "sdpa" is loaded as our grouped form
 
 
 class Target:
     """A frozen causal LM. See `load`.
 
     Args:
+        model: Hugging Face's, or what a first start wrote down of it.
         freeze: take the model out of training mode and its parameters out of autograd, for good.
         blocks: those of the model's GGUF file, with which decoding multiplies, always natively.
 
     Attributes:
-        model, tokenizer, config: the Hugging Face objects (tokenizer may be None when none was given).
+        model, config, decoder: the Hugging Face objects, loaded when they are first asked for.
+        tokenizer: None when none was given.
+        facts: what is known of the model without them.
         name, revision: where the weights came from; recorded in drafter checkpoints.
         head_weight: [V, h]; head_bias: [V] or None; embedding_weight: [V, h].
         context_length: the longest sequence that is decoded exactly.
@@ -57,7 +57,7 @@ class Target:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | Recorded,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         name: str | None = None,
@@ -65,36 +65,17 @@ class Target:
         freeze: bool = True,
         blocks: Blocks | None = None,
     ) -> None:
-        check_supported(model.config)
-        if model.config._attn_implementation not in (*_ATTENTION, GROUPED_SDPA):
-            raise CoralError(
-                f"attention {model.config._attn_implementation!r} takes no arbitrary mask, which trees need; "
-                f"load the model with attn_implementation='sdpa' or 'eager'."
-            )
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        if any(parameter.is_meta for end in ends for parameter in end.parameters()):
-            raise CoralError(
-                "the model's embedding or LM head is offloaded to the CPU or disk; only layers may be: use a "
-                "device map that keeps these two on a device."
-            )
-        self.model = model.eval().requires_grad_(False) if freeze else model
-        self.tokenizer, self.config = tokenizer, model.config
-        self.name = name or model.config._name_or_path or model.config.model_type
+        source = model if isinstance(model, Recorded) else Loaded(model, tokenizer, freeze)
+        self.source, self.facts, self.tokenizer = source, source.facts, tokenizer
+        self.name = name or source.model.config._name_or_path or source.facts.family
         self.revision = revision
-        self.decoder = model.get_decoder()
-        head = model.get_output_embeddings()
-        assert isinstance(head, torch.nn.Linear)
-        self._head = head
-        self.head_weight: Tensor = head.weight
-        self.head_bias: Tensor | None = getattr(head, "bias", None)
-        embedding: Any = model.get_input_embeddings()
-        self.embedding_weight: Tensor = embedding.weight
-        self._outer = outer_weights(model)
-        self.context_length = context_length(model.config)
-        self.eos_ids = eos_ids(model, tokenizer)
-        self.window = sliding_window(model.config)
-        self._forward = ModelForward(model, self.window)
+        self.head_weight, self.head_bias = source.head_weight, source.head_bias
+        self.embedding_weight = source.embedding_weight
+        self.context_length, self.window = source.facts.context_length, source.facts.window
+        self.eos_ids = frozenset(source.facts.eos_ids)
         self.blocks, self.precision = blocks, "packed" if blocks else str(self.dtype).removeprefix("torch.")
+        self._start: Start | None = None  # where it is to be written down once it has run natively
+        self._forward: ModelForward | None = None
         self._native = None if blocks is None else NativeForward.of(self)
 
     @classmethod
@@ -121,42 +102,57 @@ class Target:
         Raises:
             CoralError: not found, not supported (said before weights are read), or weights that do not fit.
         """
-        if isinstance(source, PreTrainedModel):
+        if not isinstance(source, str | Path):
             return cls(source, tokenizer, revision=revision)
         dtype = str(dtype or "auto").removeprefix("torch.")
         attention = attention or "sdpa"
         if dtype not in ("auto", "float32", "bfloat16", "float16", "packed"):
             raise CoralError(f"dtype {dtype!r} is not known; use auto, float32, bfloat16, float16 or packed.")
-        if attention not in _ATTENTION:
+        if attention not in ("sdpa", "eager"):
             raise CoralError(f"attention {attention!r} takes no arbitrary mask; use sdpa or eager.")
-        place = name = str(source)
+        loading = {"device": device, "device_map": device_map, "attention": attention, "revision": revision}
+        from_files = partial(_from_files, str(source), tokenizer, dtype, trust_remote_code, loading)
+        plain = tokenizer is None and device in (None, "cpu") and not trust_remote_code
+        plain = plain and device_map is None and attention == "sdpa"
+        start = Start.of(source, dtype, revision) if plain else None
+        if start is not None and (record := start.read()) is not None:
+            words = start.tokenizer(record, lambda: from_files()[1])
+            model = Recorded(record, lambda: from_files()[0])
+            blocks = None if record.blocks is None else Blocks(record.blocks)
+            return cls(model, words, name=str(source), revision=revision, blocks=blocks)
         blocks = gguf.blocks(source, revision) if dtype == "packed" else None
-        if (converted := gguf.directory(source, dtype, revision, Console(stderr=True))) is not None:
-            place, dtype, revision = str(converted), "auto", None
-            tokenizer = tokenizer or gguf.load_tokenizer(converted, name)
-        common = {"revision": revision, "trust_remote_code": trust_remote_code}
-        config = load_config(place, name, **common)
-        tokenizer = tokenizer or load_tokenizer(place, name, **common)
-        model = load_model(
-            place,
-            name,
-            config=config,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation=GROUPED_SDPA if attention == "sdpa" else attention,
-            device_map=device_map,
-            device=device,
-            **common,
-        )
-        pack_linears(model)
-        revision = revision or getattr(config, "_commit_hash", None)
-        return cls(model, tokenizer, name=name, revision=revision, blocks=blocks)
+        loaded, tokenizer, revision = from_files()
+        target = cls(loaded, tokenizer, name=str(source), revision=revision, blocks=blocks)
+        target._start = Start.of(source, dtype, revision) if plain else None
+        return target
 
     def for_many_rows(self) -> Target:
         """This target, its model made float32 where a CPU has no instructions for many rows of bfloat16."""
-        spread = hasattr(self.model, "hf_device_map")
-        if self.device.type != "cpu" or spread or self.dtype.itemsize > 2 or has_fast_bfloat16(self.device):
+        fast = self.device.type != "cpu" or self.dtype.itemsize > 2 or has_fast_bfloat16(self.device)
+        if fast or self._is_spread:
             return self
         return Target(self.model.float(), self.tokenizer, name=self.name, revision=self.revision)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.source.model
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def decoder(self) -> Any:
+        return self.model.get_decoder()
+
+    @property
+    def forward(self) -> ModelForward:
+        """Rows by transformers' code."""
+        if self._forward is None:
+            from coral.target.forward import ModelForward  # which imports it, for seconds
+
+            self._forward = ModelForward(self.model, self.window)
+        return self._forward
 
     @property
     def device(self) -> torch.device:
@@ -170,12 +166,12 @@ class Target:
     @property
     def pads(self) -> bool:
         """Whether trees are padded to one of `sizes`, so that each costs what that size does."""
-        return self._forward.pads
+        return self._forward is not None and self._forward.pads
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Numbers of rows for which forwards of fixed shape were made; see `on`."""
-        return self._forward.sizes
+        return () if self._forward is None else self._forward.sizes
 
     @property
     def hidden_size(self) -> int:
@@ -209,7 +205,10 @@ class Target:
                 raise CoralError("packed blocks are multiplied natively alone; use another dtype.")
             target._native = None
         if backend == "graphs":
-            target._forward = self._forward.fixed(rows)
+            target._forward = self.forward.fixed(rows)
+        if target._native and self._start:
+            self._start.write(target)
+            self._start = target._start = None
         return target
 
     @property
@@ -222,13 +221,13 @@ class Target:
         if not self.pads:
             return self
         target = copy(self)
-        target._forward = self._forward.only({1, rows})
+        target._forward = self.forward.only({1, rows})
         return target
 
     @property
     def is_stale(self) -> bool:
         """Whether the model got another embedding or LM head since it was wrapped."""
-        return outer_weights(self.model) != self._outer
+        return self.source.is_stale
 
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the embedding as stored, [...] int64 -> [..., h]; see `DrafterConfig.embedding_scale`."""
@@ -236,7 +235,7 @@ class Target:
 
     def head(self, features: Tensor) -> Tensor:
         """[..., h] -> [..., V] logits, exactly as the model computes them."""
-        return self._head(features)
+        return F.linear(features, self.head_weight, self.head_bias)
 
     @torch.no_grad()
     def features(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
@@ -247,12 +246,16 @@ class Target:
             document_starts: [B, L] bool, True where a packed document begins; positions restart there and
                 attention does not look across. None: one document a row.
         """
-        return self._forward.features(input_ids, document_starts)
+        return self.forward.features(input_ids, document_starts)
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty KV cache with room for `capacity` rows or more (it grows when that is not enough)."""
-        apart = hasattr(self.model, "hf_device_map")  # accelerate's, of several devices
-        return KVCache(self.config.num_hidden_layers, self.room(capacity), apart)
+        return KVCache(self.facts.num_layers, self.room(capacity), self._is_spread)
+
+    @property
+    def _is_spread(self) -> bool:
+        """Whether accelerate has put its layers on several devices."""
+        return isinstance(self.source, Loaded) and hasattr(self.model, "hf_device_map")
 
     def room(self, capacity: int) -> int:
         """The capacity of a cache for so many rows: one that many texts share, if forwards are recorded."""
@@ -264,7 +267,7 @@ class Target:
         if self._native and is_simple(layers):
             features = self._native.read(cache, tokens)
             return features if layers else None
-        return self._forward.read(cache, tokens, layers)
+        return self.forward.read(cache, tokens, layers)
 
     @torch.inference_mode()
     def verify(
@@ -294,8 +297,15 @@ class Target:
         if self._native and is_simple(layers):
             logits, states = self._native.verify(caches, trees, bool(layers))
         else:
-            logits, states = self._forward.verify(caches, trees, layers, last + 1)
+            logits, states = self.forward.verify(caches, trees, layers, last + 1)
         return _split(logits, counts), [None] * len(counts) if states is None else [*_split(states, counts)]
+
+
+def _from_files(source: str, *asked: Any) -> Any:
+    """See `loading.load`; late, for it imports transformers."""
+    from coral.target.loading import load
+
+    return load(source, *asked)
 
 
 def _split(rows: Tensor, counts: list[int]) -> list[Tensor]:

@@ -9,22 +9,29 @@ size.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Protocol
+from functools import partial
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import LlamaConfig
-from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from torch.nn import functional as F
 
+from coral.cache import Layer
+from coral.drafters.feature.llama import RMSNorm, Rotary, rotate
 from coral.errors import CoralError
 from coral.json_file import Positive, Size
 from coral.target.attention import attend
 from coral.target.families import embedding_scale, rotations
 
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
 # Rotary types whose frequencies are the same at every length, so a cached key never goes out of date.
 _FIXED_ROTARY = {"default", "linear", "llama3", "yarn"}
 
@@ -66,8 +73,8 @@ class DrafterConfig:
                 f"{heads} heads of {self.head_dim} with {self.num_key_value_heads} key/value heads make no "
                 "drafter; heads come in equal groups, and their size is even."
             )
-        if self.hidden_act not in ACT2FN:
-            raise CoralError(f"hidden_act {self.hidden_act!r} is not known; use silu, for example.")
+        if self.hidden_act not in _ACTIVATIONS:
+            raise CoralError(f"hidden_act {self.hidden_act!r} is not known; use {', '.join(_ACTIVATIONS)}.")
         rotary = self.rope_parameters.get("rope_type")
         known = isinstance(rotary, str) and rotary in _FIXED_ROTARY
         if not known or not isinstance(theta, int | float) or not 0 < theta < math.inf:
@@ -115,18 +122,6 @@ class DrafterConfig:
         return cls(**{**sizes, **options})
 
 
-class Rotary(LlamaRotaryEmbedding):
-    """Rotary tables whose frequencies stay float32: rounded to bfloat16 they would turn far positions
-    wrongly.
-    """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
-        frequencies = self.inv_freq
-        super()._apply(fn, recurse)
-        self.inv_freq = nn.Buffer(frequencies.to(self.inv_freq.device), persistent=False)
-        return self
-
-
 class Attention(nn.Module):
     """The four projections of a layer; the product itself is `coral.target.attention.attend` or
     `unroll.unrolled_attention`.
@@ -149,7 +144,7 @@ class GatedMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation = _ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
@@ -164,9 +159,9 @@ class DraftLayer(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         if index > 0:
-            self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config)
         self.index = index
 
@@ -179,20 +174,13 @@ class DraftLayer(nn.Module):
             projection(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj)
         )
-        q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        return q, k, v
+        cos, sin = cos[:, None], sin[:, None]
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of the layer, after attention: x [B,N,h], attended [B,N,H*d] -> [B,N,h]."""
         x = x + self.self_attn.o_proj(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Cache(Protocol):
-    """What `Drafter.forward` asks of a cache: layers whose `update(key, value)` appends and returns all."""
-
-    @property
-    def layers(self) -> Any: ...
 
 
 class Drafter(nn.Module):
@@ -206,15 +194,7 @@ class Drafter(nn.Module):
         self.config = config
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
         self.layers = nn.ModuleList(DraftLayer(config, index) for index in range(config.num_layers))
-        self.rotary = Rotary(
-            LlamaConfig(
-                hidden_size=config.hidden_size,
-                num_attention_heads=config.num_attention_heads,
-                head_dim=config.head_dim,
-                rope_parameters=dict(config.rope_parameters),
-                max_position_embeddings=config.max_position_embeddings,
-            )
-        )
+        self.rotary = Rotary(config)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -234,15 +214,15 @@ class Drafter(nn.Module):
         embeddings: Tensor,
         features: Tensor,
         positions: Tensor,
-        cache: Cache | None = None,
+        cache: Sequence[Layer] | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """Draft features [B,N,h] of rows made from embeddings and features [B,N,h] at positions [B,N]
         (int64).
 
-        With a cache, each layer appends its keys and values and attends to all M of them. `mask` is bool,
-        [N,M] or [B,N,M] or [B,1,N,M], True = may attend; without one the rows are taken as the last N of a
-        causal sequence.
+        With the layers of a cache, each layer appends its keys and values and attends to all M of them.
+        `mask` is bool, [N,M] or [B,N,M] or [B,1,N,M], True = may attend; without one the rows are taken as
+        the last N of a causal sequence.
         """
         x = self.inputs(embeddings, features)  # [B,N,h]
         cos, sin = self.rotary(x, positions)  # [B,N,d]
@@ -250,7 +230,7 @@ class Drafter(nn.Module):
             assert isinstance(layer, DraftLayer)
             q, k, v = layer.qkv(x, cos, sin)
             if cache is not None:
-                k, v = cache.layers[index].update(k, v)
+                k, v = cache[index].update(k, v)
             x = layer.finish(x, attend(q, k, v, mask).flatten(2))
         return x
 
@@ -260,7 +240,7 @@ class Drafter(nn.Module):
         """
         if not self.config.normalised_feedback:
             return draft_features
-        return nn.functional.rms_norm(draft_features, draft_features.shape[-1:], eps=self.config.rms_norm_eps)
+        return F.rms_norm(draft_features, draft_features.shape[-1:], eps=self.config.rms_norm_eps)
 
     @property
     def num_parameters(self) -> int:

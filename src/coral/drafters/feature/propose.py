@@ -12,16 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache
 
-from coral.cache import KVCache, pack
+from coral.cache import KVCache, Layer, pack
 from coral.decoding.state import State
 from coral.device import upload
 from coral.drafters.feature.growth import Growth, Rows
 from coral.drafters.feature.native import NativeDrafter
 from coral.drafters.feature.network import Drafter
 from coral.drafters.heads.store import FullHead, Head
-from coral.gpu.compiled import compiled, fix, fixed_cache
+from coral.gpu.compiled import compiled, fix, fixed_layers
 from coral.native.packed import pack_linears
 from coral.target.target import Target
 from coral.tree import DraftTree, TreeSize
@@ -159,8 +158,8 @@ class Feature:
         n = len(ids)
         size, widest = _padded(n), _padded(min(top_k, _MOST))
         if not self.target.pads or len(rows) > 1 or size > widest or caches[0].length == 0:
-            cache = pack(list(caches), [len(row.ids) for row in rows])
-            return self._step(ids, features, positions, allowed[None], cache)
+            layers = pack(caches, [len(row.ids) for row in rows])
+            return self._step(ids, features, positions, allowed[None], layers)
         padded, slots, storage = fix(caches[0], size, allowed[None])
         ids, positions = (pad(part, (0, size - n)) for part in (ids, positions))
         features = pad(features, (0, 0, 0, size - n))
@@ -176,10 +175,10 @@ class Feature:
         slots: Tensor,
         *storage: Tensor,
     ) -> Tensor:
-        return self._step(ids, features, positions, allowed, fixed_cache(slots, storage))
+        return self._step(ids, features, positions, allowed, fixed_layers(slots, storage))
 
     def _step(
-        self, ids: Tensor, features: Tensor, positions: Tensor, allowed: Tensor, cache: Cache
+        self, ids: Tensor, features: Tensor, positions: Tensor, allowed: Tensor, cache: Sequence[Layer]
     ) -> Tensor:
         embeddings = self.target.embed(ids)[None]
         output = self.drafter(embeddings, features[None], positions[None], cache, allowed)

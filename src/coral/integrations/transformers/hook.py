@@ -32,7 +32,7 @@ from coral.decoding.state import State
 from coral.drafters.names import located
 from coral.errors import CoralError
 from coral.integrations.transformers.options import read_prompts, read_sampling, refuse_others
-from coral.target.attention import GROUPED_SDPA
+from coral.target.grouped_sdpa import GROUPED_SDPA
 from coral.target.target import Target
 from coral.tree import TreeSize
 

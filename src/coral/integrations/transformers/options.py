@@ -6,15 +6,17 @@ Shapes: B texts of a batch, T their width.
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
 
 from coral.decoding.sampling import Sampling
 from coral.errors import CoralError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
 
 # Processors whose scores depend on the text along the path, with the option that makes each and turns it off.
 _PATH_DEPENDENT = {
@@ -161,9 +163,8 @@ def read_sampling(config: GenerationConfig, processors: Sequence[Any]) -> Sampli
     return Sampling(**{"temperature": 1.0, **found, "seed": seed})
 
 
-def not_applied(config: GenerationConfig | None, sampling: Sampling) -> list[str]:
-    """What a model's generation_config has and a text of `sampling` does not do, as `name=value`."""
-    given = {} if config is None else config.to_dict()
+def not_applied(given: Mapping[str, Any], sampling: Sampling) -> list[str]:
+    """What a model's generation config asks for and a text of `sampling` does not do, as `name=value`."""
     asked = [name for name, off in _OFF.items() if given.get(name) not in (None, off)]
     if given.get("do_sample"):
         own = {name: getattr(sampling, name) for name in _SAMPLER.values()}

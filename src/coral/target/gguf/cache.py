@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Of what a conversion writes; another one is made again."""
-_RECORD = "coral.json"
+RECORD = "coral.json"
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,34 @@ def directory(
     """
     if (paths := names.find(source, revision)) is None:
         return None
-    dtype = "bfloat16" if dtype in ("auto", "packed") else dtype
-    entry = root() / f"{_digest(paths)[:16]}-{dtype}-v{VERSION}"
-    if not (entry / _RECORD).is_file():
+    entry, dtype = _entry(paths, dtype)
+    if not (entry / RECORD).is_file():
         _make(entry, paths, {"source": str(source), "dtype": dtype}, console)
-    with suppress(OSError):  # a cache that cannot be written to
-        os.utime(entry / _RECORD)
+    _touch(entry)
     return entry
+
+
+def converted(source: str | Path, dtype: str, revision: str | None) -> tuple[list[Path], Path] | None:
+    """The files that `source` names and their directory, as of `directory`, if it was made before."""
+    if (paths := names.find(source, revision)) is None:
+        return None
+    entry, _ = _entry(paths, dtype)
+    if not (entry / RECORD).is_file():
+        return None
+    _touch(entry)
+    return paths, entry
+
+
+def _touch(entry: Path) -> None:
+    """Of all entries it was used last."""
+    with suppress(OSError):  # a cache that cannot be written to
+        os.utime(entry / RECORD)
+
+
+def _entry(paths: Sequence[Path], dtype: str) -> tuple[Path, str]:
+    """The directory of files in a dtype, which is known then."""
+    dtype = "bfloat16" if dtype in ("auto", "packed") else dtype
+    return root() / f"{_digest(paths)[:16]}-{dtype}-v{VERSION}", dtype
 
 
 def blocks(source: str | Path, revision: str | None = None) -> Blocks:
@@ -92,7 +113,7 @@ def blocks(source: str | Path, revision: str | None = None) -> Blocks:
 
     if (paths := names.find(source, revision)) is None:
         raise CoralError(f"{source} is no GGUF file, so it has no blocks to keep packed; use dtype auto.")
-    return Blocks(paths)
+    return Blocks.of(paths)
 
 
 def _make(entry: Path, paths: Sequence[Path], record: dict[str, str], console: Console | None) -> None:
@@ -106,10 +127,10 @@ def _make(entry: Path, paths: Sequence[Path], record: dict[str, str], console: C
     limit, file = bound(), read(paths)
     check_supported(read_config(file))  # before minutes of work
     with locked(entry, wait=True):  # other processes wait, and find it
-        if not (entry / _RECORD).is_file():
+        if not (entry / RECORD).is_file():
             with atomic_directory(entry) as aside:
                 write(file, aside, getattr(torch, record["dtype"]), console)
-                (aside / _RECORD).write_text(json.dumps(record, indent=2))
+                (aside / RECORD).write_text(json.dumps(record, indent=2))
     _evict(limit, keep=entry)
 
 
@@ -119,7 +140,7 @@ def tokenizer(source: str | Path, revision: str | None = None) -> PreTrainedToke
     """
     if (paths := names.find(source, revision)) is None:
         return None
-    made = next(root().glob(f"{_digest(paths)[:16]}-*-v{VERSION}/{_RECORD}"), None)
+    made = next(root().glob(f"{_digest(paths)[:16]}-*-v{VERSION}/{RECORD}"), None)
     if made is not None:
         return load_tokenizer(made.parent, str(source))
     from coral.target.gguf.file import read
@@ -144,7 +165,7 @@ def load_tokenizer(path: Path, name: str) -> PreTrainedTokenizerBase:
 def entries() -> list[Entry]:
     """What the cache holds, the last used first."""
     found = []
-    for record in root().glob(f"*/{_RECORD}"):
+    for record in root().glob(f"*/{RECORD}"):
         with suppress(OSError, CoralError):  # another process deletes it
             said = json_file.read(record, dict[str, str], "")
             size = sum(path.stat().st_size for path in record.parent.rglob("*") if path.is_file())

@@ -21,6 +21,7 @@ from torch import Tensor as TorchTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from coral.errors import CoralError
+from coral.target.gguf.blocks import in_order
 from coral.target.gguf.file import File, Tensor
 from coral.target.gguf.rope import TENSORS as ROPE
 
@@ -125,9 +126,9 @@ def write_weights(
 
 def _values(file: File, name: str, tensor: Tensor, config: PreTrainedConfig) -> Iterator[TorchTensor]:
     """The tensor as the model has it, in float32, in pieces of whole rows."""
-    order = order_of_rows(file, name, config)
+    heads = interleaved_heads(file, name, config)
     # Of a bias, a row is one value.
-    whole = None if order is None else tensor.packed().reshape(len(order), -1)[order]
+    whole = in_order(tensor.packed().reshape(tensor.shape[0], -1), heads) if heads else None
     count, step = tensor.rows if whole is None else len(whole), max(1, _CHUNK // tensor.shape[-1])
     for start in range(0, count, step):
         stop = min(start + step, count)
@@ -143,16 +144,15 @@ def _values(file: File, name: str, tensor: Tensor, config: PreTrainedConfig) -> 
         yield torch.from_numpy(values - 1 if file.architecture == "gemma3" and "norm" in name else values)
 
 
-def order_of_rows(file: File, name: str, config: PreTrainedConfig) -> Any:
-    """Files of Llama hold the rows of query and key so that the two of a rotated pair are neighbours, where
-    Hugging Face has them half a head apart. None: the rows are in order.
+def interleaved_heads(file: File, name: str, config: PreTrainedConfig) -> int:
+    """In how many heads of a matrix or bias the two rows of a rotated pair are neighbours: files of Llama
+    hold those of query and key so, where Hugging Face has them half a head apart. 0: the rows are in order.
     """
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
     part = name.split(".")[-2]
     if file.architecture != "llama" or part not in heads:
-        return None
-    count = getattr(config, heads[part])
-    return np.arange(count * config.head_dim).reshape(count, config.head_dim // 2, 2).swapaxes(1, 2).ravel()
+        return 0
+    return int(getattr(config, heads[part]))
 
 
 def _few(names: list[str]) -> str:

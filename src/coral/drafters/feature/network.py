@@ -196,7 +196,7 @@ class Drafter(nn.Module):
         self.layers = nn.ModuleList(DraftLayer(config, index) for index in range(config.num_layers))
         self.rotary = Rotary(config)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and not module.weight.is_meta:
                 nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

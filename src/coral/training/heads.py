@@ -7,7 +7,7 @@ tuned to the head it replaces. The directory is locked meanwhile; whoever is sto
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from coral.drafters.heads.reduced import factorise
 from coral.drafters.heads.vocabulary import most_frequent, special_ids
 from coral.errors import CoralError
 from coral.locks import locked
+from coral.progress import spinner
 from coral.target.target import Target
 from coral.training.head_loop import HeadConfig
 from coral.training.low_rank import TUNING, second_moment, tune
@@ -96,7 +97,8 @@ def make_routed(
         counts = frequencies(dataset, target.vocab_size)
         frequent = most_frequent(counts, special_ids(target), options.core)
         weight = target.head_weight
-        ids = split(options.grouping, options.groups, weight, counts, config.seed, frequent)
+        with nullcontext() if console is None else spinner("Grouping ids"):
+            ids = split(options.grouping, options.groups, weight, counts, config.seed, frequent)
         router, recall = train_router(target, network, dataset, ids, options.active, config, console)
         tensors = {f"router.{name}": tensor for name, tensor in router.state_dict().items()}
         core = len(outside(ids, target.vocab_size))

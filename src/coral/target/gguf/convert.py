@@ -11,7 +11,7 @@ import torch
 
 from coral.errors import CoralError
 from coral.files import atomic_directory
-from coral.progress import bar
+from coral.progress import bar, step
 from coral.target.gguf.config import read_config, read_generation
 from coral.target.gguf.file import File, read
 from coral.target.gguf.tokenizer import read_tokenizer
@@ -70,3 +70,5 @@ def write(file: File, directory: Path, dtype: torch.dtype, console: Console | No
     tokenizer.save_pretrained(directory)
     with bar(console, f"converting {file.name}", len(placed)) as advance:
         write_weights(file, placed, config, dtype, directory / "model.safetensors", advance)
+    if console is not None:
+        step("Waiting for the disk to take it", long=True)

@@ -35,8 +35,8 @@ from coral.data.chat_format import end_answers
 from coral.decoding.cycle import Proposer
 from coral.decoding.merged import Merged
 from coral.decoding.sampling import Sampling
-from coral.drafters.feature.network import num_bytes
 from coral.drafters.feature.propose import Feature
+from coral.drafters.kinds import num_bytes
 from coral.errors import CoralError
 from coral.files import atomic_text
 from coral.locks import locks_output

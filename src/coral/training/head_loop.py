@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from coral.data.features import FeatureBatch, FeatureSource, Rows, feature_batch
 from coral.data.shards import refuse_other_target
+from coral.drafters import kinds
+from coral.drafters.kinds import Drafts
 from coral.errors import CoralError
 from coral.target.record import TargetLike
 from coral.training.run_state import random_generator, stop_signals
@@ -27,6 +29,13 @@ class HeadTarget(TargetLike, FeatureSource, Protocol):
 
     @property
     def head_bias(self) -> Tensor | None: ...
+
+
+def draft(drafter: Any, batch: FeatureBatch, steps: int) -> Drafts:
+    """What heads learn from in so many draft steps of a batch; raises CoralError where nothing has a head."""
+    if (own := kinds.find(drafter.kind).draft) is None:
+        raise CoralError(f"drafters of kind {drafter.kind!r} have no LM head; use this one as it is.")
+    return own(drafter, batch, steps)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import kl_div, linear
 
 from coral.data.features import FeatureBatch, Rows, feature_batch
-from coral.drafters.feature.drafted import draft
-from coral.drafters.feature.network import Drafter
 from coral.progress import bar
-from coral.training.head_loop import HeadConfig, HeadTarget, descend, row_order, target_laws
+from coral.training.head_loop import HeadConfig, HeadTarget, descend, draft, row_order, target_laws
 
 TUNING = HeadConfig(updates=0, learning_rate=4e-4)
 """SlimSpec's learning rate; without updates the factors are not tuned."""
@@ -20,7 +20,7 @@ TUNING = HeadConfig(updates=0, learning_rate=4e-4)
 @torch.no_grad()
 def second_moment(
     target: HeadTarget,
-    drafter: Drafter,
+    drafter: Any,
     dataset: Rows,
     batches: int,
     config: HeadConfig,
@@ -47,7 +47,7 @@ def second_moment(
 
 def tune(
     target: HeadTarget,
-    drafter: Drafter,
+    drafter: Any,
     dataset: Rows,
     up: Tensor,
     down: Tensor,

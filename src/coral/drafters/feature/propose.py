@@ -20,7 +20,8 @@ from coral.device import upload
 from coral.drafters.feature.growth import Growth, Rows
 from coral.drafters.feature.native import NativeDrafter
 from coral.drafters.feature.network import Drafter
-from coral.drafters.heads.store import FullHead, Head
+from coral.drafters.heads.full import FullHead
+from coral.drafters.heads.store import Head
 from coral.gpu.compiled import compiled, fix, fixed_cache
 from coral.native.packed import pack_linears
 from coral.target.target import Target

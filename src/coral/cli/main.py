@@ -96,7 +96,7 @@ def generate(
             drafter,
             dtype=dtype,
             device=device,
-            tree_size=options.read_tree_size(tree),
+            tree=options.read_tree_size(tree),
             backend=backend,
             head=head,
             coupled=coupled,

@@ -21,6 +21,7 @@ from coral.errors import CoralError
 from coral.export import write
 from coral.hub.card import card
 from coral.target.record import TargetRecord
+from coral.training.heads import make_static
 from coral.training.loop import train
 from coral.training.recipe import Limits, config_type, load_recipe
 
@@ -130,6 +131,8 @@ def test_a_head_is_not_asked_of_a_drafter_without_one(toys: None, target: Path) 
     directory = save("echo", kinds.find("echo").Config(), target)
     with pytest.raises(CoralError, match="kind 'echo' have no LM head; leave out head 'full'"):
         coral.load(target, f"{directory}+full")
+    with pytest.raises(CoralError, match="kind 'echo' have no LM head; use this one as it is"):
+        make_static(directory, coral.Target.load(target), tiny_data().dataset)
 
 
 def test_a_new_kind_is_trained_by_the_loop(toys: None, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -31,11 +32,12 @@ class HeadTarget(TargetLike, FeatureSource, Protocol):
     def head_bias(self) -> Tensor | None: ...
 
 
-def draft(drafter: Any, batch: FeatureBatch, steps: int) -> Drafts:
-    """What heads learn from in so many draft steps of a batch; raises CoralError where nothing has a head."""
-    if (own := kinds.find(drafter.kind).draft) is None:
+def drafts_of(drafter: Any) -> Callable[[FeatureBatch, int], Drafts]:
+    """(batch, S) -> what the LM head of a drafter learns from; raises CoralError where it has none."""
+    draft = kinds.find(drafter.kind).draft
+    if draft is None:
         raise CoralError(f"drafters of kind {drafter.kind!r} have no LM head; use this one as it is.")
-    return own(drafter, batch, steps)
+    return partial(draft, drafter)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from coral.drafters.heads.vocabulary import most_frequent, special_ids
 from coral.errors import CoralError
 from coral.locks import locked
 from coral.target.target import Target
-from coral.training.head_loop import HeadConfig
+from coral.training.head_loop import HeadConfig, drafts_of
 from coral.training.low_rank import TUNING, second_moment, tune
 from coral.training.router import train_router
 
@@ -150,5 +150,7 @@ def _making(kind: str, drafter: str | Path, target: Target) -> Iterator[tuple[Pa
     """A drafter's directory, locked, and the drafter in float32 beside its target."""
     directory = checkpoint.own_directory(drafter)
     with locked(directory):
-        yield directory, checkpoint.load(directory, target, device=target.device).float()
+        network = checkpoint.load(directory, target, device=target.device).float()
+        drafts_of(network)  # refuses one that has no head before minutes of work
+        yield directory, network
         tuned.forget(directory, kind)

@@ -59,7 +59,8 @@ def begin(target: TrainTarget, data: Data, output: Path, config: TrainConfig, re
     learner = kinds.find(config.kind).learner(drafter, config)
     if learner is None:
         raise CoralError(f"drafters of kind {config.kind!r} have nothing to train; use them as they are.")
-    parameters = list(drafter.parameters())
+    distributed = parallel.distribute(accelerator, learner)
+    parameters = list(drafter.parameters())  # which distributing may have replaced
     run = Run(
         target=target,
         record=record,
@@ -69,7 +70,7 @@ def begin(target: TrainTarget, data: Data, output: Path, config: TrainConfig, re
         config=config,
         accelerator=accelerator,
         drafter=drafter,
-        learner=parallel.distribute(accelerator, learner),
+        learner=distributed,
         count=learner.count,
         parameters=parameters,
         optimiser=Optimiser(parameters, config.optimiser),

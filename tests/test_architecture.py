@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +82,22 @@ def test_the_import_order_holds() -> None:
 def test_the_root_stays_small() -> None:
     """Stops modules that are laid down where it is easiest: the root holds what every room stands on."""
     assert len([path for path in MODULES.values() if path.parent == ROOT]) <= 12
+
+
+# Names of files that come twice, and why.
+TWICE = {
+    "__init__": "each room has one",
+    "cache": "target/gguf/ keeps converted files, the root keys and values",
+    "config": "target/gguf/ reads that of a model, the root those of ours",
+    "generate": "the drafter that the package ships carries a copy, as all drafters do",
+    "run": "training/ defines a run, bench/ carries one out",
+}
+
+
+def test_a_file_is_known_by_its_name() -> None:
+    """Stops imports that must be renamed at every use, and a reader who opens the wrong one of two files."""
+    stems = Counter(path.stem for path in MODULES.values())
+    assert {stem for stem, count in stems.items() if count > 1} == TWICE.keys()
 
 
 def test_no_import_goes_round_in_a_circle() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coral.data import chat_format
-from coral.decoding import prompts
+from coral.decoding import prompt_forms
 from coral.decoding.cycle import Proposer, generate
-from coral.decoding.prompts import Prompt
+from coral.decoding.prompt_forms import Prompt
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle, State
 from coral.decoding.text import Detokenizer, Stop, cut_at, stop_at, stop_strings
@@ -127,7 +127,7 @@ class LLM:
 
         Args:
             prompt: a question (or with chat=False a text to go on with), chat messages, or token ids, in any
-                form that `prompts.read` knows. Of the options, None is the default.
+                form that `prompt_forms.read` knows. Of the options, None is the default.
             max_new_tokens: the text also ends where the target's context does.
             stop: the text ends before this string, or any of these.
             seed, sequence_id: the same two give the same text, whatever the machine, batch or drafter.
@@ -135,7 +135,7 @@ class LLM:
         Raises:
             CoralError: an empty prompt, one longer than the context, or an option out of range.
         """
-        prompt = prompts.read(prompt)
+        prompt = prompt_forms.read(prompt)
         tokens = self.encode(prompt, chat)
         strings = stop_strings(stop)
         length = self._check_length(tokens, max_new_tokens)
@@ -165,7 +165,7 @@ class LLM:
 
     def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
         """Token ids of a prompt: through the tokenizer's chat template, or raw."""
-        prompt = prompts.read(prompt)
+        prompt = prompt_forms.read(prompt)
         if isinstance(prompt, str):
             if not chat:
                 return [int(i) for i in self.tokenizer(prompt).input_ids]

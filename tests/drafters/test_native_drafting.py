@@ -9,7 +9,7 @@ from tiny import prompt_of, tiny_model, write
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State, Unread
-from coral.drafters.feature.native import NativeDrafter
+from coral.drafters.feature.native_drafting import NativeDrafter
 from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.drafters.feature.propose import Feature
 from coral.drafters.heads.full import FullHead

@@ -19,8 +19,8 @@ from coral.errors import CoralError
 from coral.target.record import TargetRecord
 from coral.training.loop import train
 from coral.training.optimiser import Float32Muon
-from coral.training.progress import Reporter
 from coral.training.recipe import Limits, OptimiserConfig, Reports, config_type
+from coral.training.reporter import Reporter
 from coral.training.schedule import learning_rate
 from coral.training.start import new_drafter
 from coral.tree import TreeSize

@@ -65,8 +65,8 @@ def tune(
         from coral.drafters.drafting import Drafting
         from coral.drafters.heads import store as heads
         from coral.target import default as models
+        from coral.tuning.search import GRAPH_ROWS, tune_drafter
         from coral.tuning.table import summary, table
-        from coral.tuning.tune import GRAPH_ROWS, tune_drafter
 
     sampling = Sampling(temperature, seed=seed)  # refuses what is out of range before any weight is read
     if drafter is None and target is not None:
@@ -99,7 +99,7 @@ def tune(
 def expect(target: Target, drafter: Path, prompts: list[list[int]]) -> None:
     """Say what a drafter that was just trained gains here, by tuning on a few prompts."""
     from coral.drafters.drafting import Drafting
-    from coral.tuning.tune import tune as run
+    from coral.tuning.search import tune as run
 
     make = Drafting(drafter, "full", fallback=False).proposer
     found = run(target.on(), make, prompts, max_new_tokens=48)
@@ -110,7 +110,7 @@ def expect(target: Target, drafter: Path, prompts: list[list[int]]) -> None:
 
 
 def _prompts(target: Target, rows: PreparedData | None) -> list[list[int]]:
-    from coral.tuning.tune import general_prompts
+    from coral.tuning.search import general_prompts
 
     if rows is None:
         return general_prompts(target)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from coral.decoding.prompts import readable
+from coral.decoding.prompt_forms import readable
 from coral.errors import CoralError
 
 Stop = str | Sequence[str] | None

@@ -24,8 +24,8 @@ from coral.drafters.heads.vocabulary import most_frequent, special_ids
 from coral.errors import CoralError
 from coral.locks import locked
 from coral.target.target import Target
+from coral.training.factors import TUNING, second_moment, tune
 from coral.training.head_loop import HeadConfig, drafts_of
-from coral.training.low_rank import TUNING, second_moment, tune
 from coral.training.router import train_router
 
 

@@ -14,8 +14,8 @@ from coral.errors import CoralError
 from coral.locks import locks_output
 from coral.native.memory import trim
 from coral.training import parallel, run_state, trackers
-from coral.training.progress import Reporter
 from coral.training.recipe import TrainConfig
+from coral.training.reporter import Reporter
 from coral.training.run import Run, TrainTarget, Update
 from coral.training.start import Data, begin
 

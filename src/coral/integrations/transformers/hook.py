@@ -30,7 +30,7 @@ from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
 from coral.drafters.drafting import Drafting
 from coral.errors import CoralError
-from coral.integrations.transformers.options import read_prompts, read_sampling, refuse_others
+from coral.integrations.transformers.generate_options import read_prompts, read_sampling, refuse_others
 from coral.target.attention import GROUPED_SDPA
 from coral.target.target import Target
 from coral.tree import TreeSize

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from publish import header, show
 
-from coral.api import LLM, make_proposer
+from coral.api import LLM
 from coral.bench.costs import verify_seconds
 from coral.bench.deepen import deepen, plain_bytes
 from coral.cli.demo import PROMPTS
@@ -31,6 +31,7 @@ from coral.decoding.merged import Merged
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle, State
+from coral.drafters.drafting import Drafting
 from coral.drafters.feature.propose import Feature
 from coral.native.memory import keep_freed_memory
 from coral.suites import prompts as suites
@@ -112,7 +113,7 @@ def main() -> None:
     if options.layers > loaded.config.num_hidden_layers:
         deepen(loaded.model, options.layers)
     target = loaded.on("native")
-    proposer: Any = make_proposer(target, options.drafter)
+    proposer: Any = Drafting.parse(options.drafter, fallback=False).proposer(target)
     drafter = proposer.drafter if isinstance(proposer, Merged) else proposer
     assert isinstance(drafter, Feature) and drafter._native, "this drafter is not drafted with natively"
     pair, plain = LLM(target, proposer, tree_size), LLM(target, Plain(), tree_size)

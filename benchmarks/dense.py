@@ -117,7 +117,7 @@ def our_loss(
     head_weight: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    return Learner(drafter, config)(batch, head_weight, None, generator).loss
+    return Learner(drafter, config, config.precision)(batch, head_weight, None, generator).loss
 
 
 def check(**options: Any) -> None:

@@ -31,12 +31,14 @@ from coral.cache import KVCache
 from coral.decoding.cycle import Proposer, generate
 from coral.decoding.plain import Plain
 from coral.decoding.state import State
-from coral.drafters.feature.network import Drafter, DrafterConfig, num_bytes
+from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.drafters.feature.propose import Feature
+from coral.drafters.heads.full import FullHead
 from coral.drafters.heads.groups import contiguous
-from coral.drafters.heads.reduced import StaticHead
 from coral.drafters.heads.routed import RoutedHead, Router
-from coral.drafters.heads.store import FullHead, Head
+from coral.drafters.heads.static import StaticHead
+from coral.drafters.heads.store import Head
+from coral.drafters.kinds import num_bytes
 from coral.gpu.graphs import record
 from coral.target.grouped_sdpa import GROUPED_SDPA
 from coral.target.target import Target

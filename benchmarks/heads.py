@@ -26,11 +26,13 @@ from torch import nn
 
 from coral.cache import KVCache
 from coral.decoding.state import State
+from coral.drafters.heads.full import FullHead
 from coral.drafters.heads.groups import contiguous
 from coral.drafters.heads.in_context import InContextHead
-from coral.drafters.heads.reduced import LowRankHead, StaticHead
+from coral.drafters.heads.low_rank import LowRankHead
 from coral.drafters.heads.routed import RoutedHead, Router
-from coral.drafters.heads.store import FullHead, Head
+from coral.drafters.heads.static import StaticHead
+from coral.drafters.heads.store import Head
 from coral.native.packed import pack_linears
 from coral.target.default import TOY
 from coral.target.target import Target

@@ -15,14 +15,15 @@ from typing import Any
 from publish import header, show
 from torch import Tensor
 
-from coral.api import make_proposer
 from coral.bench.methods import ours
 from coral.cli.options import quiet_transformers
 from coral.decoding.cycle import acceptance_length
 from coral.decoding.fallback import Fallback
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
-from coral.drafters.heads.reduced import StaticHead, Table
+from coral.drafters.drafting import Drafting
+from coral.drafters.heads.rows import Table
+from coral.drafters.heads.static import StaticHead
 from coral.native.memory import keep_freed_memory
 from coral.suites import prompts as suites
 from coral.target.default import TOY
@@ -58,7 +59,7 @@ def main() -> None:
     keep_freed_memory()
     quiet_transformers()
     target = Target.load(TOY / "target", dtype="float32").on("native")
-    feature: Any = make_proposer(target, TOY / "drafter")
+    feature: Any = Drafting(TOY / "drafter", fallback=False).proposer(target)
     feature.head = Missing(feature.head, target.vocab_size)
     loaded = suites.load("mt_bench,humaneval,gsm8k", options.prompts)
     prompts = [suites.render(target.tokenizer, prompt) for suite in loaded.values() for prompt in suite]

@@ -59,7 +59,7 @@ def measure(part: str, hidden: int, length: int) -> float:
     kernel = "sdpa" if part == "packed-mask" else GROUPED_SDPA
     target = Target(LlamaForCausalLM._from_config(config, attn_implementation=kernel))
     recipe = load_recipe("coral", ["checkpoint_steps=true"] if part == "checkpointed" else [])
-    learner = Learner(Drafter(DrafterConfig.for_target(config)), recipe)
+    learner = Learner(Drafter(DrafterConfig.for_target(config)), recipe, recipe.precision)
 
     def once(length: int) -> None:
         ids = torch.arange(length)[None] % 32000

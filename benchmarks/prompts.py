@@ -13,10 +13,10 @@ from time import perf_counter
 import torch
 from publish import header, show
 
-from coral.api import make_proposer
 from coral.bench.deepen import deepen
 from coral.cli.options import quiet_transformers
 from coral.decoding.state import State
+from coral.drafters.drafting import Drafting
 from coral.native.memory import keep_freed_memory
 from coral.target.default import TOY
 from coral.target.target import Target
@@ -39,7 +39,7 @@ def main() -> None:
         deepen(target.model, options.layers)
         native = target.on("native")
         assert not native.pads, "this target is not run natively"
-        proposer = make_proposer(native, f"{TOY / 'drafter'}+static")
+        proposer = Drafting(TOY / "drafter", "static", fallback=False).proposer(native)
         for length in LENGTHS:
             tokens = torch.randint(10, target.vocab_size, (length + 1,)).tolist()
             seconds: dict[str, list[float]] = {"torch": [], "native": [], "drafter": []}

@@ -30,7 +30,7 @@ from real_methods import chosen, every_method
 from real_table import PACKED, PLAIN, Method, by_method, differences, rows, speed, table
 
 from coral.cli.options import quiet_transformers
-from coral.drafters.names import read_name
+from coral.drafters.drafting import Drafting
 from coral.errors import CoralError
 from coral.export import write
 from coral.suites import prompts as suites
@@ -195,10 +195,10 @@ def made(path: Path, command: Sequence[str | Path]) -> Path:
 
 def export(options: argparse.Namespace) -> None:
     """The drafter as vLLM reads it; a head that its plug-in serves goes along if --drafter names it."""
-    source, head, _ = read_name(options.drafter)
-    assert source is not None
-    to, head = ("vllm-coral", head) if head in ("static", "routed") else ("vllm", "full")
-    write.export(Path(source), to, options.output / "vllm-drafter", served="", head=head)
+    named = Drafting.parse(options.drafter)
+    assert named.source is not None
+    to, head = ("vllm-coral", named.head) if named.head in ("static", "routed") else ("vllm", "full")
+    write.export(Path(named.source), to, options.output / "vllm-drafter", served="", head=head)
 
 
 def first_turns(directory: Path, options: argparse.Namespace) -> tuple[dict[str, list[int]], frozenset[int]]:

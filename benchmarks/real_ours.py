@@ -34,7 +34,7 @@ def main(job_path: str, answers_path: str) -> None:
 
 
 def texts(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    pair = coral.load(job["model"], job["drafter"], dtype=job["dtype"], tree_size=read_tree_size(job["tree"]))
+    pair = coral.load(job["model"], job["drafter"], dtype=job["dtype"], tree=read_tree_size(job["tree"]))
     write = ours(pair.target, pair.proposer, pair.tree_size)
     prompts, eos_ids = job["prompts"], frozenset(job["eos_ids"])
     write(next(iter(prompts.values())), Sampling(), 0, 16, eos_ids)  # warm up

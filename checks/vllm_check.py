@@ -25,7 +25,6 @@ import torch
 from agreement import Counts, judge
 from publish import header, reproduce, save
 
-from coral.api import make_proposer
 from coral.bench.equality import references, verdict_of
 from coral.bench.methods import ours
 from coral.cli.options import quiet_transformers
@@ -33,6 +32,7 @@ from coral.decoding.cycle import Proposer, generate
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
+from coral.drafters.drafting import Drafting
 from coral.export import write
 from coral.native.memory import keep_freed_memory
 from coral.suites import prompts as suites
@@ -107,7 +107,7 @@ def compare_with_vllm(
     options: argparse.Namespace, target: Target, head: str, job: dict[str, Any]
 ) -> dict[str, Any]:
     """Both sides write the prompts of `job` with one head. Prints a line; returns what results.json holds."""
-    proposer = make_proposer(target, options.drafter, head=head)
+    proposer = Drafting(options.drafter, head, fallback=False).proposer(target)
     texts, counts = chains(target, proposer, job["prompts"], options.tokens, options.draft_tokens)
     answer = run_vllm(options.engine, job)
     verdicts = [
@@ -216,7 +216,7 @@ def ways(
         return float(run_vllm(options.engine, asked)["seconds"])
 
     def own(drafter: str | Path | None, head: str, tree_size: TreeSize) -> float:
-        write_text = ours(compiled, make_proposer(compiled, drafter, head=head), tree_size)
+        write_text = ours(compiled, Drafting(drafter, head, fallback=False).proposer(compiled), tree_size)
         for _ in range(2):  # a text of another length may still compile something in the first go
             begin = perf_counter()
             for prompt in job["prompts"]:

@@ -308,7 +308,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> N
 @pytest.mark.parametrize(
     ("line", "function", "calls"),
     [
-        (GENERATE + "hi", "coral.api.make_proposer", 0),
+        (GENERATE + "hi", "coral.api.LLM", 0),
         (GENERATE + "hi", "coral.cli.chat.Detokenizer", 0),
         (PREPARE, "coral.data.prepare._truncate", 2),
         (REGENERATE + "--batch-size 2", "coral.decoding.batch.write_padded", 1),

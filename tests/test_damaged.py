@@ -20,7 +20,7 @@ from coral.drafters.heads import store as heads
 from coral.errors import CoralError
 from coral.hub.card import card
 from coral.target.record import TargetRecord
-from coral.training.recipe import TrainConfig, load_recipe
+from coral.training.recipe import TrainConfig, config_type, load_recipe
 from coral.training.run_state import RunState, folder
 from coral.training.run_state import load as load_state
 from coral.training.run_state import save as save_state
@@ -128,7 +128,7 @@ def _inside(value: Any, place: tuple[Any, ...]) -> Any:
 
 def test_damaged_training_state_is_refused(tmp_path: Path) -> None:
     """Stops a traceback from half a state, and moments of other weights."""
-    target, options = tiny_target(), TrainConfig()
+    target, options = tiny_target(), config_type("feature")()
     record = TargetRecord.of(target)
     moments: list[dict[str, Any]] = [{"state": {}, "param_groups": []}]
     save_state(tmp_path / "o", tiny_drafter(), record, options, moments, RunState(update=1), 5, "digest")

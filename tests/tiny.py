@@ -28,8 +28,9 @@ from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.drafters.feature.propose import Feature
 from coral.drafters.heads.groups import contiguous
 from coral.drafters.heads.in_context import InContextHead
-from coral.drafters.heads.reduced import LowRankHead, StaticHead, factorise
+from coral.drafters.heads.low_rank import LowRankHead, factorise
 from coral.drafters.heads.routed import RoutedHead, Router
+from coral.drafters.heads.static import StaticHead
 from coral.drafters.heads.store import Head
 from coral.target.grouped_sdpa import GROUPED_SDPA
 from coral.target.target import Target

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from coral.api import LLM, load
     from coral.decoding.sampling import Sampling
     from coral.decoding.state import Cycle, State
+    from coral.drafters.drafting import Drafting
     from coral.errors import CoralError
     from coral.integrations.transformers.hook import for_transformers
     from coral.target.target import Target
@@ -32,6 +33,7 @@ __all__ = [
     "CoralError",
     "Cycle",
     "DraftTree",
+    "Drafting",
     "Sampling",
     "State",
     "Target",
@@ -48,6 +50,7 @@ _HOME = {
     "State": "coral.decoding.state",
     "TreeSize": "coral.tree",
     "DraftTree": "coral.tree",
+    "Drafting": "coral.drafters.drafting",
     "CoralError": "coral.errors",
     "for_transformers": "coral.integrations.transformers.hook",
     "Target": "coral.target.target",

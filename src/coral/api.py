@@ -3,177 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
-from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coral.data import chat_format
-from coral.decoding import prompts
+from coral.decoding import prompt_forms
 from coral.decoding.cycle import Proposer, generate
-from coral.decoding.fallback import Fallback
-from coral.decoding.plain import Plain
-from coral.decoding.prompts import Prompt
+from coral.decoding.prompt_forms import Prompt
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle, State
 from coral.decoding.text import Detokenizer, Stop, cut_at, stop_at, stop_strings
-from coral.drafters import tuned
-from coral.drafters.names import located, read_name
+from coral.drafters.drafting import Drafting
 from coral.errors import CoralError
 from coral.target import default as models
 from coral.target.native import why_not_native
 from coral.target.target import Target
-from coral.tree import CPU_DEFAULT, DEFAULT, LOOKUP_NODES, TreeSize
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from coral.drafters.feature.network import Drafter
+    from coral.tree import TreeSize
 
 
 def load(
     target: str | Path | PreTrainedModel | Target | None = None,
-    drafter: str | Path | Drafter | None = None,
+    drafter: Any = None,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: str | torch.dtype | None = "auto",
-    device: str | None = None,
-    device_map: str | dict[str, Any] | None = None,
-    attention: str | None = "sdpa",
-    tree_size: TreeSize | None = None,
-    backend: str = "auto",
+    tree: TreeSize | None = None,
     head: str | None = "auto",
     coupled: bool = True,
     fallback: bool = True,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    backend: str = "auto",
+    **loading: Any,
 ) -> LLM:
     """Load a target and what drafts for it.
 
     Args:
         target: directory, hub id, loaded model, or None for SmolLM2-135M-Instruct, which is fetched once, and
             the drafter that the package has for it.
-        dtype: see `Target.load`; without a target "auto" keeps the file's blocks packed where that can be.
         drafter: drafter directory or hub id ("me/drafter", pinned as "me/drafter@REVISION"), "ngram" (prompt
-            lookup, no training), both in one tree as "DIRECTORY+ngram", a drafter that is already loaded, or
-            None for plain decoding.
-        tree_size: how large draft trees grow; None: what `coral tune` found for this drafter here, else
-            `tree.DEFAULT`, or `tree.CPU_DEFAULT`.
+            lookup, no training), both in one tree as "DIRECTORY+ngram", a drafter that is already loaded,
+            None for plain decoding, or a `Drafting`, which says the next four, too.
+        tree, head, coupled, fallback: see `Drafting`.
         backend: see `Target.on`.
-        head: the drafter's LM head, see `heads.load`.
-        coupled: at temperature > 0 draft with the noise that the sampler will use.
-        fallback: take plain steps while drafting is slower than they are.
+        loading: tokenizer, dtype, device, device_map, attention, revision, trust_remote_code: see
+            `Target.load`. Without a target "auto" as dtype keeps the file's blocks packed where that can be.
 
     Raises:
         CoralError: not found, not supported, or a drafter of another target.
     """
-    head = head or "auto"
     if target is None and drafter is None:
         drafter = models.DRAFTER
-    if isinstance(drafter, str):
-        drafter = located(drafter, head)
-    if not isinstance(target, Target):
-        loading: dict[str, Any] = {
-            "tokenizer": tokenizer,
-            "dtype": dtype,
-            "device": device,
-            "device_map": device_map,
-            "attention": attention,
-        }
-        if target is None:
-            target = models.load_to_write(**loading)
-        else:
-            loading |= {"revision": revision, "trust_remote_code": trust_remote_code}
-            target = Target.load(target, **loading)
+    drafting = Drafting.parse(drafter, tree=tree, head=head, coupled=coupled, fallback=fallback).located()
+    if target is None:
+        own = {name: loading[name] for name in loading.keys() - {"revision", "trust_remote_code"}}
+        target = models.load_to_write(**own)
+    elif not isinstance(target, Target):
+        target = Target.load(target, **loading)
     target = target.on(backend)
-    tree_size, origin = choose_tree_size(target, drafter, tree_size, head)
+    size, origin = drafting.tree_size(target)
     if backend == "graphs":
-        target = target.on(backend, (1, tree_size.num_nodes + 1))
-    proposer = make_proposer(target, drafter, coupled, head)
-    if fallback and not isinstance(proposer, Plain):
-        proposer = Fallback(proposer)
+        target = target.on(backend, (1, size.num_nodes + 1))
     slow = backend == "auto" and target.backend != "native" and target.device.type == "cpu"
-    return LLM(target, proposer, tree_size, origin, why_not_native(target) if slow else None)
-
-
-def choose_tree_size(
-    target: Target,
-    drafter: str | Path | Drafter | None,
-    asked: TreeSize | None = None,
-    head: str = "auto",
-) -> tuple[TreeSize, str]:
-    """The tree size that a drafter gets, and where it comes from: "asked for", "tuned" or "default".
-
-    Tuned is what `coral tune` found for this drafter and head on such a device, with a target of this dtype,
-    number of layers and backend.
-
-    Raises:
-        CoralError: no such drafter or head, or a file of tuned trees that cannot be read.
-    """
-    from coral.drafters import checkpoint
-    from coral.drafters.feature.network import Drafter
-    from coral.drafters.heads import store as heads
-
-    if asked is not None:
-        return asked, "asked for"
-    found, lookup = None, False
-    if not isinstance(drafter, Drafter):
-        source, head, lookup = read_name(drafter, head)
-        if source is not None:
-            directory = checkpoint.locate(source)
-            found = tuned.find(directory, tuned.Conditions.of(target, heads.resolve(directory, head)))
-    tree_size = found or (CPU_DEFAULT if target.device.type == "cpu" else DEFAULT)
-    if lookup:
-        tree_size = replace(tree_size, num_nodes=max(tree_size.num_nodes, LOOKUP_NODES))
-    return tree_size, "tuned" if found else "default"
-
-
-def make_proposer(
-    target: Target,
-    drafter: str | Path | Drafter | None,
-    coupled: bool = True,
-    head: str = "auto",
-) -> Proposer:
-    """The proposer that `drafter` names, see `read_name`.
-
-    Raises:
-        CoralError: no such drafter or head, or a drafter of another target.
-    """
-    from coral.decoding.merged import Merged
-    from coral.drafters import checkpoint
-    from coral.drafters.feature.network import Drafter
-    from coral.drafters.feature.propose import Feature
-    from coral.drafters.heads import store as heads
-    from coral.drafters.lookup import NGram
-
-    if isinstance(drafter, Drafter):
-        own = heads.of_target(target, heads.DEFAULT_HEAD if head == "auto" else head)
-        return Feature(_fitted(drafter, target), target, own, coupled)
-    source, head, lookup = read_name(drafter, head)
-    if source is None:
-        return NGram() if lookup else Plain()
-    device = target.head_weight.device
-    loaded = checkpoint.load(source, target, dtype=target.dtype, device=device)
-    trained = Feature(loaded, target, heads.load(source, target, head), coupled)
-    return Merged(trained, NGram()) if lookup else trained
-
-
-def _fitted(drafter: Drafter, target: Target) -> Drafter:
-    """A loaded drafter in the target's dtype and on its device; copied where that changes it."""
-    drafter.config.check_sizes(target)
-    weight, wanted = drafter.fc.weight, target.head_weight
-    if (weight.dtype, weight.device) == (wanted.dtype, wanted.device):
-        return drafter
-    return deepcopy(drafter).to(device=wanted.device, dtype=wanted.dtype)
+    return LLM(target, drafting.proposer(target), size, origin, why_not_native(target) if slow else None)
 
 
 class LLM:
     """A target and its proposer. The text never depends on the proposer, only the speed does.
 
-    tree_size: how large draft trees grow; tree_size_origin: where it comes from, see `choose_tree_size`.
+    tree_size: how large draft trees grow; tree_size_origin: where it comes from, see `Drafting.tree_size`.
     why: why the target is not run natively on a CPU; None where it is, or another backend was asked for.
     """
 
@@ -227,7 +127,7 @@ class LLM:
 
         Args:
             prompt: a question (or with chat=False a text to go on with), chat messages, or token ids, in any
-                form that `prompts.read` knows. Of the options, None is the default.
+                form that `prompt_forms.read` knows. Of the options, None is the default.
             max_new_tokens: the text also ends where the target's context does.
             stop: the text ends before this string, or any of these.
             seed, sequence_id: the same two give the same text, whatever the machine, batch or drafter.
@@ -235,7 +135,7 @@ class LLM:
         Raises:
             CoralError: an empty prompt, one longer than the context, or an option out of range.
         """
-        prompt = prompts.read(prompt)
+        prompt = prompt_forms.read(prompt)
         tokens = self.encode(prompt, chat)
         strings = stop_strings(stop)
         length = self._check_length(tokens, max_new_tokens)
@@ -265,7 +165,7 @@ class LLM:
 
     def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
         """Token ids of a prompt: through the tokenizer's chat template, or raw."""
-        prompt = prompts.read(prompt)
+        prompt = prompt_forms.read(prompt)
         if isinstance(prompt, str):
             if not chat:
                 return [int(i) for i in self.tokenizer(prompt).input_ids]

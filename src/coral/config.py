@@ -3,11 +3,11 @@
 import dataclasses
 import difflib
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -17,8 +17,15 @@ from coral.errors import CoralError
 T = TypeVar("T")
 
 
-def load(cls: type[T], source: str | Path | Mapping[str, Any], overrides: str | Sequence[str] = ()) -> T:
-    """Build the dataclass `cls` from a YAML file or a mapping; later overrides win.
+def load(
+    cls: type[T] | Callable[[Mapping[str, Any]], type[T]],
+    source: str | Path | Mapping[str, Any],
+    overrides: str | Sequence[str] = (),
+) -> T:
+    """Build a dataclass from a YAML file or a mapping; later overrides win.
+
+    Args:
+        cls: the dataclass, or a function that chooses it by the values.
 
     Raises:
         CoralError: the file cannot be read, a key is unknown (the nearest one is named), a value has the
@@ -31,7 +38,7 @@ def load(cls: type[T], source: str | Path | Mapping[str, Any], overrides: str | 
         where, values = str(source), _read(Path(source))
     for override in [overrides] if isinstance(overrides, str) else overrides:
         _apply(values, override)
-    return _build(cls, values, (), where)
+    return cast(T, _build(cls if isinstance(cls, type) else cls(values), values, (), where))
 
 
 def check(values: Any, *path: str) -> None:

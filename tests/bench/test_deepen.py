@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from coral.bench.deepen import deepen, plain_bytes
-from coral.drafters.feature.network import num_bytes
+from coral.drafters.kinds import num_bytes
 from coral.errors import CoralError
 
 SHAPE = {

@@ -22,7 +22,7 @@ from coral.data.features import FeatureBatch
 from coral.data.prepare import PrepareConfig, prepare
 from coral.drafters import checkpoint
 from coral.drafters.heads import store as heads
-from coral.drafters.heads.reduced import StaticHead
+from coral.drafters.heads.static import StaticHead
 from coral.target.target import Target
 from coral.training import head_loop, router
 from coral.tree import TreeSize

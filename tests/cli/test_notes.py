@@ -13,7 +13,7 @@ from coral.cli import notes
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.errors import CoralError
-from coral.integrations.transformers.options import not_applied
+from coral.integrations.transformers.generate_options import not_applied
 from coral.target.target import Target
 from coral.tree import TreeSize
 

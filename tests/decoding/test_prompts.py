@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, BatchEncoding
 
 from coral.api import LLM, load
-from coral.decoding import prompts
+from coral.decoding import prompt_forms
 from coral.errors import CoralError
 
 
@@ -116,7 +116,7 @@ ANY = st.recursive(
 def test_nothing_else_is_raised(prompt: Any) -> None:
     """Stops what nobody thought of."""
     try:
-        read = prompts.read(prompt)
+        read = prompt_forms.read(prompt)
     except CoralError:
         return
     assert read and (isinstance(read, str) or all(isinstance(each, int | dict) for each in read))

@@ -19,10 +19,10 @@ from tiny_training import tiny_target as training_target
 
 from coral.data.features import frequencies
 from coral.drafters.heads import store as heads
+from coral.drafters.heads.full import FullHead
 from coral.drafters.heads.groups import GROUPINGS, outside, split
 from coral.drafters.heads.in_context import InContextHead
 from coral.drafters.heads.routed import RoutedHead, Router
-from coral.drafters.heads.store import FullHead
 from coral.drafters.heads.vocabulary import most_frequent
 from coral.errors import CoralError
 from coral.training.head_loop import HeadConfig

@@ -10,8 +10,8 @@ from tiny import Bushes, V, new_state, prompt_of, random_drafter, tiny_model, ti
 
 from coral.decoding.cycle import generate
 from coral.drafters.feature.propose import Feature
+from coral.drafters.heads.full import FullHead
 from coral.drafters.heads.in_context import InContextHead, likeliest
-from coral.drafters.heads.store import FullHead
 from coral.target.target import Target
 from coral.tree import TreeSize
 

@@ -9,12 +9,12 @@ from tiny import prompt_of, tiny_model, write
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State, Unread
-from coral.drafters.feature.native import NativeDrafter
+from coral.drafters.feature.native_drafting import NativeDrafter
 from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.drafters.feature.propose import Feature
+from coral.drafters.heads.full import FullHead
 from coral.drafters.heads.in_context import InContextHead
-from coral.drafters.heads.reduced import StaticHead
-from coral.drafters.heads.store import FullHead
+from coral.drafters.heads.static import StaticHead
 from coral.target.target import Target
 from coral.tree import TreeSize
 

@@ -10,11 +10,12 @@ from test_train import CONFIG, run, weights
 from tiny_training import a_batch, tiny_drafter, tiny_target
 
 from coral.drafters import checkpoint
+from coral.drafters.feature.learning_options import DrafterOptions
 from coral.errors import CoralError
 from coral.export import layout as eagle
 from coral.export.read import read
 from coral.target.record import TargetRecord
-from coral.training.recipe import DrafterOptions, Limits
+from coral.training.recipe import Limits
 from coral.training.start import new_drafter
 
 # As SafeAILab's drafters have it: heads but not their width, no rotary type, positions of the drafter's own.

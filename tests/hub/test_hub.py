@@ -312,7 +312,7 @@ model = AutoModelForCausalLM.from_pretrained(target)
 ids = torch.tensor([[9, 8, 7]])
 form = dict(custom_generate=repo, revision="main", trust_remote_code=True)
 print(torch.equal(model.generate(ids, max_new_tokens=6), model.generate(ids, max_new_tokens=6, **form)))
-print(*(key[0] for key in model._coral))
+print(*(key[0].source for key in model._coral))
 """
 
 

@@ -60,7 +60,7 @@ def drafter_of(model: PreTrainedModel) -> Drafter:
 
 def faster(drafter: Any, **options: Any) -> Any:
     """Whether drafting pays must not depend on the clock: then a test would not always test the same."""
-    return coral.for_transformers(drafter, tree_size=TREE_SIZE, fallback=False, **options)
+    return coral.for_transformers(drafter, tree=TREE_SIZE, fallback=False, **options)
 
 
 def batch(lengths: tuple[int, ...] = (9, 4, 7)) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ def oracle(
     texts = model.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=None)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 40), value=1).bool()
     rows = [text[keep].tolist() for text, keep in zip(texts, mask, strict=True)]
-    monkeypatch.setattr("coral.integrations.transformers.hook.make_proposer", lambda *_: kind(rows))
+    monkeypatch.setattr("coral.drafters.drafting.Drafting.proposer", lambda *_: kind(rows))
     return faster("ngram")
 
 
@@ -264,7 +264,7 @@ def test_sampling_has_the_law_of_generate(name: str) -> None:
     """
     model = soft_target().model
     prompt = prompt_of(6, vocab_size=5)
-    function = coral.for_transformers(drafter_of(model), tree_size=coral.TreeSize(2, 1, 2), fallback=False)
+    function = coral.for_transformers(drafter_of(model), tree=coral.TreeSize(2, 1, 2), fallback=False)
     torch.manual_seed(11)
     asked = {"max_new_tokens": 2, "do_sample": True, "num_return_sequences": 20, **LAWS[name]}
     pairs = []

@@ -17,7 +17,7 @@ from torch import nn
 
 from coral.drafters import checkpoint
 from coral.drafters.heads import store as heads
-from coral.drafters.heads.reduced import factorise
+from coral.drafters.heads.low_rank import factorise
 from coral.drafters.heads.routed import Router
 from coral.errors import CoralError
 from coral.export import write

@@ -23,10 +23,11 @@ from torch.distributed.tensor import DTensor
 
 from coral.data import features as feature_batches
 from coral.drafters import checkpoint
+from coral.drafters.feature.learning_options import DrafterOptions
 from coral.errors import CoralError
 from coral.target.target import Target
 from coral.training import parallel, trackers
-from coral.training.recipe import DrafterOptions, Reports
+from coral.training.recipe import Reports
 
 CLIPPED = replace(CONFIG.optimiser, gradient_clip=0.05)  # always
 # In two processes; noise and alignment included.

@@ -19,13 +19,13 @@ from coral.errors import CoralError
 from coral.target.record import TargetRecord
 from coral.training.loop import train
 from coral.training.optimiser import Float32Muon
-from coral.training.progress import Reporter
-from coral.training.recipe import Limits, OptimiserConfig, Reports, TrainConfig
+from coral.training.recipe import Limits, OptimiserConfig, Reports, config_type
+from coral.training.reporter import Reporter
 from coral.training.schedule import learning_rate
 from coral.training.start import new_drafter
 from coral.tree import TreeSize
 
-CONFIG = TrainConfig(
+CONFIG = config_type("feature")(
     steps=3,
     noise=0.05,
     batch_size=3,

@@ -14,9 +14,9 @@ from coral.bench.acceptance import acceptance
 from coral.drafters import checkpoint
 from coral.target.target import Target
 from coral.training.loop import train
-from coral.training.recipe import Limits, Reports, TrainConfig
+from coral.training.recipe import Limits, Reports, config_type
 
-CONFIG = TrainConfig(
+CONFIG = config_type("feature")(
     steps=2, batch_size=3, limits=Limits(updates=4), reports=Reports(log_every=1, acceptance_every=2)
 )
 

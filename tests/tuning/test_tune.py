@@ -26,8 +26,8 @@ from coral.target.target import Target
 from coral.tree import CPU_DEFAULT, DEFAULT, LOOKUP_NODES, DraftTree, TreeSize
 from coral.tuning.cycle_costs import CycleCosts, measure_cycles
 from coral.tuning.recording import Text, everything, new_state, record
+from coral.tuning.search import MIN_GAIN, Prediction, fastest, grid
 from coral.tuning.simulate import Simulated, simulate
-from coral.tuning.tune import MIN_GAIN, Prediction, fastest, grid
 
 POOL = everything(4, 6, 0.0)
 NEW = 30

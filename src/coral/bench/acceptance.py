@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from coral.api import make_proposer
 from coral.decoding.cycle import acceptance_length, generate
 from coral.decoding.state import State
-from coral.drafters.feature.network import Drafter
+from coral.drafters.drafting import Drafting
 from coral.target.target import Target
 from coral.tree import TreeSize
 
@@ -16,7 +16,7 @@ TREE = TreeSize(top_k=6, max_depth=5, num_nodes=24)
 
 
 def acceptance(
-    target: Target, drafter: Drafter, prompts: Sequence[list[int]], max_new_tokens: int = 64
+    target: Target, drafter: Any, prompts: Sequence[list[int]], max_new_tokens: int = 64
 ) -> dict[str, float]:
     """Greedy tau on `prompts` with a chain of four draft tokens and with a tree of 24.
 
@@ -24,7 +24,7 @@ def acceptance(
     """
     taus = {}
     target = target.on()  # as `coral generate` does
-    proposer = make_proposer(target, drafter, head="full")
+    proposer = Drafting(drafter, "full", fallback=False).proposer(target)
     for name, tree_size in (("chain", CHAIN), ("tree", TREE)):
         cycles = []
         for prompt in prompts:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from coral.drafters.feature.network import num_bytes
+from coral.drafters.kinds import num_bytes
 from coral.errors import CoralError
 from coral.target.target import Target
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, Protocol
@@ -16,7 +16,7 @@ from coral.decoding.cycle import Proposer, generate
 from coral.decoding.fallback import Fallback
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle, State
-from coral.drafters.lookup import NGram
+from coral.drafters.drafting import Drafting
 from coral.errors import CoralError
 from coral.target.target import Target
 from coral.tree import TreeSize
@@ -203,7 +203,7 @@ def all_methods(
             methods.append(Method("peer", "hf_assisted", False, hugging_face(target, rivals.assistant)))
     if peers or "ngram" in made:
         lookup = rivals.tree_sizes.get("ngram", rivals.lookup)
-        proposer: Proposer = Fallback(NGram()) if fallback and "ngram" in made else NGram()
+        proposer = Drafting(lookup=True, fallback=fallback and "ngram" in made).proposer(target)
         found = ours(target.sized(lookup.num_nodes + 1), proposer, lookup)
         methods.append(Method("peer", "ngram", False, found))
     for name, make in made.items():
@@ -218,9 +218,7 @@ def all_methods(
     return methods
 
 
-def maker(source: str | Path | MakeProposer, head: str = "auto") -> MakeProposer:
-    if not isinstance(source, (str, Path)):
+def maker(source: Drafting | MakeProposer) -> MakeProposer:
+    if not isinstance(source, Drafting):
         return source
-    from coral.api import make_proposer
-
-    return lambda target, coupled: make_proposer(target, source, coupled, head=head)
+    return lambda target, coupled: replace(source, coupled=coupled, fallback=False).proposer(target)

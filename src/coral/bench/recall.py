@@ -14,14 +14,14 @@ from torch import Tensor
 
 from coral.decoding.cycle import generate
 from coral.decoding.state import State
-from coral.drafters.feature.propose import Feature
 from coral.drafters.heads.routed import RoutedHead
+from coral.drafters.kinds import DraftsByHead
 from coral.target.target import Target
 from coral.tree import DraftTree, TreeSize
 
 
 def recall_by_depth(
-    target: Target, proposer: Feature, prompts: Sequence[list[int]], length: int, tree_size: TreeSize
+    target: Target, proposer: DraftsByHead, prompts: Sequence[list[int]], length: int, tree_size: TreeSize
 ) -> dict[str, Any] | None:
     """The part of the target's probability mass that lies in the groups which a routed head chose, its core
     included.
@@ -70,7 +70,7 @@ class _Watcher:
     the path: row i is the feature of the node of depth i. `sums` [depths, 2] takes the mass and a count.
     """
 
-    def __init__(self, proposer: Feature, head: RoutedHead, sums: Tensor) -> None:
+    def __init__(self, proposer: DraftsByHead, head: RoutedHead, sums: Tensor) -> None:
         self.watched, self.sums = _WatchedHead(head), sums
         self.proposer = copy(proposer)
         self.proposer.head, self.layers = self.watched, proposer.layers

@@ -35,8 +35,8 @@ from coral.data.chat_format import end_answers
 from coral.decoding.cycle import Proposer
 from coral.decoding.merged import Merged
 from coral.decoding.sampling import Sampling
-from coral.drafters.feature.network import num_bytes
-from coral.drafters.feature.propose import Feature
+from coral.drafters.drafting import Drafting
+from coral.drafters.kinds import DraftsByHead, num_bytes
 from coral.errors import CoralError
 from coral.files import atomic_text
 from coral.locks import locks_output
@@ -46,7 +46,7 @@ from coral.target import default as models
 from coral.target.target import Target
 from coral.tree import DEFAULT, LOOKUP_NODES, TreeSize
 
-Drafters = Mapping[str, str | Path | MakeProposer]
+Drafters = Mapping[str, str | Path | Drafting | MakeProposer]
 
 
 @locks_output
@@ -73,8 +73,6 @@ def bench(
     Raises:
         CoralError: a bad name or file, or an output that holds another bench or that another process writes.
     """
-    from coral.drafters.names import located
-
     output, config = Path(output), config or BenchConfig()
     prompts = suites_.load(suites, config.limit)
     if taken := sorted(name for name in RESERVED if drafters.get(name, name) != name):
@@ -82,13 +80,14 @@ def bench(
     drafters = {name: source for name, source in drafters.items() if name != "plain"}  # measured in any case
     settings = {
         "target": target.name if isinstance(target, Target) else str(target or models.SMOLLM2.name),
-        "drafters": {k: str(v) if isinstance(v, (str, Path)) else "function" for k, v in drafters.items()},
+        "drafters": {k: "function" if callable(v) else str(v) for k, v in drafters.items()},
         "suites": {suite: len(items) for suite, items in prompts.items()},
         **asdict(config),
     }
     # Before minutes of loading and measuring, and once: what is measured is of one revision.
-    drafters = {k: located(v, config.head) if isinstance(v, str) else v for k, v in drafters.items()}
-    run = _Bench(target, drafters, suites, prompts, config, output, settings)
+    options = {"head": config.head, "tree": config.tree_size}
+    read = {k: v if callable(v) else Drafting.parse(v, **options).located() for k, v in drafters.items()}
+    run = _Bench(target, read, suites, prompts, config, output, settings)
     run.results["command"] = command or shlex.join(["coral", *sys.argv[1:]])
     try:
         for dtype in config.dtypes:
@@ -127,7 +126,7 @@ class _Bench:
     """One bench: what is asked, the log of what is finished, and the results that follow."""
 
     target: Target | str | Path | None
-    drafters: Drafters
+    drafters: Mapping[str, Drafting | MakeProposer]
     suites: str | Sequence[str]
     prompts: Mapping[str, Sequence[suites_.Prompt]]
     config: BenchConfig
@@ -186,9 +185,9 @@ class _Bench:
         few = _first_prompts(eager, self.prompts)
         # A bench that goes on keeps its trees.
         fast = eager.on(config.backend)
-        trees = self.log.trees.get(eager.precision) or _choose_trees(fast, self.drafters, config)
+        trees = self.log.trees.get(eager.precision) or self._choose_trees(fast)
         rivals = Rivals(
-            {name: maker(source, config.head) for name, source in self.drafters.items()},
+            {name: maker(source) for name, source in self.drafters.items()},
             {name: tree["tree_size"] for name, tree in trees.items()},
             TreeSize(
                 2, LOOKUP_NODES, max(LOOKUP_NODES, (config.tree_size or DEFAULT).num_nodes), min_gain=0.1
@@ -196,6 +195,16 @@ class _Bench:
             assistant,
         )
         return _Loaded(self._ways(eager, fast, rivals, dtype), few, rivals, trees)
+
+    def _choose_trees(self, target: Target) -> dict[str, Tree]:
+        """The tree size of each drafter and where it comes from, as the log and the results hold it."""
+        trees: dict[str, Tree] = {}
+        for name, source in self.drafters.items():
+            # A function has no directory.
+            drafting = source if isinstance(source, Drafting) else Drafting(tree=self.config.tree_size)
+            tree_size, origin = drafting.tree_size(target)
+            trees[name] = {"tree_size": tree_size, "origin": origin}
+        return trees
 
     def _ways(self, eager: Target, fast: Target, rivals: Rivals, dtype: str) -> dict[str, Target]:
         """The target by how it runs: eager, and where it is not the same native or compiled."""
@@ -247,21 +256,9 @@ class _Bench:
                     self.results["skipped"] += [reason] if reason else []
 
 
-def _choose_trees(target: Target, drafters: Drafters, config: BenchConfig) -> dict[str, Tree]:
-    """The tree size of each drafter and where it comes from, as the log and the results hold it."""
-    from coral.api import choose_tree_size
-
-    trees: dict[str, Tree] = {}
-    for name, source in drafters.items():
-        named = source if isinstance(source, (str, Path)) else None  # a function has no directory
-        tree_size, origin = choose_tree_size(target, named, config.tree_size, config.head)
-        trees[name] = {"tree_size": tree_size, "origin": origin}
-    return trees
-
-
-def _trained(proposer: Proposer) -> Feature | None:
+def _trained(proposer: Proposer) -> DraftsByHead | None:
     inner = proposer.drafter if isinstance(proposer, Merged) else proposer
-    return inner if isinstance(inner, Feature) else None
+    return inner if isinstance(inner, DraftsByHead) else None
 
 
 def _load_target(target: Target | str | Path | None, dtype: str, device: str | None) -> Target:

@@ -67,7 +67,7 @@ def run(max_new_tokens: int, dtype: str, tree_size: TreeSize | None) -> None:
         from coral.cli.options import quiet_transformers
 
         quiet_transformers()
-        pair = load(source, drafter, dtype=dtype, tree_size=tree_size)
+        pair = load(source, drafter, dtype=dtype, tree=tree_size)
     console.print(
         f"{pair.target.name} in {pair.target.precision}. ",
         Text.assemble("Green underlined", style="green underline"),

@@ -17,8 +17,8 @@ from coral.cli.bench import bench
 from coral.cli.data import data
 from coral.cli.export import export, import_
 from coral.cli.gguf import cache, convert
-from coral.cli.heads import train_head
 from coral.cli.hub import push
+from coral.cli.train_head import train_head
 from coral.cli.tune import expect, tune
 from coral.errors import CoralError
 from coral.native.memory import keep_freed_memory, seconds_alive, uncollected
@@ -96,7 +96,7 @@ def generate(
             drafter,
             dtype=dtype,
             device=device,
-            tree_size=options.read_tree_size(tree),
+            tree=options.read_tree_size(tree),
             backend=backend,
             head=head,
             coupled=coupled,

@@ -7,7 +7,7 @@ from typing import Any
 from coral.api import LLM
 from coral.data.chat_format import special_texts
 from coral.decoding.sampling import Sampling
-from coral.integrations.transformers.options import not_applied
+from coral.integrations.transformers.generate_options import not_applied
 
 
 def of_model(pair: LLM, options: dict[str, Any]) -> list[str]:

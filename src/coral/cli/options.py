@@ -144,9 +144,9 @@ def read_drafters(items: list[str]) -> dict[str, str]:
 
 
 def _own_name(drafter: str) -> str:
-    from coral.drafters.names import read_name
+    from coral.drafters.drafting import Drafting
 
-    source, _, _ = read_name(drafter)
+    source = Drafting.parse(drafter).source
     if source is None:
         return drafter
     own = Path(source).resolve() if Path(source).is_dir() else Path(source)

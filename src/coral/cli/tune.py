@@ -62,20 +62,20 @@ def tune(
         from coral.data import shards
         from coral.decoding.sampling import Sampling
         from coral.drafters import checkpoint
+        from coral.drafters.drafting import Drafting
         from coral.drafters.heads import store as heads
-        from coral.drafters.names import read_name
         from coral.target import default as models
+        from coral.tuning.search import GRAPH_ROWS, tune_drafter
         from coral.tuning.table import summary, table
-        from coral.tuning.tune import GRAPH_ROWS, tune_drafter
 
     sampling = Sampling(temperature, seed=seed)  # refuses what is out of range before any weight is read
     if drafter is None and target is not None:
         raise CoralError("say which drafter of this target to tune: coral tune DRAFTER --target ...")
-    source, head, lookup = read_name(drafter or str(models.DRAFTER), head)
-    if source is None or lookup:
+    drafting = Drafting.parse(drafter or str(models.DRAFTER), head=head)
+    if drafting.source is None or drafting.lookup:
         raise CoralError(f"{drafter!r} is no trained drafter; name the directory of one, without '+ngram'.")
-    directory = checkpoint.own_directory(source) if write else checkpoint.locate(source)
-    kind = heads.resolve(directory, head)
+    directory = (checkpoint.own_directory if write else checkpoint.locate)(drafting.source)
+    kind = heads.resolve(directory, drafting.head)
     rows = shards.load(data) if data is not None else None
     loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows, to_write=True)
     append_layers(loaded, deepen)
@@ -98,15 +98,11 @@ def tune(
 
 def expect(target: Target, drafter: Path, prompts: list[list[int]]) -> None:
     """Say what a drafter that was just trained gains here, by tuning on a few prompts."""
-    from coral.api import make_proposer
-    from coral.tuning.tune import tune as run
+    from coral.drafters.drafting import Drafting
+    from coral.tuning.search import tune as run
 
-    found = run(
-        target.on(),
-        lambda target: make_proposer(target, drafter, head="full"),
-        prompts,
-        max_new_tokens=48,
-    )
+    make = Drafting(drafter, "full", fallback=False).proposer
+    found = run(target.on(), make, prompts, max_new_tokens=48)
     print(
         f"expect {found.predicted:.2f}x (tau {found.best.tau:.2f}) here with --tree {found.best.tree_size} "
         "and the full head; a head from `coral train-head` costs less, and `coral tune` writes the tree down"
@@ -114,7 +110,7 @@ def expect(target: Target, drafter: Path, prompts: list[list[int]]) -> None:
 
 
 def _prompts(target: Target, rows: PreparedData | None) -> list[list[int]]:
-    from coral.tuning.tune import general_prompts
+    from coral.tuning.search import general_prompts
 
     if rows is None:
         return general_prompts(target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from coral.decoding.prompts import readable
+from coral.decoding.prompt_forms import readable
 from coral.errors import CoralError
 
 if TYPE_CHECKING:

@@ -1,8 +1,9 @@
 """The checkpoint: one directory on disk, the only thing that training and decoding share.
 
-The top level is the plain EAGLE layout that vLLM and SGLang read: `config.json` and `model.safetensors` with
-exactly the tensors of the drafter. What those engines do not know lies in `coral/config.json`: the kind of
-drafter, the target it belongs to, the drafter's options, and the recipe and measurements it came from.
+The top level is what other engines read, if any knows the kind: `model.safetensors` with exactly the tensors
+of the drafter and `config.json`, for the kind `feature` in the plain EAGLE layout of vLLM and SGLang. What
+those engines do not know lies in `coral/config.json`: the kind of drafter, the target states that it reads,
+the target it belongs to, the drafter's options, and the recipe and measurements it came from.
 `custom_generate/` lets transformers' `generate` draft with the directory; nothing here reads it.
 """
 
@@ -11,16 +12,16 @@ from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import copyfile
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
-from torch import Tensor
+from torch import Tensor, nn
 
 from coral import json_file
-from coral.drafters.feature.network import Drafter, DrafterConfig
+from coral.drafters import kinds
 from coral.errors import CoralError
 from coral.files import POINTER, atomic_directory, is_pointer, replaceable
 from coral.json_file import STRICT
@@ -28,40 +29,39 @@ from coral.target import download
 from coral.target.record import TargetLike, TargetRecord, check_target
 
 FORMAT_VERSION = 1
-KINDS = ("eagle",)
-FEATURE = "after_final_norm"
 CUSTOM_GENERATE = Path(__file__).parents[1] / "integrations" / "transformers" / "custom_generate"
 """What transformers runs for `generate(..., custom_generate=DRAFTER)`; every drafter carries a copy."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WEIGHTS = ("config.json", "model.safetensors", "coral/config.json", "custom_generate/*")
 _MADE_FOR_WEIGHTS = ("coral/trees.json", "coral/training/*")
 
+_Config = TypeVar("_Config")
+
 
 @dataclass(frozen=True)
-class _Record:
-    """What coral/config.json holds."""
+class _Record(Generic[_Config]):
+    """What coral/config.json holds; `drafter` is the kind's `Config`."""
 
     __pydantic_config__ = STRICT
     format_version: int
     kind: str
-    feature: str
+    layers: list[int]
     target: TargetRecord
-    drafter: DrafterConfig
+    drafter: _Config
     recipe: dict[str, Any] | None
     metrics: dict[str, Any] | None
 
 
 def save(
-    drafter: Drafter,
+    drafter: Any,
     directory: str | Path,
     *,
     target: TargetRecord,
-    kind: str = "eagle",
     recipe: dict[str, Any] | None = None,
     metrics: dict[str, Any] | None = None,
 ) -> None:
-    """Write a drafter as `directory`, in one step: an older drafter there is replaced only when all is
-    written. What else lies there stays, see `replaced`.
+    """Write a drafter of any kind as `directory`, in one step: an older drafter there is replaced only when
+    all is written. What else lies there stays, see `replaced`.
 
     Raises:
         CoralError: the directory holds something that is not a drafter, a weight is not finite, or the disk
@@ -70,7 +70,7 @@ def save(
     directory = Path(directory)
     refuse_foreign(directory)
     with atomic_directory(directory, ours=replaced(directory, target)) as aside:
-        write(drafter, aside, target=target, kind=kind, recipe=recipe, metrics=metrics)
+        write(drafter, aside, target=target, recipe=recipe, metrics=metrics)
 
 
 def refuse_foreign(directory: Path) -> None:
@@ -112,11 +112,10 @@ def _is_for_another(directory: Path, target: TargetRecord) -> bool:
 
 
 def write(
-    drafter: Drafter,
+    drafter: Any,
     directory: Path,
     *,
     target: TargetRecord,
-    kind: str = "eagle",
     recipe: dict[str, Any] | None = None,
     metrics: dict[str, Any] | None = None,
 ) -> None:
@@ -125,25 +124,25 @@ def write(
     Raises:
         CoralError: a weight is not finite.
     """
-    assert kind in KINDS
+    kind = kinds.find(drafter.kind)
     if odd := not_finite(drafter.state_dict()):
         raise CoralError(f"the drafter is not written, for {odd} is not finite; train it anew.")
     tensors = {
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in drafter.state_dict().items()
     }
-    options = asdict(drafter.config)
     ours = {
         "format_version": FORMAT_VERSION,
-        "kind": kind,
-        "feature": FEATURE,
+        "kind": drafter.kind,
+        "layers": kind.layers(drafter.config),
         "target": asdict(target),
-        "drafter": options,
+        "drafter": asdict(drafter.config),
         "recipe": recipe,
         "metrics": metrics,
     }
     (directory / "coral").mkdir(exist_ok=True)
     (directory / "model.safetensors").write_bytes(serialise(tensors, metadata={"format": "pt"}))
-    write_json(directory / "config.json", engine_config(drafter.config, drafter.fc.weight.dtype))
+    if (told := kind.engine_config(drafter.config, _dtype(tensors))) is not None:
+        write_json(directory / "config.json", told)
     write_json(directory / "coral" / "config.json", ours)
     (directory / CUSTOM_GENERATE.name).mkdir(exist_ok=True)
     for name in ("generate.py", "requirements.txt"):
@@ -156,8 +155,11 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-) -> Drafter:
+) -> Any:
     """Read a drafter from where `locate` finds it, ready to run (no gradients, evaluation mode).
+
+    Returns:
+        A `Drafter` of its kind, in the dtype that it is stored in if no other is given.
 
     Raises:
         CoralError: nothing there, not a drafter of ours, tensors missing, left over, of another shape or not
@@ -165,7 +167,8 @@ def load(
     """
     directory = locate(source)
     ours = read_config(directory)
-    config, file = DrafterConfig(**ours["drafter"]), directory / "model.safetensors"
+    kind, config = kinds.find(ours["kind"]), config_of(ours)
+    file = directory / "model.safetensors"
     if target is not None:
         check_target(directory, TargetRecord(**ours["target"]), TargetRecord.of(target))
         config.check_sizes(target)
@@ -174,24 +177,34 @@ def load(
     except (OSError, SafetensorError) as error:
         why = POINTER if is_pointer(file) else f"cannot be read ({error})"
         raise CoralError(f"{file} {why}; copy the drafter again.") from error
-    check_tensors(file, _shapes(directory, config), tensors)
-    stored = tensors["fc.weight"].dtype
+    check_tensors(file, _shapes(directory, kind, config), tensors)
     if odd := [name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES]:
         raise CoralError(f"{file}: {odd[0]} is stored as {tensors[odd[0]].dtype}; copy the drafter again.")
     if name := not_finite(tensors):
         raise CoralError(
             f"{file}: {name} holds numbers that are not finite; copy the drafter again, or train it anew."
         )
-    drafter = Drafter(config).to(dtype=dtype or stored)
+    drafter = kind.Drafter(config).to(dtype=dtype or _dtype(tensors))
     drafter.load_state_dict(tensors)
     return drafter.to(device=device).eval().requires_grad_(False)
 
 
-def _shapes(directory: Path, config: DrafterConfig) -> dict[str, torch.Size]:
+def config_of(ours: dict[str, Any]) -> Any:
+    """The `Config` of the drafter whose record `read_config` gave."""
+    return kinds.find(ours["kind"]).Config(**ours["drafter"])
+
+
+def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of a drafter's tensors, which share one; float32 where it has none."""
+    return next((tensor.dtype for tensor in tensors.values()), torch.float32)
+
+
+def _shapes(directory: Path, kind: kinds.Kind, config: Any) -> dict[str, torch.Size]:
     """The shapes of a drafter's tensors, known before any memory is spent on them."""
     try:
         with torch.device("meta"):
-            return {name: tensor.shape for name, tensor in Drafter(config).state_dict().items()}
+            empty: nn.Module = kind.Drafter(config)
+        return {name: tensor.shape for name, tensor in empty.state_dict().items()}
     except Exception as error:  # what transformers makes of rotary parameters that do not go together
         path = directory / "coral" / "config.json"
         raise CoralError(f"{path} describes no drafter ({error!r}); copy the drafter again.") from error
@@ -208,15 +221,21 @@ def read_config(directory: Path) -> dict[str, Any]:
             "another format with `coral import`."
         )
     ours: dict[str, Any] = json_file.read(path, dict, again)
-    version, kind, feature = (ours.get(key) for key in ("format_version", "kind", "feature"))
-    if type(version) is not int or not isinstance(kind, str) or not isinstance(feature, str):
-        raise CoralError(f"{path} does not say its format_version, kind and feature; {again}")
-    if version != FORMAT_VERSION or kind not in KINDS or feature != FEATURE:
+    version, kind, layers = (ours.get(key) for key in ("format_version", "kind", "layers"))
+    if type(version) is not int or not isinstance(kind, str):
+        raise CoralError(f"{path} does not say its format_version and kind; {again}")
+    if version != FORMAT_VERSION or kind not in kinds.KINDS:
         raise CoralError(
-            f"{directory} has format {version}, kind {kind!r}, feature {feature!r}, but this version reads "
-            f"format {FORMAT_VERSION}, kind {' or '.join(KINDS)}, feature {FEATURE!r}; update CORAL."
+            f"{directory} has format {version}, kind {kind!r}, but this version reads format "
+            f"{FORMAT_VERSION}, kind {' or '.join(kinds.KINDS)}; update CORAL."
         )
-    json_file.read(path, _Record, again)
+    schema: Any = _Record
+    json_file.read(path, schema[kinds.find(kind).Config], again)
+    if layers != (reads := [*kinds.find(kind).layers(config_of(ours))]):
+        raise CoralError(
+            f"{directory} reads the target states {layers}, but in this version drafters of kind {kind!r} "
+            f"read {reads}; update CORAL."
+        )
     return ours
 
 
@@ -279,38 +298,6 @@ def check_tensors(file: Path, expected: dict[str, torch.Size], found: dict[str, 
                 f"{file}: {name} has shape {tuple(found[name].shape)}, but its config asks for "
                 f"{tuple(shape)}; copy the drafter again."
             )
-
-
-def engine_config(config: DrafterConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What vLLM and SGLang read: the config.json of a plain EAGLE directory.
-
-    `bias` is the EAGLE code's word for fc's bias, which other engines read as attention bias: it is always
-    false here. A drafter that has an fc bias has the architecture of SGLang, which uses the bias; vLLM, which
-    would drop it, does not know that architecture and refuses.
-    """
-    rope = dict(config.rope_parameters)
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return {
-        "architectures": ["LlamaForCausalLMEagle" if config.fc_bias else "LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": config.hidden_act,
-        "rms_norm_eps": config.rms_norm_eps,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_parameters": rope,
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
-        "tie_word_embeddings": False,
-        "bias": False,
-        "dtype": str(dtype).removeprefix("torch."),
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

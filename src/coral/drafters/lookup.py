@@ -1,4 +1,5 @@
-"""Prompt lookup: what followed an earlier occurrence of the text's end is drafted again.
+"""Prompt lookup: what followed an earlier occurrence of the text's end is drafted again. A kind, see
+`coral.drafters.kinds`.
 
 Source of the method: prompt lookup decoding (Saxena 2023). Here several occurrences share one tree, and a
 node's score is learnt from the text: how often, behind a match of that length, the next token was right.
@@ -9,15 +10,67 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from coral.decoding.state import State
+from torch import nn
+
+from coral.json_file import Size
 from coral.tree import DraftTree, TreeSize
+
+if TYPE_CHECKING:
+    import torch
+
+    from coral.decoding.state import State
 
 _FIRST = (0.0, 0.25, 0.5, 0.8, 0.9, 0.95)
 """How likely the next token is right behind a match of 0, 1, 2-3, 4-7, 8-15 tokens and more, before a text
 has shown it; between what docs/log.md has for the package's target at T = 0 and T = 1."""
 _WEIGHT = 3.0  # what that counts for, in tokens of the text
 _LOOKED_AT = 64  # of a token's occurrences, the last ones
+
+
+@dataclass(frozen=True)
+class Config:
+    """max_n: longest match that is looked for."""
+
+    max_n: Size = 16
+
+    def check_sizes(self, target: Any) -> None:
+        """It fits every target."""
+
+
+class Drafter(nn.Module):
+    """Without weights: it says how long a match may be."""
+
+    kind = "lookup"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+
+Options, draft = Config, None
+
+
+def layers(config: Config) -> tuple[int, ...]:
+    return ()
+
+
+def engine_config(config: Config, dtype: torch.dtype) -> None:
+    """No other engine reads it."""
+
+
+def new(target: Any, options: Config, batch: Any, seed: int) -> Drafter:
+    return Drafter(Config(options.max_n))
+
+
+def learner(drafter: Drafter, config: Any) -> None:
+    """There is nothing to train."""
+
+
+def proposer(drafter: Drafter, target: Any, head: Any, coupled: bool) -> NGram:
+    return NGram(drafter.config.max_n)
 
 
 class NGram:

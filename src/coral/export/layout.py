@@ -23,6 +23,9 @@ from coral.errors import CoralError
 from coral.files import POINTER, is_pointer, unreadable
 from coral.target.record import TargetLike
 
+KIND = Drafter.kind
+"""The kind of the drafters that this layout is of."""
+
 ONCE = ("fc.weight",)
 IN_EACH_LAYER = (
     "self_attn.q_proj.weight",

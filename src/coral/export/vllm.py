@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coral.drafters.checkpoint import engine_config
+from coral.drafters.feature import engine_config
 from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.export import layout
 from coral.target.target import Target

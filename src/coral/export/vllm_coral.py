@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from coral.drafters.checkpoint import engine_config
+from coral.drafters.feature import engine_config
 from coral.drafters.feature.network import DrafterConfig
 from coral.export import vllm
 from coral.integrations.vllm import ARCHITECTURE

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from coral import __version__
 from coral.drafters import checkpoint
-from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.drafters.heads import store as heads
+from coral.drafters.heads.static import write_token_map
 from coral.errors import CoralError
-from coral.export import eagle, sglang, vllm, vllm_coral
+from coral.export import eagle, layout, sglang, vllm, vllm_coral
 from coral.files import atomic_directory
 from coral.target.record import TargetRecord
 from coral.target.target import Target
@@ -41,16 +41,16 @@ class Format(Protocol):
     READS_HEAD: bool
     """Whether the engine drafts with a head as we store it."""
 
-    def names(self, config: DrafterConfig) -> set[str]:
+    def names(self, config: Any) -> set[str]:
         """The tensors that such a drafter has in this format, all and no other."""
         ...
 
-    def lacks(self, config: DrafterConfig) -> list[str]:
+    def lacks(self, config: Any) -> list[str]:
         """What the format cannot carry of such a drafter, in words."""
         ...
 
-    def tensors(self, drafter: Drafter, target: Target | None) -> dict[str, Tensor]: ...
-    def config_json(self, config: DrafterConfig, dtype: torch.dtype) -> dict[str, Any]: ...
+    def tensors(self, drafter: Any, target: Target | None) -> dict[str, Tensor]: ...
+    def config_json(self, config: Any, dtype: torch.dtype) -> dict[str, Any]: ...
     def command(self, target: str, directory: Path, token_map: Path | None) -> str:
         """The command that serves the drafter."""
         ...
@@ -80,6 +80,15 @@ def find(name: str) -> Format:
     return FORMATS[name]
 
 
+def lacks(to: str, ours: dict[str, Any]) -> list[str]:
+    """What the format `to` cannot carry of the drafter with this record (see `checkpoint.read_config`), in
+    words.
+    """
+    if ours["kind"] != layout.KIND:
+        return [f"drafters of kind {ours['kind']!r}"]
+    return find(to).lacks(checkpoint.config_of(ours))
+
+
 def export(
     directory: Path,
     to: str,
@@ -106,11 +115,10 @@ def export(
     format, ours = find(to), checkpoint.read_config(directory)
     output = output.absolute()
     _refuse_foreign(output)
-    config = DrafterConfig(**ours["drafter"])
-    if lacks := format.lacks(config):
+    if missing := lacks(to, ours):
         raise CoralError(
-            f"{to} cannot carry {' and '.join(lacks)}, which this drafter has; use another format, or train "
-            "a drafter without."
+            f"{to} cannot carry {' and '.join(missing)}, and this drafter needs it; use another format, or "
+            "train a drafter without."
         )
     kind = heads.resolve(directory, head) if format.READS_HEAD else None
     if kind is not None and kind not in heads.made(directory):
@@ -119,9 +127,9 @@ def export(
             "`coral train-head`, name another, or export to vllm, which drafts with the full head."
         )
     drafter = checkpoint.load(directory, target, dtype=dtype)
-    record, stored = TargetRecord(**ours["target"]), drafter.fc.weight.dtype
+    record, config = TargetRecord(**ours["target"]), drafter.config
     tensors = {name: t.detach().cpu().contiguous() for name, t in format.tensors(drafter, target).items()}
-    content = format.config_json(config, stored)
+    content = format.config_json(config, next(iter(drafter.parameters())).dtype)
     _check(to, "tensors", format.names(config), tensors.keys())
     _check(to, "keys", format.KEYS, content.keys())
     ids = heads.static_ids(directory) if format.READS_TOKEN_MAP else None
@@ -129,7 +137,7 @@ def export(
         _write_tensors(aside / format.FILE, tensors)
         checkpoint.write_json(aside / "config.json", content)
         if ids is not None:
-            heads.write_token_map(aside / _TOKEN_MAP, ids)
+            write_token_map(aside / _TOKEN_MAP, ids)
         (aside / _RECORD).parent.mkdir()
         if kind is not None:
             heads.copy(directory, aside, kind)

@@ -9,8 +9,7 @@ import yaml
 
 from coral.bench.acceptance import CHAIN, TREE
 from coral.drafters import checkpoint
-from coral.drafters.feature.network import DrafterConfig
-from coral.export import sglang, vllm
+from coral.export import write
 
 _PACKAGE = "coral-drafter"
 _DRAFTS = {"chain": f"chain of {CHAIN.num_nodes}", "tree": f"tree of {TREE.num_nodes}"}
@@ -45,7 +44,7 @@ def card(
     sections = [
         f"---\n{_metadata(name, revision, license)}---",
         _introduction(repo_id, name, revision, recorded),
-        f"## Use\n\n{_use(repo_id, name or 'TARGET', ours['drafter'])}",
+        f"## Use\n\n{_use(repo_id, name or 'TARGET', ours)}",
         f"## Training\n\n{_training(ours, data)}",
         f"## Measured\n\n{_measured(ours['metrics'], bench)}",
     ]
@@ -76,7 +75,7 @@ def _introduction(repo_id: str, target: str | None, revision: str | None, record
     )
 
 
-def _use(repo_id: str, target: str, options: dict[str, Any]) -> str:
+def _use(repo_id: str, target: str, ours: dict[str, Any]) -> str:
     parts = [
         f"With [CORAL](https://pypi.org/project/{_PACKAGE}/) (`pip install {_PACKAGE}`):",
         _code("bash", f'coral generate "What is a reef?" --target {target} --drafter {repo_id} --stats'),
@@ -92,18 +91,17 @@ def _use(repo_id: str, target: str, options: dict[str, Any]) -> str:
             "print(tokenizer.decode(model.generate(**inputs, custom_generate=drafter)[0]))",
         ),
     ]
-    config = DrafterConfig(**options)
-    if lacks := vllm.lacks(config):
+    if lacks := write.lacks("vllm", ours):
         parts.append(f"vLLM cannot serve it, for it knows no {' and '.join(lacks)}.")
     else:
-        parts += ["In vLLM:", _code("bash", vllm.command(target, Path(repo_id), None))]
-    if lacks := sglang.lacks(config):
+        parts += ["In vLLM:", _code("bash", write.find("vllm").command(target, Path(repo_id), None))]
+    if lacks := write.lacks("sglang", ours):
         parts.append(f"SGLang cannot serve it, for it knows no {' and '.join(lacks)}.")
     else:
         steps = [
             f"hf download {repo_id} --local-dir drafter",
             "coral export drafter --to sglang --output for-sglang",
-            sglang.command(target, Path("for-sglang"), None),
+            write.find("sglang").command(target, Path("for-sglang"), None),
         ]
         parts += [
             "In SGLang, which reads the same network under other names:",

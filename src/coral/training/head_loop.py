@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from coral.data.features import FeatureBatch, FeatureSource, Rows, feature_batch
 from coral.data.shards import refuse_other_target
+from coral.drafters import kinds
+from coral.drafters.kinds import Drafts
 from coral.errors import CoralError
 from coral.target.record import TargetLike
 from coral.training.run_state import random_generator, stop_signals
@@ -27,6 +30,14 @@ class HeadTarget(TargetLike, FeatureSource, Protocol):
 
     @property
     def head_bias(self) -> Tensor | None: ...
+
+
+def drafts_of(drafter: Any) -> Callable[[FeatureBatch, int], Drafts]:
+    """(batch, S) -> what the LM head of a drafter learns from; raises CoralError where it has none."""
+    draft = kinds.find(drafter.kind).draft
+    if draft is None:
+        raise CoralError(f"drafters of kind {drafter.kind!r} have no LM head; use this one as it is.")
+    return partial(draft, drafter)
 
 
 @dataclass(frozen=True)

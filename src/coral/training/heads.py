@@ -10,24 +10,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from torch import Tensor
 
 from coral.data.features import Rows, frequencies
 from coral.drafters import checkpoint, tuned
-from coral.drafters.feature.network import Drafter
 from coral.drafters.heads import store
 from coral.drafters.heads.groups import outside, split
-from coral.drafters.heads.reduced import factorise
+from coral.drafters.heads.low_rank import factorise
 from coral.drafters.heads.vocabulary import most_frequent, special_ids
 from coral.errors import CoralError
 from coral.locks import locked
 from coral.progress import spinner
 from coral.target.target import Target
-from coral.training.head_loop import HeadConfig
-from coral.training.low_rank import TUNING, second_moment, tune
+from coral.training.factors import TUNING, second_moment, tune
+from coral.training.head_loop import HeadConfig, drafts_of
 from coral.training.router import train_router
 
 
@@ -149,9 +148,11 @@ def make_low_rank(
 
 
 @contextmanager
-def _making(kind: str, drafter: str | Path, target: Target) -> Iterator[tuple[Path, Drafter]]:
+def _making(kind: str, drafter: str | Path, target: Target) -> Iterator[tuple[Path, Any]]:
     """A drafter's directory, locked, and the drafter in float32 beside its target."""
     directory = checkpoint.own_directory(drafter)
     with locked(directory):
-        yield directory, checkpoint.load(directory, target, device=target.device).float()
+        network = checkpoint.load(directory, target, device=target.device).float()
+        drafts_of(network)  # refuses one that has no head before minutes of work
+        yield directory, network
         tuned.forget(directory, kind)

@@ -10,13 +10,12 @@ import torch
 from rich.console import Console
 
 from coral.drafters import checkpoint
-from coral.drafters.feature.network import Drafter
 from coral.errors import CoralError
 from coral.locks import locks_output
 from coral.native.memory import trim
 from coral.training import parallel, run_state, trackers
-from coral.training.progress import Reporter
 from coral.training.recipe import TrainConfig
+from coral.training.reporter import Reporter
 from coral.training.run import Run, TrainTarget, Update
 from coral.training.start import Data, begin
 
@@ -25,7 +24,7 @@ TRIM_EVERY = 10
 PATIENCE = 10
 """Updates in a row without a finite gradient after which a run gives up."""
 
-Acceptance = Callable[[Drafter], dict[str, Any]]
+Acceptance = Callable[[Any], dict[str, Any]]
 """Measures a drafter's real acceptance length."""
 
 

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
-from coral.drafters.feature.network import Drafter
+from coral.drafters import kinds
 from coral.errors import CoralError
 
 TIMEOUT = timedelta(hours=2)
@@ -105,7 +105,7 @@ def fsdp_asked() -> bool:
     return True
 
 
-def distribute(accelerator: Accelerator, learner: nn.Module) -> Any:
+def distribute(accelerator: Accelerator, learner: Any) -> Any:
     """The module that all processes train together. Make its optimiser after this.
 
     One FSDP unit is enough: a drafter is a few percent of its target, and what it costs is optimiser state.
@@ -140,13 +140,14 @@ def whole(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def whole_drafter(drafter: Drafter) -> Drafter:
+def whole_drafter(drafter: Any) -> Any:
     """The drafter, or where it is spread a copy that is not, in every process; all must call this."""
     if not _is_spread(drafter):
         return drafter
-    copy = Drafter(drafter.config)
-    copy.load_state_dict({name: whole(tensor) for name, tensor in drafter.state_dict().items()})
-    return copy.to(drafter.fc.weight.device)
+    tensors = {name: whole(tensor) for name, tensor in drafter.state_dict().items()}
+    copy = kinds.find(drafter.kind).Drafter(drafter.config)
+    copy.load_state_dict(tensors)
+    return copy.to(next(iter(tensors.values())).device)
 
 
 def whole_moments(optimiser: torch.optim.Optimizer) -> dict[str, Any]:

@@ -1,38 +1,21 @@
 """All options of a training run. A recipe is a YAML file of these keys; three come with the package."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from coral import config
-from coral.drafters.feature.alignment import AlignmentConfig
-from coral.drafters.feature.losses import LossConfig
+from coral.drafters import kinds
 from coral.errors import CoralError
 
 RECIPES = Path(__file__).parent / "recipes"
 
 Number = Annotated[int, Field(ge=1, le=2**31)]
 Part = Annotated[float, Field(ge=0, le=1)]
-
-
-@dataclass(frozen=True)
-class DrafterOptions:
-    """What the drafter is made of; sizes that are not given are the target's."""
-
-    num_layers: Annotated[int, Field(ge=1, le=1000)] = 1
-    """Decoder layers. Engines load one-layer drafters only."""
-    intermediate_size: Annotated[int, Field(ge=1, le=2**24)] | None = None
-    """Width of the feed-forward block."""
-    normalised_feedback: bool = False
-    """Bring draft features to unit RMS before they are fed back. Engines do not know this option."""
-    init_layer: int | None = None
-    """Start from this decoder layer of the target (-1 is the last) instead of from random weights."""
-    init_drafter: str | None = None
-    """Start from the weights of this drafter directory or hub id. It may have fewer layers or a narrower
-    feed-forward block; what is added starts without effect."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +67,12 @@ class Reports:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run."""
+    """What every training run is told; see `config_type` for one that trains drafters of some kind."""
 
     recipe: str = "custom"
     """Name of the recipe, recorded in the checkpoint."""
-    steps: Annotated[int, Field(ge=1, le=64)] = 3
-    """Draft steps of the unroll."""
-    detach: bool = True
-    """Stop gradients between draft steps."""
-    one_step: Part = 0.0
-    """Part of the run, from its start, with one draft step only. Later steps build on the first, which learns
-    three times as fast alone."""
-    noise: Annotated[float, Field(ge=0, le=1e3)] = 0.0
-    """Half-width of uniform noise added to the target features that the drafter reads (EAGLE: 0.1)."""
+    kind: str = "feature"
+    """Kind of the drafter, see `coral.drafters.kinds`."""
     batch_size: Annotated[int, Field(ge=1, le=2**20)] = 16
     """Rows of the prepared data in one forward pass of one process."""
     accumulate: Annotated[int, Field(ge=1, le=2**20)] = 1
@@ -104,24 +80,28 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 runs the drafter's products under autocast; weights and optimiser stay float32. auto: bfloat16
     beside a target of half precision, where the device multiplies it fast."""
-    checkpoint_steps: bool = False
-    """Compute each draft step's activations again in the backward pass instead of keeping them: less memory
-    for one more forward pass of the drafter."""
-    head_chunk: Number | None = None
-    """Trained rows that meet the LM head at a time, each with V float32 scores; none: as many as fill 64 MB,
-    and no fewer than 256, below which the products get slow."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initial weights, the order of the data and every other random draw."""
-    drafter: DrafterOptions = field(default_factory=DrafterOptions)
-    loss: LossConfig = field(default_factory=LossConfig)
-    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     limits: Limits = field(default_factory=lambda: Limits(epochs=10))
     reports: Reports = field(default_factory=Reports)
 
 
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The recipe of this name or in this YAML file, with `group.key=value` overrides.
+@cache
+def config_type(kind: str) -> Any:
+    """The dataclass of what a run that trains drafters of this kind is told: `TrainConfig`, and beside it the
+    kind's own `Options`.
+
+    Raises:
+        CoralError: there is no such kind.
+    """
+    bases = kinds.find(kind).Options, TrainConfig
+    return make_dataclass("TrainConfig", [("kind", str, kind)], bases=bases, frozen=True)
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """The recipe of this name or in this YAML file, with `group.key=value` overrides: a `config_type` of its
+    kind.
 
     Raises:
         CoralError: no such recipe, or a key or value that `coral.config.load` refuses, or one out of range.
@@ -132,7 +112,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Trai
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
         raise CoralError(f"there is no recipe {str(name_or_path)!r}; give one of {known}, or a YAML file.")
-    loaded = config.load(TrainConfig, path, overrides)
+    loaded = config.load(lambda values: config_type(str(values.get("kind", "feature"))), path, overrides)
     check(loaded)
     return loaded
 
@@ -142,8 +122,3 @@ def check(c: TrainConfig) -> None:
     config.check(c)
     if all(limit is None for limit in (c.limits.updates, c.limits.epochs, c.limits.minutes)):
         raise CoralError("give one of limits.updates, limits.epochs or limits.minutes, above 0.")
-    weights = [c.loss.regression, c.loss.divergence_weight, c.loss.top_k_weight]
-    if not any(weights) and not (c.alignment.weight and c.alignment.kind != "none"):
-        raise CoralError(
-            "every weight of the loss is 0, so nothing would be learnt; set loss.regression, say."
-        )

@@ -8,20 +8,20 @@ Shapes: S draft steps, R trained rows, G groups (one more for a core), h hidden 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from coral.data.features import FeatureBatch, Rows
-from coral.drafters.feature.drafted import draft
-from coral.drafters.feature.network import Drafter
 from coral.drafters.heads.routed import Router
-from coral.training.head_loop import HeadConfig, HeadTarget, descend, target_laws
+from coral.training.head_loop import HeadConfig, HeadTarget, descend, drafts_of, target_laws
 
 
 def train_router(
     target: HeadTarget,
-    drafter: Drafter,
+    drafter: Any,
     dataset: Rows,
     ids: Tensor,
     active: int,
@@ -43,7 +43,7 @@ def train_router(
     group_of = group_of.to(target.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        router = Router(drafter.config.hidden_size, outputs).to(target.device)
+        router = Router(target.hidden_size, outputs).to(target.device)
     # By draft step, the sum of recalls and the rows: since the last report, and of the last tenth.
     recent, last = torch.zeros(config.steps, 2), torch.zeros(config.steps, 2)
 
@@ -89,11 +89,11 @@ def group_recall(log_mass: Tensor, mass: Tensor, active: int) -> Tensor:
 
 @torch.no_grad()
 def _examples(
-    target: HeadTarget, drafter: Drafter, batch: FeatureBatch, group_of: Tensor, groups: int, steps: int
+    target: HeadTarget, drafter: Any, batch: FeatureBatch, group_of: Tensor, groups: int, steps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draft features [S,R,h] of the trained rows, which of them count [S,R], and the target's mass [R,G]."""
-    drafts, features, valid, *_ = draft(drafter, batch, steps)
-    mass = features.new_zeros(len(features), groups, dtype=torch.float32)
-    for part, law in target_laws(target, features):
+    drafted = drafts_of(drafter)(batch, steps)
+    mass = drafted.features.new_zeros(len(drafted.features), groups, dtype=torch.float32)
+    for part, law in target_laws(target, drafted.features):
         mass[part].index_add_(1, group_of, law.exp())
-    return drafts, valid, mass
+    return drafted.drafts, drafted.valid, mass

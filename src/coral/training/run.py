@@ -5,6 +5,7 @@ started again equals one that was never stopped.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from coral.data.features import FeatureSource, Rows, feature_batch
+from coral.data.features import FeatureBatch, FeatureSource, Rows, feature_batch
 from coral.drafters import checkpoint
-from coral.drafters.feature.drafted import trained_rows
-from coral.drafters.feature.network import Drafter
 from coral.errors import CoralError
 from coral.target.record import TargetLike, TargetRecord
 from coral.training import parallel, run_state
@@ -69,9 +68,11 @@ class Run:
     output: Path
     config: TrainConfig
     accelerator: Accelerator
-    drafter: Drafter
+    drafter: Any
     learner: Any
     """The module that all processes train together; it holds the drafter."""
+    count: Callable[[FeatureBatch], Tensor]
+    """How many rows of a batch it trains."""
     parameters: list[nn.Parameter]
     optimiser: Optimiser
     state: RunState
@@ -95,7 +96,7 @@ class Run:
         peak = config.optimiser.learning_rate or 1 / self.target.hidden_size
         rate = peak * learning_rate(config.optimiser, fraction)
         rows = order(config.seed, len(self.dataset), self.state.update * count, count)
-        loss, sums = self._accumulate(rows, 1 if fraction < config.one_step else config.steps)
+        loss, sums = self._accumulate(rows, fraction)
         norm = parallel.clip(self.parameters, config.optimiser.gradient_clip)
         made = Update(rows, rate, loss, sums, norm)
         self.state.update += 1
@@ -106,8 +107,8 @@ class Run:
         self.optimiser.zero_grad()
         return made
 
-    def _accumulate(self, rows: list[int], steps: int) -> tuple[float, dict[str, Tensor]]:
-        """Leave the gradient of the mean loss over `rows` in so many draft steps in the learner.
+    def _accumulate(self, rows: list[int], fraction: float) -> tuple[float, dict[str, Tensor]]:
+        """Leave the gradient of the mean loss over `rows` in the learner, when `fraction` of the run is done.
 
         Batch n of an update is the same, with the same random draws, whichever process reads it. So N
         processes that accumulate A batches learn what one does that accumulates N x A.
@@ -120,7 +121,7 @@ class Run:
         numbers = range(rank, config.accumulate * world, world)  # of the update's batches: this process's
         parts, joined = [rows[n * size : (n + 1) * size] for n in numbers], target.device.type == "cpu"
         batches = [feature_batch(target, self.dataset, part, joined=joined) for part in parts]
-        trained = torch.stack([trained_rows(b.loss_mask, b.document_starts, 1).sum() for b in batches]).sum()
+        trained = torch.stack([self.count(batch) for batch in batches]).sum()
         count = accelerator.reduce(trained.float()).clamp(min=1)
         loss = torch.zeros((), device=target.device)
         sums: dict[str, Tensor] = {}
@@ -128,7 +129,7 @@ class Run:
             last = number == numbers[-1]
             with nullcontext() if last else parallel.without_exchange(accelerator, self.learner):
                 generator = random_generator(config.seed, 2, self.state.update, 0, number)
-                outcome = self.learner(batch, target.head_weight, target.head_bias, generator, steps)
+                outcome = self.learner(batch, target.head_weight, target.head_bias, generator, fraction)
                 # The mean is over the rows of all processes, but gradients are averaged over processes.
                 accelerator.backward(outcome.loss * world / count)
             loss = loss + outcome.loss.detach()
@@ -154,7 +155,7 @@ class Run:
             )
         self.accelerator.wait_for_everyone()
 
-    def whole_drafter(self) -> Drafter:
+    def whole_drafter(self) -> Any:
         """The drafter whole, in every process; all must call this.
 
         Raises:

@@ -20,7 +20,6 @@ from typing_extensions import TypedDict
 
 from coral import json_file
 from coral.drafters import checkpoint
-from coral.drafters.feature.network import Drafter
 from coral.errors import CoralError
 from coral.files import atomic_directory, unreadable
 from coral.json_file import OPEN, Count, Seconds, Size
@@ -82,7 +81,7 @@ def folder(output: Path) -> Path:
 
 def save(
     output: Path,
-    drafter: Drafter,
+    drafter: Any,
     target: TargetRecord,
     config: TrainConfig,
     optimiser: list[dict[str, Any]],

@@ -1,10 +1,8 @@
-"""How a run begins: anew, from random weights, a layer of the target or another drafter; or where it
-stopped.
-"""
+"""How a run begins: anew, or where it stopped."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -13,9 +11,7 @@ from coral.data.features import FeatureBatch, Rows, feature_batch
 from coral.data.rows_digest import digest_of
 from coral.data.shards import refuse_other_target
 from coral.device import has_fast_bfloat16
-from coral.drafters import checkpoint
-from coral.drafters.feature.learn import Learner
-from coral.drafters.feature.network import Drafter, DrafterConfig
+from coral.drafters import checkpoint, kinds
 from coral.errors import CoralError
 from coral.target.record import TargetRecord
 from coral.training import parallel, run_state, trackers
@@ -56,12 +52,15 @@ def begin(target: TrainTarget, data: Data, output: Path, config: TrainConfig, re
     _refuse_different(accelerator, resumed=resumed, rows=len(dataset))  # before the main process writes
     record, digest = TargetRecord.of(target), digest_of(data)
     if resumed:
-        drafter = checkpoint.load(output, target)
+        drafter = _resumed_drafter(target, config, output)
     else:
         drafter = new_drafter(target, config, feature_batch(target, dataset, [0]))
     drafter = drafter.to(device=target.device, dtype=torch.float32).train().requires_grad_(True)
-    learner = parallel.distribute(accelerator, Learner(drafter, config))
-    parameters = list(drafter.parameters())
+    learner = kinds.find(config.kind).learner(drafter, config)
+    if learner is None:
+        raise CoralError(f"drafters of kind {config.kind!r} have nothing to train; use them as they are.")
+    distributed = parallel.distribute(accelerator, learner)
+    parameters = list(drafter.parameters())  # which distributing may have replaced
     run = Run(
         target=target,
         record=record,
@@ -71,7 +70,8 @@ def begin(target: TrainTarget, data: Data, output: Path, config: TrainConfig, re
         config=config,
         accelerator=accelerator,
         drafter=drafter,
-        learner=learner,
+        learner=distributed,
+        count=learner.count,
         parameters=parameters,
         optimiser=Optimiser(parameters, config.optimiser),
         state=RunState(processes=accelerator.num_processes),
@@ -80,6 +80,22 @@ def begin(target: TrainTarget, data: Data, output: Path, config: TrainConfig, re
     if resumed:
         _resume(run)
     return run
+
+
+def new_drafter(target: TrainTarget, config: TrainConfig, batch: FeatureBatch) -> Any:
+    """A drafter of the config's kind before its first update; see `kinds.Kind.new`."""
+    seed = random_generator(config.seed, 0).initial_seed()
+    return kinds.find(config.kind).new(target, config, batch, seed)
+
+
+def _resumed_drafter(target: TrainTarget, config: TrainConfig, output: Path) -> Any:
+    drafter = checkpoint.load(output, target)
+    if drafter.kind != config.kind:
+        raise CoralError(
+            f"{output} holds a drafter of kind {drafter.kind!r}, and not {config.kind!r}; use kind="
+            f"{drafter.kind}, or choose another output directory."
+        )
+    return drafter
 
 
 def _resume(run: Run) -> None:
@@ -121,38 +137,3 @@ def _refuse_different(accelerator: Accelerator, *, resumed: bool, rows: int) -> 
             f"processes see different runs: [goes on, rows of data] are {seen.tolist()}; give every machine "
             "the same data, and an output directory that they share."
         )
-
-
-def new_drafter(target: TrainTarget, config: TrainConfig, batch: FeatureBatch) -> Drafter:
-    """A drafter as `config.drafter` says, with weights that are a function of the seed and of how large
-    embeddings and features are, of which `batch` is a sample.
-
-    Raises:
-        CoralError: a layer or drafter to start from that does not exist or does not fit.
-    """
-    options = config.drafter
-    sizes = asdict(options)
-    del sizes["init_layer"], sizes["init_drafter"]
-    if options.intermediate_size is None:
-        sizes["intermediate_size"] = target.config.intermediate_size
-    wanted, source = DrafterConfig.for_target(target.config, **sizes), None
-    if options.init_drafter is not None:
-        source = checkpoint.load(options.init_drafter, target)
-        wanted = replace(source.config, **sizes)  # heads, rotary frequencies and so on stay its own
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random_generator(config.seed, 0).initial_seed())
-        drafter = Drafter(wanted)
-    embeddings = batch.embeddings.cpu() * wanted.embedding_scale
-    drafter.balance_inputs(embeddings, batch.features.cpu())
-    if options.init_layer is not None:
-        layers = target.model.get_decoder().layers
-        if parallel.is_sharded(target):
-            raise CoralError("drafter.init_layer needs a layer of the target whole; do not shard the target.")
-        if not -len(layers) <= options.init_layer < len(layers):
-            raise CoralError(
-                f"drafter.init_layer is {options.init_layer}, but the target has {len(layers)} layers."
-            )
-        drafter.init_from_layer(layers[options.init_layer])
-    if source is not None:
-        drafter.init_from_drafter(source)
-    return drafter

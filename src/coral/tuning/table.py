@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from coral.tuning.tune import Tuned
+from coral.tuning.search import Tuned
 
 
 def table(found: Tuned) -> Table:

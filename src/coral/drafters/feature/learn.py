@@ -2,59 +2,30 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from coral.data.features import FeatureBatch
 from coral.drafters.feature import candidates
-from coral.drafters.feature.alignment import AlignmentConfig, alignment_loss
-from coral.drafters.feature.drafted import draft
-from coral.drafters.feature.losses import FrozenHead, LossConfig, Wanted, draft_losses, rows_at_a_time
+from coral.drafters.feature.alignment import alignment_loss
+from coral.drafters.feature.drafted import draft, trained_rows
+from coral.drafters.feature.learning_options import Options
+from coral.drafters.feature.losses import FrozenHead, Wanted, draft_losses, rows_at_a_time
 from coral.drafters.feature.network import Drafter
-
-
-class Outcome(NamedTuple):
-    """A batch's loss, summed over its trained rows, and what it is made of."""
-
-    loss: Tensor
-    """Scalar with gradient."""
-    sums: dict[str, Tensor]
-    """What is reported, float32 without gradient, the same names every time. Each is a sum over the trained
-    rows of every draft step, [S], or a scalar over those of step 1. `rows` counts them, and `correct` those
-    whose likeliest draft token is the target's."""
-
-
-class Options(Protocol):
-    """What the learner reads of a recipe (`coral.training.recipe.TrainConfig`)."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def detach(self) -> bool: ...
-    @property
-    def noise(self) -> float: ...
-    @property
-    def precision(self) -> str: ...
-    @property
-    def checkpoint_steps(self) -> bool: ...
-    @property
-    def head_chunk(self) -> int | None: ...
-    @property
-    def loss(self) -> LossConfig: ...
-    @property
-    def alignment(self) -> AlignmentConfig: ...
+from coral.drafters.kinds import Outcome
 
 
 class Learner(nn.Module):
     """Holds the drafter, so that distributed engines see one forward pass for one backward pass."""
 
-    def __init__(self, drafter: Drafter, config: Options) -> None:
+    def __init__(self, drafter: Drafter, config: Options, precision: str = "float32") -> None:
         super().__init__()
         self.drafter = drafter
-        self.config = config
+        self.config, self.precision = config, precision
+
+    def count(self, batch: FeatureBatch) -> Tensor:
+        return trained_rows(batch.loss_mask, batch.document_starts, 1).sum()
 
     def forward(
         self,
@@ -62,9 +33,9 @@ class Learner(nn.Module):
         head_weight: Tensor,
         head_bias: Tensor | None,
         generator: torch.Generator,
-        steps: int | None = None,
+        progress: float = 1.0,
     ) -> Outcome:
-        """Run S draft steps on a batch, or fewer: the sums of the others are 0. `generator` (CPU) draws the
+        """Run S draft steps on a batch, or one: the sums of the others are 0. `generator` (CPU) draws the
         noise, the candidates and the aligned rows.
         """
         config, features = self.config, batch.features
@@ -72,11 +43,11 @@ class Learner(nn.Module):
         if config.noise:
             noise = torch.rand(features.shape, generator=generator).to(features.device)
             read = features + (2 * noise - 1) * config.noise
-        with torch.autocast(features.device.type, torch.bfloat16, config.precision == "bfloat16"):
+        with torch.autocast(features.device.type, torch.bfloat16, self.precision == "bfloat16"):
             drafted = draft(
                 self.drafter,
                 batch,
-                steps or config.steps,
+                1 if progress < config.one_step else config.steps,
                 read=read,
                 detach=config.detach,
                 checkpoint_steps=config.checkpoint_steps,

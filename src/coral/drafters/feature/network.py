@@ -189,6 +189,8 @@ class Drafter(nn.Module):
     Row t gets the embedding of token t+1 and the feature f_t, stands at position t, and predicts f_{t+1}.
     """
 
+    kind = "feature"
+
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.config = config
@@ -307,8 +309,3 @@ class Drafter(nn.Module):
                 tensor.zero_()
             if name in given:
                 tensor[tuple(slice(size) for size in given[name].shape)] = given[name]
-
-
-def num_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters."""
-    return sum(p.numel() * p.element_size() for p in module.parameters())

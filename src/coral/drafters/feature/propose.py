@@ -17,9 +17,10 @@ from coral.cache import KVCache, Layer, pack
 from coral.decoding.state import State
 from coral.device import upload
 from coral.drafters.feature.growth import Growth, Rows
-from coral.drafters.feature.native import NativeDrafter
+from coral.drafters.feature.native_drafting import NativeDrafter
 from coral.drafters.feature.network import Drafter
-from coral.drafters.heads.store import FullHead, Head
+from coral.drafters.heads.full import FullHead
+from coral.drafters.heads.store import Head
 from coral.gpu.compiled import compiled, fix, fixed_layers
 from coral.native.packed import pack_linears
 from coral.target.target import Target
@@ -43,7 +44,7 @@ class Feature:
 
     Args:
         target: if its forward is compiled, draft steps of one sequence are too, those that are not native
-            (`native.py`).
+            (`native_drafting.py`).
         coupled: at temperature > 0 rank children by log q plus the noise that the target's sampler will add
             at that position, so that the drafted child tends to be the token the target samples.
     """

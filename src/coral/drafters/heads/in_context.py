@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from coral.device import upload
-from coral.drafters.heads.reduced import Table
+from coral.drafters.heads.rows import Table
+from coral.drafters.heads.stored import Stored
 from coral.drafters.heads.vocabulary import special_ids
 from coral.target.target import Target
 
@@ -58,6 +59,11 @@ class InContextHead:
             window = state.memory[self] = _Window(self.target, self.size)
         window.read(state)
         return window
+
+
+def build(target: Target, stored: Stored) -> InContextHead:
+    """Made from the target alone."""
+    return InContextHead(target)
 
 
 class _Window:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coral.drafters.feature.network import num_bytes
 from coral.drafters.heads.groups import outside
-from coral.drafters.heads.reduced import rows_of
+from coral.drafters.heads.rows import rows_of
+from coral.drafters.heads.stored import Stored
+from coral.drafters.kinds import num_bytes
 from coral.native.packed import PackedGroups, pack_linears
 from coral.target.target import Target
 
@@ -109,6 +110,20 @@ class RoutedHead:
     def active_ids(self, chosen: Tensor) -> Tensor:
         """int64 [C + active * R]: the core, then the chosen groups; -1 where a group is filled up."""
         return torch.cat([self.core, self.ids[chosen].flatten()])
+
+
+def build(target: Target, stored: Stored) -> RoutedHead:
+    """Of the tensors `ids` [G, R] and `router.*` and the numbers `active` and `core` (how many ids are in no
+    group); raises ValueError where they are not this target's.
+    """
+    ids, most = stored.ids(2), target.vocab_size
+    core, held = stored.number("core", 0, most, default=0), ids[ids >= 0]
+    if len(held.unique()) != len(held) or int(held.max()) >= most or len(held) + core != most:
+        raise ValueError(f"it does not hold each of the target's {most} ids once")
+    router = Router(target.hidden_size, len(ids) + (core > 0))
+    own = {name: tensor for name, tensor in stored.tensors.items() if name != "ids"}
+    router.load_state_dict({name.removeprefix("router."): tensor for name, tensor in own.items()})
+    return RoutedHead(target, router, ids, stored.number("active", 1, len(ids)))
 
 
 def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:

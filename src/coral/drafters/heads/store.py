@@ -5,34 +5,35 @@ first. `scores` are the log-probabilities of the nodes that the features belong 
 effort on the likely ones; `states` are the sequences that they belong to, in order, each with as many rows,
 for a head that learns from the text. Log-probabilities of one head are comparable across nodes.
 
-A drafter's directory holds the heads that were made for it in `coral/heads/`; "full" and "in_context"
-are made from the target alone.
+A drafter's directory holds the heads that were made for it in `coral/heads/`.
 """
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
 from coral.drafters import checkpoint
-from coral.drafters.heads.in_context import InContextHead
-from coral.drafters.heads.reduced import LowRankHead, StaticHead, Table
-from coral.drafters.heads.routed import RoutedHead, Router
+from coral.drafters.heads.rows import Table
+from coral.drafters.heads.static import write_token_map
+from coral.drafters.heads.stored import Stored
 from coral.errors import CoralError
 from coral.files import atomic_bytes, atomic_text
 from coral.target.target import Target
 
+OF_TARGET = ("full", "in_context")
+"""Heads that are made from the target alone. Each kind of head is a module of this room, see `Kind`."""
 KINDS = ("routed", "static", "low_rank")
-HEADS = ("auto", "full", "in_context", *KINDS)
+"""Heads that are made for a drafter and lie in its directory."""
+HEADS = ("auto", *OF_TARGET, *KINDS)
 DEFAULT_HEAD = "in_context"
 """The head of a drafter for which none was made: it needs no training, is no slower than the others and its
 tokens are accepted as often (benchmarks/README.md)."""
@@ -58,33 +59,26 @@ class Head(Protocol):
         ...
 
 
-class FullHead:
-    """The target's own LM head, all rows."""
+class Kind(Protocol):
+    """What a module of a kind of head says of it, beside the class itself."""
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
-        self.num_bytes = target.head_weight.numel() * target.head_weight.element_size()
+    def build(self, target: Target, stored: Stored) -> Head:
+        """The head for a target; raises ValueError, or KeyError for what is not stored, where it is for
+        another.
+        """
+        ...
 
-    def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
-        log_probs = self.log_probs(features)
-        values, ids = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
-        return ids, values
 
-    def table(self, state: Any) -> Table:
-        bias = self.target.head_bias
-        return Table(self.target.head_weight, None if bias is None else bias.float(), fixed=True)
-
-    def log_probs(self, features: Tensor) -> Tensor:
-        """[N, V] float32."""
-        return self.target.head(features).float().log_softmax(-1)
+def find(kind: str) -> Kind:
+    """The module of a kind of head."""
+    return cast(Kind, import_module(f"coral.drafters.heads.{kind}"))
 
 
 def save(directory: Path, kind: str, tensors: Mapping[str, Tensor], **numbers: int) -> None:
     """Write a head into a drafter's directory, in one step, and make it the drafter's own.
 
     Args:
-        tensors: routed: `ids` [G, R] and `router.*`; static: `ids` [K]; low_rank: `up` [V, r], `down` [r, h].
-        numbers: routed: `active`, `core` (how many ids are in no group); low_rank: `rescored`.
+        tensors, numbers: what the kind's `build` reads.
 
     Raises:
         CoralError: the disk refuses.
@@ -140,7 +134,7 @@ def static_ids(directory: Path) -> Tensor | None:
     """
     path = _file(directory, "static")
     with _refuse_corrupt(path):
-        return _ids(_read(path)[0], 1) if path.exists() else None
+        return _read(path).ids(1) if path.exists() else None
 
 
 def save_token_map(directory: Path, ids: Tensor) -> Path:
@@ -150,35 +144,18 @@ def save_token_map(directory: Path, ids: Tensor) -> Path:
     return path
 
 
-def write_token_map(path: Path, ids: Tensor) -> None:
-    """Write ids [K] as SGLang reads them (`--speculative-token-map`): a list whose i-th is the target's id
-    of draft id i.
-
-    Raises:
-        CoralError: the disk refuses.
-    """
-    buffer = io.BytesIO()  # torch.save hides the reason of a failed write
-    torch.save(ids.tolist(), buffer)
-    atomic_bytes(path, buffer.getvalue())
-
-
-def load(
-    source: str | Path,
-    target: Target,
-    which: str = "auto",
-    active: int | None = None,
-) -> Head:
+def load(source: str | Path, target: Target, which: str = "auto", **numbers: int) -> Head:
     """A head of a drafter: "full", "in_context", one that was made for it, or "auto"; see `resolve`.
 
     Args:
-        active: groups of a routed head whose rows are multiplied; None: what it was saved with.
+        numbers: instead of those that it was saved with: `active=2`, for example.
 
     Raises:
         CoralError: an unknown head, none in the directory, or one for another vocabulary.
     """
     directory = checkpoint.locate(source)
     which = resolve(directory, which)
-    if which not in KINDS:
+    if which in OF_TARGET:
         return of_target(target, which)
     path = _file(directory, which)
     if not path.exists():
@@ -187,37 +164,33 @@ def load(
             f"--kind {which}`."
         )
     with _refuse_corrupt(path):
-        tensors, numbers = _read(path)
-        return _build(target, which, tensors, active, numbers)
+        stored = _read(path)
+        given = {name: str(number) for name, number in numbers.items()}
+        return find(which).build(target, Stored(stored.tensors, {**stored.numbers, **given}))
+
+
+def of_target(target: Target, which: str) -> Head:
+    """A head that is made from the target alone; raises CoralError for one that is not."""
+    if which not in OF_TARGET:
+        raise CoralError(
+            f"head {which!r} lies in a drafter's directory, but a loaded drafter brings none; name the "
+            f"directory, or ask for {' or '.join(OF_TARGET)}."
+        )
+    return find(which).build(target, Stored({}, {}))
 
 
 def _file(directory: Path, kind: str) -> Path:
     return directory / _FOLDER / f"{kind}.safetensors"
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A head's tensors and numbers; raises ValueError for a tensor that is not finite."""
+def _read(path: Path) -> Stored:
+    """What a head's file holds; raises ValueError for a tensor that is not finite."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         numbers = file.metadata() or {}
     if name := checkpoint.not_finite(tensors):
         raise ValueError(f"{name} is not finite")
-    return tensors, numbers
-
-
-def _ids(tensors: dict[str, Tensor], dimensions: int) -> Tensor:
-    """The ids of a head, int64; raises ValueError where they are none."""
-    ids = tensors.pop("ids")
-    if ids.dim() != dimensions or ids.is_floating_point() or not ids.numel():
-        raise ValueError(f"ids are {ids.dtype} {tuple(ids.shape)}")
-    return ids.long()
-
-
-def _number(numbers: Mapping[str, str], name: str, least: int, most: int) -> int:
-    number = int(numbers[name])
-    if not least <= number <= most:
-        raise ValueError(f"{name} is {number}, not {least} to {most}")
-    return number
+    return Stored(tensors, numbers)
 
 
 @contextmanager
@@ -228,39 +201,3 @@ def _refuse_corrupt(path: Path) -> Iterator[None]:
         raise
     except (OSError, SafetensorError, KeyError, ValueError, IndexError, RuntimeError, TypeError) as error:
         raise CoralError(f"{path} cannot be read ({str(error).strip()}); make it again.") from error
-
-
-def of_target(target: Target, which: str) -> Head:
-    """A head that is made from the target alone; raises CoralError for any other than full, in_context."""
-    match which:
-        case "full":
-            return FullHead(target)
-        case "in_context":
-            return InContextHead(target)
-    raise CoralError(
-        f"head {which!r} lies in a drafter's directory, but a loaded drafter brings none; name the "
-        "directory, or ask for full or in_context."
-    )
-
-
-def _build(
-    target: Target, kind: str, tensors: dict[str, Tensor], active: int | None, numbers: Mapping[str, str]
-) -> Head:
-    """Raises ValueError where the tensors are not for this target."""
-    shape = target.vocab_size, target.hidden_size
-    if kind == "low_rank":
-        up, down = tensors["up"], tensors["down"]
-        if (up.shape[0], down.shape[1]) != shape or up.shape[1] != down.shape[0]:
-            raise ValueError(f"its factors are not for a head of {shape[0]} x {shape[1]}")
-        return LowRankHead(target, up, down, _number(numbers, "rescored", 0, shape[0]))
-    ids = _ids(tensors, 1 if kind == "static" else 2)
-    if kind == "static":
-        if len(ids.unique()) != len(ids) or not 0 <= int(ids.min()) <= int(ids.max()) < shape[0]:
-            raise ValueError(f"it does not hold ids of {shape[0]}, each once")
-        return StaticHead(target, ids)
-    core, held = _number({"core": "0", **numbers}, "core", 0, shape[0]), ids[ids >= 0]
-    if len(held.unique()) != len(held) or int(held.max()) >= shape[0] or len(held) + core != shape[0]:
-        raise ValueError(f"it does not hold each of the target's {shape[0]} ids once")
-    router = Router(target.hidden_size, len(ids) + (core > 0))
-    router.load_state_dict({name.removeprefix("router."): tensor for name, tensor in tensors.items()})
-    return RoutedHead(target, router, ids, active or _number(numbers, "active", 1, len(ids)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +24,13 @@ from transformers import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from coral.api import LLM, choose_tree_size, make_proposer
+from coral.api import LLM
 from coral.decoding.cycle import generate as decode
-from coral.decoding.fallback import Fallback
-from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
-from coral.drafters.names import located
+from coral.drafters.drafting import Drafting
 from coral.errors import CoralError
-from coral.integrations.transformers.options import read_prompts, read_sampling, refuse_others
+from coral.integrations.transformers.generate_options import read_prompts, read_sampling, refuse_others
 from coral.target.grouped_sdpa import GROUPED_SDPA
 from coral.target.target import Target
 from coral.tree import TreeSize
@@ -40,15 +39,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
-    from coral.drafters.feature.network import Drafter
-
 
 def for_transformers(
-    drafter: str | Path | Drafter | None,
+    drafter: Any,
     tokenizer: PreTrainedTokenizerBase | None = None,
     streamer: BaseStreamer | None = None,
     *,
-    tree_size: TreeSize | None = None,
+    tree: TreeSize | None = None,
     head: str = "auto",
     coupled: bool = True,
     fallback: bool = True,
@@ -63,13 +60,14 @@ def for_transformers(
         drafter: as `coral.load` takes it. Loaded in the model's dtype, on its device, at the first call.
         tokenizer: for `stop_strings=`. transformers keeps its own `tokenizer=` from a function.
         streamer: gets what it would get from `generate`, for the same reason.
-        tree_size, head, coupled, fallback: as `coral.load` takes them.
+        tree, head, coupled, fallback: as `coral.load` takes them.
 
     Raises (when called):
         CoralError: an option of `generate` that is not offered, with the reason; a model that is not
             supported; a drafter of another model.
     """
-    drafter = str(drafter) if isinstance(drafter, Path) else drafter
+    drafter = str(drafter) if isinstance(drafter, Path) else drafter  # one name for one drafter
+    drafting = Drafting.parse(drafter, tree=tree, head=head, coupled=coupled, fallback=fallback)
 
     def generate(
         model: PreTrainedModel,
@@ -91,9 +89,7 @@ def for_transformers(
             stop = StopStringCriteria(tokenizer, stop_strings)
             stopping_criteria = StoppingCriteriaList([*stopping_criteria, stop])
         with _attention(model):
-            pair = _pair(model, drafter, head, coupled, fallback)
-            if tree_size is not None:
-                pair = LLM(pair.target, pair.proposer, tree_size)
+            pair = _pair(model, drafting)
             pad = generation_config._pad_token_tensor
             pad_id = 0 if pad is None else int(pad)
             sequences = _write(pair, input_ids, prompts, sampling, stopping_criteria, pad_id, streamer)
@@ -194,28 +190,20 @@ def _write(
     return texts[:, :width].clone()
 
 
-def _pair(
-    model: PreTrainedModel,
-    drafter: str | Drafter | None,
-    head: str,
-    coupled: bool,
-    fallback: bool,
-) -> LLM:
-    """The model wrapped, with what drafts for it; made at the first call and kept with the model."""
+def _pair(model: PreTrainedModel, drafting: Drafting) -> LLM:
+    """The model wrapped, with what drafts for it. What is loaded at the first call is kept with the model,
+    for trees of any size.
+    """
     weight = model.get_output_embeddings().weight
-    wanted = (drafter, head, coupled, fallback, weight.dtype, weight.device)
+    wanted = (replace(drafting, tree=None), weight.dtype, weight.device)
     kept = model.__dict__.get("_coral")
     if not isinstance(kept, _Kept):
         kept = model.__dict__["_coral"] = _Kept()
     pair = kept.get(wanted)
     if pair is None or pair.target.head_weight is not weight:  # a resized model has another head
-        target = Target(model, freeze=False)
-        drafter = located(drafter, head) if isinstance(drafter, str) else drafter
-        proposer = make_proposer(target, drafter, coupled, head)
-        if fallback and not isinstance(proposer, Plain):
-            proposer = Fallback(proposer)
-        pair = kept[wanted] = LLM(target, proposer, *choose_tree_size(target, drafter, head=head))
-    return pair
+        target, here = Target(model, freeze=False), wanted[0].located()
+        pair = kept[wanted] = LLM(target, here.proposer(target), *here.tree_size(target))
+    return pair if drafting.tree is None else LLM(pair.target, pair.proposer, drafting.tree)
 
 
 class _Kept(dict[Any, LLM]):

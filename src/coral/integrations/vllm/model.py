@@ -11,6 +11,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.llama_eagle import EagleLlamaForCausalLM
 
 from coral.drafters.heads import store as heads
+from coral.drafters.heads.full import FullHead
 from coral.errors import CoralError
 
 
@@ -83,7 +84,7 @@ class EagleCoralLlamaForCausalLM(EagleLlamaForCausalLM):
     def _load_head(self) -> Any:
         target: Any = LMHead.of(self.lm_head, self.config.vocab_size)
         found = heads.load(self._source, target)
-        if not hasattr(found, "log_probs") or isinstance(found, heads.FullHead):
+        if not hasattr(found, "log_probs") or isinstance(found, FullHead):
             raise CoralError(
                 f"the drafter {self._source} holds no head to serve; write it with `coral export --to "
                 "vllm-coral`."

@@ -76,8 +76,8 @@ def train_head(
         from coral.data import shards
         from coral.drafters import checkpoint
         from coral.training import heads
+        from coral.training.factors import TUNING
         from coral.training.head_loop import HeadConfig
-        from coral.training.low_rank import TUNING
 
     _refuse_options_of_others(context, kind)
     if kind == "routed" and updates == 0:

@@ -15,7 +15,7 @@ from torch import Tensor
 from coral.cache import KVCache
 from coral.decoding.state import State
 from coral.drafters.feature.network import Drafter, DraftLayer
-from coral.drafters.heads.reduced import Table
+from coral.drafters.heads.rows import Table
 from coral.native.build import SOURCES, build
 from coral.native.few_rows import DTYPES, LANES
 from coral.native.memory import weights_like

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import kl_div, linear
 
 from coral.data.features import FeatureBatch, Rows, feature_batch
-from coral.drafters.feature.drafted import draft
-from coral.drafters.feature.network import Drafter
 from coral.progress import bar
-from coral.training.head_loop import HeadConfig, HeadTarget, descend, row_order, target_laws
+from coral.training.head_loop import HeadConfig, HeadTarget, descend, drafts_of, row_order, target_laws
 
 TUNING = HeadConfig(updates=0, learning_rate=4e-4)
 """SlimSpec's learning rate; without updates the factors are not tuned."""
@@ -20,7 +20,7 @@ TUNING = HeadConfig(updates=0, learning_rate=4e-4)
 @torch.no_grad()
 def second_moment(
     target: HeadTarget,
-    drafter: Drafter,
+    drafter: Any,
     dataset: Rows,
     batches: int,
     config: HeadConfig,
@@ -32,12 +32,12 @@ def second_moment(
         CoralError: no data, or features of another target.
     """
     order = row_order(target, dataset, config.seed)
-    width, size = drafter.config.hidden_size, config.batch_size
+    draft, width, size = drafts_of(drafter), target.hidden_size, config.batch_size
     moment, count = torch.zeros(width, width, device=target.device), 0
     with bar(console, "draft features", batches) as advance:
         for start in range(0, min(batches * size, len(order)), size):
             batch = feature_batch(target, dataset, order[start : start + size])
-            drafted = draft(drafter, batch, config.steps)
+            drafted = draft(batch, config.steps)
             drafts = drafted.drafts[drafted.valid]  # [N,h]
             moment += drafts.T @ drafts
             count += len(drafts)
@@ -47,7 +47,7 @@ def second_moment(
 
 def tune(
     target: HeadTarget,
-    drafter: Drafter,
+    drafter: Any,
     dataset: Rows,
     up: Tensor,
     down: Tensor,
@@ -69,10 +69,11 @@ def tune(
     """
     up, down = (part.detach().clone().to(target.device).requires_grad_() for part in (up, down))
     bias = None if target.head_bias is None else target.head_bias.float()
+    draft = drafts_of(drafter)
 
     def gradient(update: int, batch: FeatureBatch) -> float:
         with torch.no_grad():
-            drafted = draft(drafter, batch, config.steps)
+            drafted = draft(batch, config.steps)
         total, count = torch.zeros((), device=up.device), drafted.valid.sum().clamp(min=1)
         for part, law in target_laws(target, drafted.features):
             for drafts, valid in zip(drafted.drafts[:, part], drafted.valid[:, part], strict=True):

@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from coral.api import make_proposer
 from coral.decoding.cycle import Proposer, generate
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
 from coral.device import has_queue
 from coral.drafters import tuned
+from coral.drafters.drafting import Drafting
 from coral.errors import CoralError
 from coral.locks import locked
 from coral.suites.prompts import Prompt, render
@@ -181,7 +181,7 @@ def tune_drafter(
     conditions = tuned.Conditions.of(target, head)
     with locked(directory) if write else nullcontext():
         tuned.find(directory, conditions)  # a file that cannot be read is refused before minutes of work
-        make = partial(make_proposer, drafter=directory, head=head)
+        make = Drafting(directory, head, fallback=False).proposer
         found = tune(target, make, prompts, **options)
         if not write:
             return found, None

@@ -1,67 +1,18 @@
-"""Heads that score every node with less than the target's LM head: fewer ids, or a lower rank.
-
-Both are cheap for any number of nodes, since what they multiply does not depend on the nodes.
-"""
+"""The LM head at a lower rank: two thin matrices, whose cost does not depend on the nodes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coral.drafters.feature.network import num_bytes
+from coral.drafters.heads.rows import linear
+from coral.drafters.heads.stored import Stored
+from coral.drafters.kinds import num_bytes
 from coral.native.packed import pack_linears
 from coral.target.target import Target
-
-
-class Table(NamedTuple):
-    """A head that is linear: rows [K, h] float32 or bfloat16, bias [K] float32 or None, and the ids int64 [K]
-    they score (None: 0 to K - 1).
-
-    fixed: the rows are the same tensor every time, and stay as they are.
-    """
-
-    rows: Tensor
-    bias: Tensor | None = None
-    ids: Tensor | None = None
-    fixed: bool = False
-
-
-class StaticHead:
-    """The LM head's rows of the ids that the target writes most (FR-Spec, arXiv 2502.14856; VocabTrim,
-    arXiv 2506.22694).
-
-    Args:
-        ids: int64 [K], the ids that may be drafted.
-    """
-
-    def __init__(self, target: Target, ids: Tensor) -> None:
-        self.ids = ids.to(target.head_weight.device)
-        self.rows = rows_of(target, self.ids)
-        self.vocab_size = target.vocab_size
-        self.num_bytes = num_bytes(self.rows)
-
-    def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.rows(features).float()
-        values, best = logits.topk(min(k, logits.shape[-1]), dim=-1)
-        return self.ids[best], values - logits.logsumexp(-1, keepdim=True)
-
-    def table(self, state: Any) -> Table:
-        return self._table
-
-    @cached_property
-    def _table(self) -> Table:
-        bias = self.rows.bias
-        return Table(self.rows.weight.detach(), None if bias is None else bias.float(), self.ids, fixed=True)
-
-    def log_probs(self, features: Tensor) -> Tensor:
-        """[N, V] float32; ids that are left out have -inf."""
-        dense = torch.full((len(features), self.vocab_size), float("-inf"), device=features.device)
-        dense[:, self.ids] = self.rows(features).float().log_softmax(-1)
-        return dense
 
 
 class LowRankHead:
@@ -77,7 +28,7 @@ class LowRankHead:
         weight = target.head_weight
         self.target, self.rescored = target, rescored
         up, down = (part.to(weight.device, weight.dtype) for part in (up, down))
-        self.factors = nn.Sequential(_linear(down, None), _linear(up, target.head_bias))
+        self.factors = nn.Sequential(linear(down, None), linear(up, target.head_bias))
         self.num_bytes = num_bytes(self.factors)
         pack_linears(self.factors)
 
@@ -111,6 +62,17 @@ class LowRankHead:
         return logits, ids
 
 
+def build(target: Target, stored: Stored) -> LowRankHead:
+    """Of the tensors `up` [V, r] and `down` [r, h] and the number `rescored`; raises ValueError where they
+    are not this target's.
+    """
+    shape = target.vocab_size, target.hidden_size
+    up, down = stored.tensors["up"], stored.tensors["down"]
+    if (up.shape[0], down.shape[1]) != shape or up.shape[1] != down.shape[0]:
+        raise ValueError(f"its factors are not for a head of {shape[0]} x {shape[1]}")
+    return LowRankHead(target, up, down, stored.number("rescored", 0, shape[0]))
+
+
 def factorise(
     head_weight: Tensor, second_moment: Tensor, rank: int, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -136,19 +98,3 @@ def factorise(
     basis = torch.linalg.eigh(gram.double())[1][:, len(gram) - rank + 1 :].to(w.dtype)  # [h, r - 1]
     up, down = whitened @ basis, basis.T @ (vectors / root).T.to(w.dtype)
     return torch.cat([up, torch.ones_like(up[:, :1])], 1), torch.cat([down, mean[None]])
-
-
-def rows_of(target: Target, ids: Tensor) -> nn.Linear:
-    """The LM head's rows of some ids [K], as a layer that scores them alone."""
-    bias = None if target.head_bias is None else target.head_bias[ids]
-    layer = _linear(target.head_weight[ids], bias)
-    pack_linears(layer)
-    return layer
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
-    return layer

@@ -49,7 +49,7 @@ def load(
         tree, head, coupled, fallback: see `Drafting`.
         backend: see `Target.on`.
         loading: tokenizer, dtype, device, device_map, attention, revision, trust_remote_code: see
-            `Target.load`. Without a target "auto" as dtype keeps the file's blocks packed where that can be.
+            `Target.load`. Without a target "auto" as dtype is what `default.load_to_write` says.
 
     Raises:
         CoralError: not found, not supported, or a drafter of another target.

@@ -49,6 +49,11 @@ def cpu_info() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
+def has_wide_vectors() -> bool:
+    """Whether this CPU has vectors of 512 bits (AVX-512), as far as torch uses them."""
+    return bool(torch.backends.cpu.get_cpu_capability() == "AVX512")
+
+
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 at least as fast as float32."""
     if device.type == "cpu":

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urljoin
 from urllib.request import Request, urlopen
 
+from coral.device import has_wide_vectors
 from coral.errors import CoralError
 from coral.files import user_caches
 from coral.native import build as cpp
@@ -104,9 +105,11 @@ def load(*, dtype: Any = "auto", **loading: Any) -> Target:
 
 
 def load_to_write(*, dtype: Any = "auto", **loading: Any) -> Target:
-    """As `load`; "auto" keeps the file's blocks packed where the machine can, which is the fastest form."""
+    """As `load`; "auto" keeps the file's blocks packed where that writes fastest: with vectors of 512 bits.
+    With shorter ones the rows of a tree cost more than they gain.
+    """
     on_cpu = loading.get("device") in (None, "cpu") and loading.get("device_map") is None
-    if dtype in ("auto", None) and on_cpu and cpp.has_compiler():
+    if dtype in ("auto", None) and on_cpu and has_wide_vectors() and cpp.has_compiler():
         try:
             return load(dtype="packed", **loading)
         except CoralError:  # no native forward here, or a GPU that "auto" goes to

@@ -16,6 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from coral.device import has_wide_vectors
 from coral.errors import CoralError
 from coral.native import sampler
 from coral.native.build import SOURCES, build
@@ -114,7 +115,7 @@ def _library() -> CDLL | None:
 
 def _tiles() -> bool:
     """Whether this processor has a matrix unit for bfloat16 (AMX) that the system lets this process use."""
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    wide = has_wide_vectors()
     return wide and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 

@@ -22,7 +22,7 @@ class Drafting:
 
     source: a drafter's directory or hub id ("me/drafter", pinned as "me/drafter@REVISION"), or a drafter that
         is already loaded.
-    head: the drafter's LM head, see `heads.load`.
+    head: the drafter's LM head, see `heads.load`; of no account where its kind has none.
     lookup: prompt lookup drafts, too, in the same tree.
     tree: how large draft trees grow; None: what `coral tune` found for this drafter here, else
         `tree.DEFAULT`, or `tree.CPU_DEFAULT`.
@@ -136,10 +136,6 @@ class Drafting:
             drafter = _fitted(here.source, target)
         kind = kinds.find(drafter.kind)
         head = here._head(target) if kind.draft else None
-        if head is None and self.head != "auto":
-            raise CoralError(
-                f"drafters of kind {drafter.kind!r} have no LM head; leave out head {self.head!r}."
-            )
         return kind.proposer(drafter, target, head, self.coupled)
 
     def _head(self, target: Target) -> Head:

@@ -9,7 +9,7 @@ import yaml
 
 from coral.bench.acceptance import CHAIN, TREE
 from coral.drafters import checkpoint
-from coral.export import write
+from coral.export import layout, write
 
 _PACKAGE = "coral-drafter"
 _DRAFTS = {"chain": f"chain of {CHAIN.num_nodes}", "tree": f"tree of {TREE.num_nodes}"}
@@ -42,7 +42,7 @@ def card(
     revision = recorded["revision"] if target in (None, recorded["name"]) else None
     name = target or (recorded["name"] if revision else None)
     sections = [
-        f"---\n{_metadata(name, revision, license)}---",
+        f"---\n{_metadata(name, revision, license, ours['kind'])}---",
         _introduction(repo_id, name, revision, recorded),
         f"## Use\n\n{_use(repo_id, name or 'TARGET', ours)}",
         f"## Training\n\n{_training(ours, data)}",
@@ -51,14 +51,15 @@ def card(
     return "\n\n".join(sections) + "\n"
 
 
-def _metadata(target: str | None, revision: str | None, license: str | None) -> str:
+def _metadata(target: str | None, revision: str | None, license: str | None, kind: str) -> str:
+    own = ["eagle"] if kind == layout.KIND else []
     entries = {
         "base_model": target,
         "base_model_revision": revision,
         "library_name": "coral",
         "license": license,
         "pipeline_tag": "text-generation",
-        "tags": ["speculative-decoding", "eagle", "coral", "draft-model"],
+        "tags": ["speculative-decoding", *own, "coral", "draft-model"],
     }
     return yaml.safe_dump({k: v for k, v in entries.items() if v is not None}, sort_keys=False)
 

@@ -4,8 +4,9 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -14,12 +15,27 @@ import torch
 from tiny_pair import save_drafter, save_target
 
 from coral.cli.main import main
+from coral.gpu.compiled import compiled
 from coral.native import build as cpp
 from coral.target import default as models_
 
 torch.set_num_threads(1)
 if flags := os.environ.get("CORAL_CXXFLAGS"):  # see test_sanitized.py
     cpp.FLAGS = tuple(flags.split())
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards of fixed shape without a GPU: torch traces them as for one, in seconds, and runs them as they
+    are.
+    """
+
+    def elsewhere(function: Callable[..., Any], device: torch.device, inputs: int) -> Callable[..., Any]:
+        return compiled(function, torch.device("meta"), inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr("coral.target.forward.compiled", elsewhere)
+    monkeypatch.setattr("coral.drafters.feature.propose.compiled", elsewhere)
 
 
 @pytest.fixture

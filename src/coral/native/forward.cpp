@@ -204,7 +204,7 @@ struct Forward {
         attend(layer, l);
         wait_for_all();
         add_product(layer.o, layer.attended_norm, [&](int64_t r, int64_t k, int64_t depth, float* to) {
-          convert<T, T>(&attended[r * attended_width + k], nullptr, depth, to);
+          convert(&attended[r * attended_width + k], depth, to);
         });
         wait_for_all();
         feed_forward(layer);

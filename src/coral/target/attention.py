@@ -21,8 +21,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from coral.native import few_rows
-
 GROUPED_SDPA = "coral_sdpa"
 BLOCK = 512
 """Rows for which `attend_from` has a mask in memory at a time, on a CPU a quarter: a block sees all columns
@@ -43,8 +41,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: f
         mask = torch.ones(rows, width, dtype=torch.bool, device=q.device).tril(width - rows)
     if mask is not None:
         mask = mask.view(-1, 1, rows, width)
-        if few_rows.can_attend(q):
-            return few_rows.attend(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
     grouped = q.shape[1] != k.shape[1]
     if grouped and not causal and (rows == 1 or q.device.type != "cpu"):
         return _fold(q, k, v, mask, scale)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from torch import nn
 
-from coral.native.few_rows import LANES
-from coral.native.packed import PackedLinear
+from coral.native.packing import LANES
 from coral.target.families import rotations, windowed
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ def _why_not_its_modules(target: Target) -> str | None:
     """The same for the modules, which may have been changed since the model was made."""
     decoder, multiplying = target.decoder, linears(target)
     head_size = decoder.layers[0].self_attn.head_dim
-    if any(type(linear) not in (nn.Linear, PackedLinear) for linear in multiplying):
+    if any(type(linear) is not nn.Linear for linear in multiplying):
         return "some of its layers are not plain linear ones"
     if any(size % LANES for size in (head_size, *(linear.in_features for linear in multiplying))):
         return f"its sizes are no multiples of {LANES}"

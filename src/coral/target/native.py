@@ -1,8 +1,8 @@
 """A forward of the target over a few rows in one call on the CPU: `forward.cpp`, for some families.
 
-A plain step of a small model is some two hundred products that each take microseconds, and a compiled graph
-starts all threads anew for each; here one team walks through all layers. Nothing is traced, so it stands as
-soon as the weights are packed, and it takes any number of rows, of any number of sequences.
+A plain step of a small model is some two hundred products that each take microseconds, and torch starts all
+threads anew for each; here one team walks through all layers. It stands as soon as the weights are packed,
+and it takes any number of rows, of any number of sequences.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from torch import Tensor
 from coral.errors import CoralError
 from coral.native import sampler
 from coral.native.build import SOURCES, build
-from coral.native.few_rows import DTYPES, PANEL
-from coral.native.packing import pack_blocks, pack_once
+from coral.native.packing import DTYPES, PANEL, pack_blocks, pack_once
 from coral.target.blueprint import Blueprint, Matrix, linears, why_not
 
 if TYPE_CHECKING:

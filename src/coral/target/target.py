@@ -21,7 +21,6 @@ from coral.cache import KVCache
 from coral.device import has_fast_bfloat16
 from coral.errors import CoralError
 from coral.gpu.graphs import steady
-from coral.native.packed import pack_linears
 from coral.target.attention import GROUPED_SDPA
 from coral.target.families import check_supported, context_length, eos_ids, sliding_window
 from coral.target.forward import ModelForward, is_simple
@@ -147,7 +146,6 @@ class Target:
             device=device,
             **common,
         )
-        pack_linears(model)
         revision = revision or getattr(config, "_commit_hash", None)
         return cls(model, tokenizer, name=name, revision=revision, blocks=blocks)
 
@@ -190,11 +188,10 @@ class Target:
 
         Args:
             backend: "native" is C++ on a CPU, for any number of rows; "transformers" is the model's own code;
-                "graphs" are forwards of fixed shape for one sequence, recorded on a GPU or compiled by torch;
-                "auto" is native where that can be, else transformers.
-            rows: of graphs, the sizes; a tree is padded to the next one. Each is made when it is first met,
-                which takes a few seconds a layer on a CPU. A larger tree, and several sequences, run as
-                transformers' code.
+                "graphs" are forwards of fixed shape for one sequence, recorded on a GPU; "auto" is native
+                where that can be, else transformers.
+            rows: of graphs, the sizes; a tree is padded to the next one. Each is made when it is first met. A
+                larger tree, and several sequences, run as transformers' code.
 
         Raises:
             CoralError: another backend, or native, but that cannot be: says why.

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from coral.drafters.feature.network import num_bytes
-from coral.native.packed import pack_linears
 from coral.target.target import Target
 
 
@@ -79,7 +78,6 @@ class LowRankHead:
         up, down = (part.to(weight.device, weight.dtype) for part in (up, down))
         self.factors = nn.Sequential(_linear(down, None), _linear(up, target.head_bias))
         self.num_bytes = num_bytes(self.factors)
-        pack_linears(self.factors)
 
     def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
         logits, ids = self._scores(features, k)
@@ -141,9 +139,7 @@ def factorise(
 def rows_of(target: Target, ids: Tensor) -> nn.Linear:
     """The LM head's rows of some ids [K], as a layer that scores them alone."""
     bias = None if target.head_bias is None else target.head_bias[ids]
-    layer = _linear(target.head_weight[ids], bias)
-    pack_linears(layer)
-    return layer
+    return _linear(target.head_weight[ids], bias)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -33,7 +33,6 @@ from coral.drafters.heads.low_rank import LowRankHead
 from coral.drafters.heads.routed import RoutedHead, Router
 from coral.drafters.heads.static import StaticHead
 from coral.drafters.heads.store import Head
-from coral.native.packed import pack_linears
 from coral.target.default import TOY
 from coral.target.target import Target
 
@@ -61,7 +60,6 @@ def random_target(vocab_size: int, hidden_size: int, dtype: torch.dtype) -> Any:
         piece.copy_(torch.randn(piece.shape) * hidden_size**-0.5)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     head = nn.Sequential(linear)
-    pack_linears(head)
     sizes = {"vocab_size": vocab_size, "hidden_size": hidden_size, "dtype": dtype}
     return SimpleNamespace(
         head_weight=weight, head_bias=None, head=head, tokenizer=None, eos_ids=frozenset([0]), **sizes

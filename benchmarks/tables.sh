@@ -47,7 +47,6 @@ $BENCH $FIRST_40 $RECIPES $ROUTED --temperature 1 --uncoupled --no-peers --max-n
 
 # What the parts cost, and where a cycle's time goes.
 "$BIN/python" "$HERE/heads.py" heads
-"$BIN/python" "$HERE/few_rows.py" few-rows
 "$BIN/python" "$HERE/prompts.py" prompts
 "$BIN/python" "$HERE/dense.py" --output memory
 CYCLE="--dtype bfloat16 --suites humaneval,gsm8k,mt_bench --limit 6 --rounds 1"

@@ -4,8 +4,9 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -14,6 +15,7 @@ import torch
 from tiny_pair import save_drafter, save_target
 
 from coral.cli.main import main
+from coral.gpu.compiled import compiled
 from coral.native import build as cpp
 from coral.target import default as models_
 from coral.target import second_start
@@ -28,6 +30,20 @@ def starts(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Those of tests do not push out a user's own."""
     folder = tmp_path_factory.mktemp("starts")
     second_start._root = lambda: folder
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards of fixed shape without a GPU: torch traces them as for one, in seconds, and runs them as they
+    are.
+    """
+
+    def elsewhere(function: Callable[..., Any], device: torch.device, inputs: int) -> Callable[..., Any]:
+        return compiled(function, torch.device("meta"), inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr("coral.target.forward.compiled", elsewhere)
+    monkeypatch.setattr("coral.drafters.feature.propose.compiled", elsewhere)
 
 
 @pytest.fixture

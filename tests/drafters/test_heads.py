@@ -22,7 +22,7 @@ from coral.drafters.heads import store as heads
 from coral.drafters.heads.full import FullHead
 from coral.drafters.heads.groups import GROUPINGS, outside, split
 from coral.drafters.heads.in_context import InContextHead
-from coral.drafters.heads.routed import RoutedHead, Router
+from coral.drafters.heads.routed import RoutedHead, Router, group_logits
 from coral.drafters.heads.vocabulary import most_frequent
 from coral.errors import CoralError
 from coral.training.head_loop import HeadConfig
@@ -55,6 +55,21 @@ def test_groups_and_core_hold_each_id_once(vocab_size, groups, grouping, size):
     assert ids.shape == (groups, -(-rest // groups))
     assert sorted(ids[ids >= 0].tolist() + core.tolist()) == list(range(vocab_size))
     assert outside(ids, vocab_size).tolist() == sorted(core.tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_logits_are_of_the_groups_that_were_named(dtype, biased):
+    """Stops the product of another group, or of one group with another's bias."""
+    weight = torch.randn(5, 33, 17, dtype=dtype)
+    bias = torch.randn(5, 33, dtype=dtype) if biased else None
+    chosen = torch.tensor([3, 0, 4])
+    for rows in (1, 4, 65):
+        x = torch.randn(rows, 17, dtype=dtype)
+        expected = torch.einsum("nh,arh->nar", x.float(), weight[chosen].float())
+        expected = (expected if bias is None else expected + bias[chosen]).flatten(1)
+        close = 1e-5 if dtype == torch.float32 else 0.1
+        assert torch.allclose(group_logits(weight, bias, x, chosen).float(), expected, atol=close)
 
 
 def test_the_core_is_of_the_ids_that_are_written_most():

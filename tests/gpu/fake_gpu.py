@@ -7,7 +7,6 @@ own, since the backend stays registered with the process.
 """
 
 import traceback
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -25,8 +24,6 @@ from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
 from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.drafters.feature.propose import Feature
-from coral.drafters.heads.routed import group_logits
-from coral.native.packed import PackedGroups
 from coral.target.grouped_sdpa import GROUPED_SDPA
 from coral.target.target import Target
 from coral.tree import DraftTree, TreeSize
@@ -73,9 +70,6 @@ def move(head: Any, target: Target) -> Any:
             put(value)
         elif isinstance(value, Target):
             setattr(head, name, target)
-        elif isinstance(value, PackedGroups):
-            weight = torch.empty(len(value.weights), *value.weights[0].shape, device=GPU)
-            setattr(head, name, partial(group_logits, weight, None))
     return head
 
 
@@ -127,8 +121,7 @@ def check(name: str, *arguments: Any) -> None:
 
 def main() -> None:
     _setup_privateuseone_for_python_backend(GPU)
-    with patch("torch.backends.mkl.is_available", lambda: False):  # nothing is packed for the CPU
-        heads = {name: make(tiny_target()) for name, make in HEADS.items()}
+    heads = {name: make(tiny_target()) for name, make in HEADS.items()}
     with (
         FakeTensorMode(),
         patch("coral.cache.from_dlpack", lambda tensor: tensor),  # knows no device of this name

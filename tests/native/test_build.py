@@ -9,6 +9,7 @@ from ctypes import CDLL
 from pathlib import Path
 
 import pytest
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from coral.native import build as cpp
 
@@ -124,3 +125,48 @@ def test_a_directory_that_others_may_write_is_not_used(compiled, tmp_path: Path,
     assert cpp.use_own_cache().parent == temporary.parent and cpp.use_own_cache() != temporary
     assert compiled(1, str(folder)) == 1  # named, but not to be trusted
     assert compiled(1, str(tmp_path / "asked")) == 1 and cpp.use_own_cache() == tmp_path / "asked" / "coral"
+
+
+@pytest.fixture
+def own_cache() -> Iterator[None]:
+    """The place of what is built is looked up once a process; here it changes."""
+    cpp.use_own_cache.cache_clear()
+    yield
+    cpp.use_own_cache.cache_clear()
+
+
+def test_a_source_is_built_once_for_all_processes(own_cache, monkeypatch, tmp_path, capsys):
+    """Stops two seconds of looking for vector units at the start of each command."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    source = tmp_path / "one.cpp"
+    source.write_text('extern "C" int one() { return 1; }')
+    assert cpp.build(source).one() == 1
+    assert "Building one.cpp" in capsys.readouterr().err
+    cpp.build.cache_clear()
+    monkeypatch.setattr(cpp, "_build", None)
+    assert cpp.build(source).one() == 1
+
+
+def test_decoding_does_without_what_the_compiler_refuses(monkeypatch, tmp_path, capsys):
+    """Stops a broken compiler from breaking commands that never asked to compile."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    source = tmp_path / "broken.cpp"
+    source.write_text("no C++")
+    assert cpp.build(source) is None
+    assert "broken.cpp cannot be built" in capsys.readouterr().err
+
+
+def test_kernels_outlive_the_machine(own_cache, monkeypatch, tmp_path):
+    """Stops kernels in the directory for temporary files, which torch names in the environment by itself."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for named in (None, default_cache_dir()):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        if named:
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", named)
+        cpp.use_own_cache.cache_clear()
+        cpp.use_own_cache()
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "coral" / "compiled")
+    cpp.use_own_cache.cache_clear()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "chosen"))
+    cpp.use_own_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "chosen")

@@ -1,11 +1,14 @@
-"""What training holds does not grow with the number of shapes it has met."""
+"""What training holds does not grow with the number of shapes it has met; weights that share memory."""
 
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
+
+from coral.native.memory import weights_like
 
 # Products of ever new shapes, as batches of joined rows have; prints the resident MiB after 80 and after 200.
 SCRIPT = """
@@ -35,3 +38,15 @@ def test_memory_is_flat_over_products_of_new_shapes() -> None:
     )
     earlier, later = map(int, done.stdout.split())
     assert later < 1.1 * earlier, done.stdout
+
+
+def test_weights_in_shared_memory_lie_apart() -> None:
+    """Stops weights that overwrite each other, where small ones share a piece of memory."""
+    shapes = [(3, 5), (1,), (700, 33), (0, 4), (17_000, 1024), (2, 2)]
+    made = [
+        weights_like(torch.empty(shape, dtype=dtype)).fill_(index)
+        for index, (shape, dtype) in enumerate(product(shapes, (torch.float32, torch.bfloat16)))
+    ]
+    for index, weights in enumerate(made):
+        assert weights.shape == shapes[index // 2] and weights.is_contiguous()
+        assert (weights == index).all() and weights.data_ptr() % 16 == 0

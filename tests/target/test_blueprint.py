@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from test_forward import DTYPES, KINDS, SIZES
+from test_forward import CHANGES, DTYPES, KINDS, SIZES
 from tiny import LLAMA3, prompt_of, random_tree, tiny_model
 
 from coral.target.blueprint import Blueprint, why_not
@@ -24,7 +24,7 @@ ROPES = {
 
 
 def target_of(kind, dtype=torch.float32, **changes):
-    target = Target(tiny_model(kind, GROUPED_SDPA, **SIZES | changes).to(dtype))
+    target = Target(tiny_model(kind, GROUPED_SDPA, **SIZES | CHANGES.get(kind, {}) | changes).to(dtype))
     assert why_not(target) is None
     return target
 
@@ -50,17 +50,17 @@ def test_positions_turn_as_the_models_module_turns_them(kind, dtype):
     if (library := _library()) is None:
         pytest.skip("no C++ compiler for this processor")
     forward = NativeForward(library, blueprint, dict(target.model.named_parameters()), dtype)
-    forward._rotate(90)
+    forward._rotate(30)
     module = target.decoder.rotary_emb
     kinds = sorted({*target.config.layer_types}) if kind == "gemma3" else [None]
     for each, tables in zip(kinds, forward._tables, strict=True):
         asked = () if each is None else (each,)
-        expected = module(torch.empty(1, dtype=dtype), torch.arange(90)[None], *asked)
+        expected = module(torch.empty(1, dtype=dtype), torch.arange(30)[None], *asked)
         for own, model in zip(tables, expected, strict=True):
             assert torch.equal(own, model[0].float())
 
 
-@pytest.mark.parametrize("kind", ["llama-tied", "gemma3", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama-tied", "gemma3", "qwen2", "phi3-partial", "olmo2"])
 def test_a_forward_stands_without_the_model(kind):
     """Stops a forward that asks the model for more than its blueprint and the tensors of a file."""
     target = target_of(kind, torch.bfloat16)
@@ -76,6 +76,15 @@ def test_a_forward_stands_without_the_model(kind):
         results.append([features, *forward.verify([cache], [random_tree(7)], True)])
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_fused_matrix_of_another_size_has_no_blueprint():
+    """Stops products that read past the end of a weight, in a model that was pruned by hand."""
+    target = target_of("phi3")
+    old = target.decoder.layers[1].mlp.gate_up_proj
+    wider = torch.nn.Linear(old.in_features, old.out_features + 32, bias=False)
+    target.decoder.layers[1].mlp.gate_up_proj = wider
+    assert why_not(target) == "the sizes of its layers do not go together"
 
 
 def test_it_is_read_without_transformers():

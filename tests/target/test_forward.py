@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import tiny
 import torch
 from tiny import Bushes, prompt_of, random_tree, root_path, tiny_model, tree_of, write
 
@@ -10,7 +11,6 @@ from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
 from coral.errors import CoralError
-from coral.native import few_rows
 from coral.target.grouped_sdpa import GROUPED_SDPA
 from coral.target.native import why_not_native
 from coral.target.target import Target
@@ -31,13 +31,21 @@ KINDS = [
     "qwen3",
     "qwen3-sliding",
     "gemma3",
+    "phi3",
+    "phi3-sliding",
+    "phi3-partial",
+    "phi3-longrope",
+    "olmo2",
 ]
+LONGROPE = tiny.LONGROPE | {"short_factor": [1 + i / 9 for i in range(8)], "long_factor": [9.0] * 8}
+CHANGES = {"phi3-longrope": {"rope_parameters": LONGROPE}}  # whose factors are as many as numbers that turn
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 def targets(kind="llama", dtype=torch.float32, attention=GROUPED_SDPA, **changes):
     """A target as it is, and with its native forward."""
-    slow = Target(tiny_model(kind, attention, **SIZES | changes).bfloat16().to(dtype))
+    changes = SIZES | CHANGES.get(kind, {}) | changes
+    slow = Target(tiny_model(kind, attention, **changes).bfloat16().to(dtype))
     return slow, slow.on()
 
 
@@ -83,6 +91,24 @@ def test_logits_features_and_cache_are_the_models(kind, dtype):
                 assert (own - model).float().norm() <= 2 * (wide - model).norm() + 1e-6
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, size", [((4, 4), 48), ((4, 2), 64), ((6, 1), 16), ((12, 1), 32)])
+def test_heads_of_any_size_and_group(heads, size, dtype):
+    """Stops a query head on the wrong key head, and a group or a head that fills no vector or several."""
+    sizes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": size}
+    slow, fast = targets("llama", dtype, **sizes)
+    exact, _ = targets("llama", **sizes)
+    trees = [random_tree(11, seed=3), random_tree(4, seed=5)]
+    model, own, wide = (
+        torch.cat(target.verify(caches(states_of(target, (21, 5))), trees)[0])
+        for target in (slow, fast, exact)
+    )
+    if dtype == torch.float32:
+        torch.testing.assert_close(own, model, rtol=1e-4, atol=1e-4)
+    else:
+        assert (own - model).float().norm() <= 2 * (wide - model).norm() + 1e-6
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_is_rounded_where_the_model_rounds(kind):
     """Stops an operation that rounds nowhere, or twice. Attention, where kernels differ, has one key here."""
@@ -113,7 +139,7 @@ def test_the_matrix_unit_computes_what_vectors_do(kind, rows):
     assert (by_tiles - by_vectors).norm() < 0.02 * by_vectors.norm()
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "llama"])
+@pytest.mark.parametrize("kind", ["gemma3", "llama", "mistral-sliding", "phi3-sliding", "olmo2"])
 def test_eager_attention_is_the_same_in_float32(kind):
     """Stops a model that eager attention keeps from being run here, though nothing is rounded between."""
     slow, fast = targets(kind, attention="eager")
@@ -124,7 +150,7 @@ def test_eager_attention_is_the_same_in_float32(kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "phi3-sliding", "olmo2"])
 def test_a_row_does_not_depend_on_the_rows_beside_it(kind, dtype):
     """Stops a verification that rounds otherwise than plain steps, so that ties fall otherwise."""
     _, fast = targets(kind, dtype)
@@ -141,8 +167,8 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [2, 40, few_rows.MOST_ROWS + 30])
-@pytest.mark.parametrize("kind", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("length", [2, 40, 94])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "phi3-sliding", "olmo2"])
 def test_a_prompt_is_read_as_its_tokens_are_written(kind, length, dtype, monkeypatch):
     """Stops a prompt's rows, or a long prompt's pieces, that are not those of plain steps over its tokens;
     and a window that is another for rows that attend together.
@@ -160,7 +186,7 @@ def test_a_prompt_is_read_as_its_tokens_are_written(kind, length, dtype, monkeyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "phi3-sliding", "phi3-partial", "olmo2"])
 def test_a_node_does_not_depend_on_other_branches(kind, dtype):
     """Stops sums over keys whose order follows the places of a path's rows in the cache, and a window that
     is counted in places, not in positions.
@@ -179,11 +205,12 @@ def test_a_node_does_not_depend_on_other_branches(kind, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sequences", [1, 3])
-def test_texts_stay_the_same(sequences, dtype):
+@pytest.mark.parametrize("kind", ["llama", "mistral-sliding", "phi3-sliding", "olmo2"])
+def test_texts_stay_the_same(kind, sequences, dtype):
     """Stops a forward that loses rows when a cache grows or is cut, or of a prompt of one token; also with
     trees of many rows.
     """
-    slow, fast = targets(dtype=dtype)
+    slow, fast = targets(kind, dtype)
     for length, sampling in ((1, Sampling()), (9, Sampling(1.0, seed=3))):
         prompts = [prompt_of(length + i, seed=i) for i in range(sequences)]
         plain = write(fast, Plain(), prompts, 40, sampling)
@@ -191,7 +218,7 @@ def test_texts_stay_the_same(sequences, dtype):
         assert write(fast, bushes, prompts, 40, sampling, TreeSize(4, 4, 9)).texts == plain.texts
         if dtype == torch.float32:
             assert write(slow, Plain(), prompts, 40, sampling).texts == plain.texts
-            many = TreeSize(4, 4, few_rows.MOST_ROWS)
+            many = TreeSize(4, 4, 64)
             assert write(fast, bushes, prompts, 40, sampling, many).texts == plain.texts
 
 
@@ -212,8 +239,6 @@ def test_threads_share_the_work():
 @pytest.mark.parametrize(
     "kind, changes",
     [
-        ("phi3", {}),
-        ("olmo2", {}),
         ("llama-dynamic", {}),
         ("llama", {"attention": "eager", "dtype": torch.bfloat16}),
         ("llama", {"hidden_act": "gelu"}),

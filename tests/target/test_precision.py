@@ -41,8 +41,8 @@ CASES = {
     "qwen2 float32 tied": Case("qwen2", torch.float32, True, NATIVE, True),
     "qwen3 bfloat16 tied": Case("qwen3", torch.bfloat16, True, NATIVE, True),
     "gemma3 bfloat16 tied": Case("gemma3", torch.bfloat16, True, NATIVE | GEMMA, True),
-    "phi3 bfloat16 untied": Case("phi3", torch.bfloat16, False, PARTIAL | {"hidden_size": 32}, False),
-    "olmo2 bfloat16 untied": Case("olmo2", torch.bfloat16, False, {}, False),
+    "phi3 bfloat16 untied": Case("phi3", torch.bfloat16, False, NATIVE | PARTIAL, True),
+    "olmo2 bfloat16 untied": Case("olmo2", torch.bfloat16, False, NATIVE, True),
 }
 
 

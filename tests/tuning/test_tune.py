@@ -254,7 +254,7 @@ def test_bench_gives_each_drafter_its_tree(models: Path, pair: tuple[Path, Targe
     assert {t["origin"] for t in json.loads(asked.read_text())["trees"]["float32"].values()} == {"asked for"}
 
 
-def test_each_drafter_is_padded_to_its_own_tree() -> None:
+def test_each_drafter_is_padded_to_its_own_tree(traced: None) -> None:
     """Stops a small tree that pays for the largest one of a compiled bench."""
     target = tiny.tiny_target()
     assert target.sized(5) is target

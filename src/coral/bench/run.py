@@ -207,13 +207,13 @@ class _Bench:
         return trees
 
     def _ways(self, eager: Target, fast: Target, rivals: Rivals, dtype: str) -> dict[str, Target]:
-        """The target by how it runs: eager, and where it is not the same native or compiled."""
+        """The target by how it runs: eager, and where it is not the same native or recorded."""
         if fast.backend == "transformers":
             return {"eager": eager}
         if fast.backend == "native":
             return {"eager": eager, "native": fast}
         sizes = tuple({1, 2, *rivals.rows})
-        self.console.print(f"{dtype}: compiling, a few seconds a layer for each of {len(sizes)} forwards")
+        self.console.print(f"{dtype}: compiling {len(sizes)} forwards")
         return {"eager": eager, "compiled": fast.on("graphs", sizes)}
 
     def _measure_apart(self, loaded: _Loaded) -> dict[str, Any]:

@@ -65,9 +65,8 @@ Tree = Annotated[
 Backend = Annotated[
     str,
     typer.Option(
-        help="What computes the target: native (C++, on a CPU: Llama, Mistral, Qwen2, Qwen3 and Gemma 3), "
-        "transformers (its own code), graphs (of fixed shape, after a minute of compiling), or auto: native "
-        "where that can be.",
+        help="What computes the target: native (C++, on a CPU, in float32 and bf16), transformers (its own "
+        "code), graphs (recorded on a GPU, after a minute of compiling), or auto: native where that can be.",
         metavar="auto|native|transformers|graphs",
     ),
 ]

@@ -75,7 +75,7 @@ CORAL_USES_TILES void score_keys_by_tiles(const Block<BFloat16>& block, const BF
   constexpr int64_t rows = abreast(R), row_bytes = rows * sizeof(float);
   std::vector<BFloat16> queries(size * rows), row(size);  // two numbers of each row side by side
   for (int64_t r = 0; r < R; r++) {
-    convert<float, float>(block.queries[r], nullptr, size, row.data());
+    convert(block.queries[r], size, row.data());
     for (int64_t c = 0; c < size; c += 2) std::memcpy(&queries[c * rows + 2 * r], &row[c], 2 * sizeof(BFloat16));
   }
   // Tiles 0 and 1 hold scores, 2 and 3 keys: of 16 keys, and of those that are left; 4 holds queries.

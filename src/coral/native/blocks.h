@@ -363,7 +363,7 @@ CORAL_USES_TILES void multiply_block_panels_by_tiles(const Weights* weights, Ran
       const int64_t count = std::min(kTiledRows, n - top), rest = count % kTileRows;
       for (int64_t i = 0; i < count; i++) {
         copy_row(top + i, k, depth, row);
-        convert<float, float>(row, nullptr, depth, rows + i * kBlock);
+        convert(row, depth, rows + i * kBlock);
         if constexpr (Weights::kOffsets) sum_blocks(row, depth, totals + i * kBlocks);
       }
       shape_tiles(count > rest ? kTileRows : 0, rest);

@@ -1,4 +1,4 @@
-// Products of a few rows, float32 or bfloat16, on the CPU; few_rows.py says what for.
+// Products of a few rows, float32 or bfloat16, on the CPU; packing.py says what for.
 //
 // All arithmetic is float32: bfloat16 numbers are widened when they are read, and results are rounded once.
 // A row's sums are made in one order, whatever rows stand beside it or between those it attends to: in a
@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int64_t kPanel = 16;                      // outputs whose weights stand together; few_rows.py packs them
+constexpr int64_t kPanel = 16;                      // outputs whose weights stand together; packing.h packs them
 constexpr int64_t kParts = kPanel / kLanes;         // vectors that hold a panel
 constexpr int64_t kBlock = 256;                     // inputs at a time: at most 16 KiB of a panel
 constexpr int64_t kStride = kBlock + kPanel;        // between rows; a power of two would crowd the L1 cache
@@ -159,13 +159,12 @@ void multiply_panels(const Weight* weights, Range mine, Range inner, int64_t n, 
   }
 }
 
-// to[i] = from[i] + offsets[i], or from[i] where `offsets` is null; inductor's flags let no compiler vectorize this.
-template <typename From, typename Offset, typename To>
-void convert(const From* from, const Offset* offsets, int64_t count, To* to) {
+// to[i] = from[i]; the flags that torch builds with let no compiler vectorize this.
+template <typename From, typename To>
+void convert(const From* from, int64_t count, To* to) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    store(offsets ? load(from + i) + load(offsets + i) : load(from + i), to + i);
-  for (; i < count; i++) to[i] = To(float(from[i]) + (offsets ? float(offsets[i]) : 0));
+  for (; i + kLanes <= count; i += kLanes) store(load(from + i), to + i);
+  for (; i < count; i++) to[i] = To(float(from[i]));
 }
 
 }  // namespace

@@ -21,16 +21,18 @@ struct Matrix {
 };
 
 struct Layer {
-  const float *input_norm, *norm;
-  const float *query_norm, *key_norm;       // or none
+  const float *input_norm, *norm;           // or none
+  const float *query_norm, *key_norm;       // or none: of each head, or of all of them together
   const float *attended_norm, *fed_norm;    // or none: of what attention and the MLP add
   Matrix qkv, o, gate_up, down;             // gate_up: a panel of one, a panel of the other, and so on
   int64_t rotation;                         // which of the job's
   bool windowed;                            // rows see the last `window` positions only
 };
 
+// Of the first `size` numbers of each head; the others stay as they are.
 struct Rotation {
-  const float *cos, *sin;  // [positions, d]
+  const float *cos, *sin;  // [positions, size]
+  int64_t size;
 };
 
 struct Sequence {
@@ -51,6 +53,8 @@ struct Job {
   float eps, scale, embedding_scale;
   bool gelu;            // the MLP's activation, by tanh; else SiLU
   bool normed_at_once;  // a norm rounds once; else before its weights, too
+  bool normed_together;  // queries of all heads are normalised together, and so are keys
+  bool rotated_at_once;  // a rotation rounds once; else its products, too
   bool narrow;  // rows are bfloat16, as the embedding, keys, values, and what is returned
   bool tiles;   // they are multiplied by the matrix unit
 
@@ -125,6 +129,7 @@ struct Forward {
   std::vector<Task> tasks;
 
   Buffer<float> x, qkv, sums, inner, parts;  // parts: each thread's of the last product of a layer, [threads, n, h]
+  Buffer<float> together;                    // scales of all queries and of all keys, [n, 2]
   Buffer<T> attended;
 
   void start() {
@@ -150,7 +155,7 @@ struct Forward {
     }
     int64_t widest = 0;
     for (int64_t l = 0; l < job.num_layers; l++) widest = std::max(widest, job.layers[l].gate_up.outputs);
-    x = buffer<float>(n * h), qkv = buffer<float>(n * width), attended = buffer<T>(n * attended_width);
+    x = buffer<float>(n * h), together = buffer<float>(2 * n), qkv = buffer<float>(n * width), attended = buffer<T>(n * attended_width);
     inner = buffer<float>(n * widest / 2);
     sums = buffer<float>(n * std::max(widest, job.logits && !wide ? job.head.outputs : 0));
     parts = buffer<float>(job.threads * n * h);
@@ -190,12 +195,16 @@ struct Forward {
           store(result(layer.qkv, &qkv[r * width], j, count), &qkv[r * width + j], count);
         });
         wait_for_all();
+        if (job.normed_together) {
+          scale_together();
+          wait_for_all();
+        }
         rotate(layer, l);
         wait_for_all();
         attend(layer, l);
         wait_for_all();
         add_product(layer.o, layer.attended_norm, [&](int64_t r, int64_t k, int64_t depth, float* to) {
-          convert<T, T>(&attended[r * attended_width + k], nullptr, depth, to);
+          convert(&attended[r * attended_width + k], depth, to);
         });
         wait_for_all();
         feed_forward(layer);
@@ -241,8 +250,10 @@ struct Forward {
   template <typename Finish>
   void normalised_product(const float* norm, const Matrix& matrix, float* to, int64_t unit, const Finish& finish) {
     std::vector<float> scales(n);
-    for (int64_t r = 0; r < n; r++) scales[r] = scale_of(&x[r * h], h, job.eps);
+    if (norm)
+      for (int64_t r = 0; r < n; r++) scales[r] = scale_of(&x[r * h], h, job.eps);
     const auto copy_row = [&](int64_t r, int64_t k, int64_t depth, float* copy) {
+      if (!norm) return void(std::copy_n(&x[r * h + k], depth, copy));
       for (int64_t c = 0; c < depth; c += kLanes)
         normalised(&x[r * h + k + c], norm + k + c, scales[r]).store(copy + c);
     };
@@ -317,6 +328,15 @@ struct Forward {
     return static_cast<T*>(s.storage) + (part * job.kv_heads + kv_head) * s.capacity * d;
   }
 
+  void scale_together() {
+    const Range mine = share(2 * n, 1);
+    for (int64_t task = mine.begin; task < mine.end; task++) {
+      const bool keys = task % 2;
+      const float* row = &qkv[task / 2 * width + keys * attended_width];
+      together[task] = scale_of(row, (keys ? job.kv_heads : job.heads) * d, job.eps);
+    }
+  }
+
   // Queries are turned in place; keys, and values, go to the cache. A task is a head of a row.
   void rotate(const Layer& layer, int64_t l) {
     const int64_t heads = job.heads + job.kv_heads;
@@ -324,8 +344,14 @@ struct Forward {
     for (int64_t task = mine.begin; task < mine.end; task++) {
       const int64_t r = task / heads, head = task % heads, kv_head = head - job.heads;
       float* row = &qkv[r * width + head * d];
-      turn(row, kv_head < 0 ? layer.query_norm : layer.key_norm, job.rotations[layer.rotation], position[r]);
-      if (kv_head < 0) continue;
+      const bool key = kv_head >= 0;
+      if (const float* norm = key ? layer.key_norm : layer.query_norm) {
+        if (job.normed_together) norm += (key ? kv_head : head) * d;
+        const float scale = job.normed_together ? together[2 * r + key] : scale_of(row, d, job.eps);
+        for (int64_t c = 0; c < d; c += kLanes) store(normalised(row + c, norm + c, scale), row + c);
+      }
+      turn(row, job.rotations[layer.rotation], position[r]);
+      if (!key) continue;
       const Sequence& s = *place[r].sequence;
       const int64_t slot = (s.length + place[r].node) * d;
       for (int64_t c = 0; c < d; c += kLanes) {
@@ -335,16 +361,15 @@ struct Forward {
     }
   }
 
-  void turn(float* head, const float* norm, const Rotation& rotation, int64_t at_position) const {
-    if (norm) {
-      const float scale = scale_of(head, d, job.eps);
-      for (int64_t c = 0; c < d; c += kLanes) store(normalised(head + c, norm + c, scale), head + c);
-    }
-    const float *cos = rotation.cos + at_position * d, *sin = rotation.sin + at_position * d;
-    for (int64_t c = 0, half = d / 2; c < half; c += kLanes) {
+  void turn(float* head, const Rotation& rotation, int64_t at_position) const {
+    const int64_t size = rotation.size, half = size / 2;
+    const float *cos = rotation.cos + at_position * size, *sin = rotation.sin + at_position * size;
+    for (int64_t c = 0; c < half; c += kLanes) {
       const int64_t count = std::min(kLanes, half - c), other = half + c;
       const auto at = [count](const float* numbers) { return Vec::loadu(numbers, count); };
-      const auto sum = [](const Vec& a, const Vec& b) { return rounded<T>(rounded<T>(a) + rounded<T>(b)); };
+      const auto sum = [&](const Vec& a, const Vec& b) {
+        return rounded<T>(job.rotated_at_once ? a + b : rounded<T>(a) + rounded<T>(b));
+      };
       const Vec low = at(head + c), high = at(head + other);
       store(sum(low * at(cos + c), high.neg() * at(sin + c)), head + c, count);
       store(sum(high * at(cos + other), low * at(sin + other)), head + other, count);

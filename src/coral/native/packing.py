@@ -1,9 +1,13 @@
 """The weights of a target, copied into the panels in which native products read them: `packing.h`.
 
-A GGUF file's own blocks stay what they are, the numbers of sixteen outputs side by side behind their scales.
+A verification multiplies some ten rows with every weight of the target. That should cost what one row costs,
+since reading the weights takes longer than multiplying; libraries are made for one row or for hundreds. So
+weights lie in the order in which they are read: blocks of 256 inputs; in each the panels of 16 outputs; in
+each, input after input. Bfloat16 weights of two inputs stand together, in 32 bits. A GGUF file's own blocks
+stay what they are, the numbers of sixteen outputs side by side behind their scales.
 
 Nothing is joined or padded by torch first, so a target stands about as soon as its weights can be read and
-written once. `few_rows.pack` is the slow twin, and says how a panel lies in memory.
+written once.
 """
 
 from __future__ import annotations
@@ -12,15 +16,18 @@ from collections import Counter
 from collections.abc import Sequence
 from ctypes import CDLL, POINTER, Structure, byref, c_bool, c_int64, c_uint64, c_void_p
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from coral.native.few_rows import PANEL, once
 from coral.native.memory import weights_like
 
+DTYPES = torch.float32, torch.bfloat16  # of rows; all arithmetic is float32
+PANEL, LANES = 16, 16  # as in few_rows.h; lanes: the most there, of which sizes are multiples
 BLOCKS = {"Q8_0": (2, 34, 544), "Q4_1": (3, 20, 320), "Q4_0": (4, 18, 288)}
 """What native products read as it is: its kind in blocks.h, bytes of a block of one output, of sixteen."""
+_packed: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
 
 
 class _Parts(Structure):
@@ -34,7 +41,10 @@ class _Parts(Structure):
 
 
 def pack(library: CDLL, weights: Sequence[Tensor], interleaved: bool = False) -> Tensor:
-    """What `few_rows.pack` makes of matrices [rows, K], K even, one below another.
+    """Matrices [rows, K], K even, one below another, as flat panels; rows of zeros fill the last one.
+
+    Float32 weights that bfloat16 can hold, as those of most checkpoints, become bfloat16: the same numbers in
+    half the bytes.
 
     Args:
         weights: of one dtype, float32 or bfloat16.
@@ -78,10 +88,20 @@ def _parts(weights: Sequence[Tensor], interleaved: bool) -> _Parts:
 
 
 def pack_once(library: CDLL, weights: Sequence[Tensor], interleaved: bool, met: Counter[Any]) -> Tensor:
-    """`pack`, shared as in `few_rows.once`."""
+    """`pack`, shared by all forwards of this process that multiply with the same numbers.
+
+    Args:
+        met: weights of this forward so far. Those that are equal stay apart, as they are in the model: a
+            deepened target is to cost what it weighs.
+    """
     weights = [weight.contiguous() for weight in weights]
     content = *((each.shape, each.dtype, digest(library, each)) for each in weights), interleaved
-    return once(content, met, lambda: pack(library, weights, interleaved))
+    met[content] += 1
+    key = content, met[content]
+    packed = _packed.get(key)
+    if packed is None:
+        packed = _packed[key] = pack(library, weights, interleaved)
+    return packed
 
 
 def digest(library: CDLL, weight: Tensor) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from coral.native.build import build
-from coral.native.few_rows import DTYPES
+from coral.native.packing import DTYPES
 
 _loaded: list[CDLL] = []
 

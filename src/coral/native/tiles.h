@@ -118,7 +118,7 @@ CORAL_USES_TILES void multiply_panels_by_tiles(const BFloat16* weights, Range mi
       for (int64_t i = 0; i < count; i++) {
         copy_row(top + i, k, depth, row);
         std::fill_n(row + depth, filled - depth, 0.f);
-        convert<float, float>(row, nullptr, filled, rows + i * kBlock);
+        convert(row, filled, rows + i * kBlock);
       }
       shape_tiles(first_half, count - first_half);
       const BFloat16* begin = weights + kPanel * panels * block + kPanel * (k - block);

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from coral.native import few_rows
-
 BLOCK = 512
 """Rows for which `attend_from` has a mask in memory at a time, on a CPU a quarter: a block sees all columns
 from its first row's document on, and calls are cheap there."""
@@ -36,8 +34,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: f
         mask = torch.ones(rows, width, dtype=torch.bool, device=q.device).tril(width - rows)
     if mask is not None:
         mask = mask.view(-1, 1, rows, width)
-        if few_rows.can_attend(q):
-            return few_rows.attend(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
     grouped = q.shape[1] != k.shape[1]
     if grouped and not causal and (rows == 1 or q.device.type != "cpu"):
         return _fold(q, k, v, mask, scale)

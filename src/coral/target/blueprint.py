@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 from typing_extensions import TypedDict
 
-from coral.native.few_rows import LANES
-from coral.native.packed import PackedLinear
+from coral.native.packing import LANES
 from coral.target.families import rotations, windowed
 
 if TYPE_CHECKING:
     from coral.target.target import Target
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "gemma3_text")
 """RMSNorm around attention and a gated MLP, rotated queries and keys; with their own module names."""
 _ACTIVATIONS: dict[str, Literal["silu", "gelu"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
-_FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # whose frequencies do not follow the length
+_FIXED_ROPE = ("default", "linear", "llama3", "yarn", "longrope")  # of one frequency up to `context_length`
 _LLAMA = {"input_norm": "input_layernorm", "norm": "post_attention_layernorm"}
 _NORMS = {  # of a layer: `Layer.norms` -> the family's own names
     "gemma3_text": {
@@ -30,7 +29,8 @@ _NORMS = {  # of a layer: `Layer.norms` -> the family's own names
         "attended_norm": "post_attention_layernorm",
         "norm": "pre_feedforward_layernorm",
         "fed_norm": "post_feedforward_layernorm",
-    }
+    },
+    "olmo2": {"attended_norm": "post_attention_layernorm", "fed_norm": "post_feedforward_layernorm"},
 }
 _HEAD_NORMS = {"query_norm": "q_norm", "key_norm": "k_norm"}
 
@@ -74,6 +74,8 @@ class Blueprint:
         embedding_scale: what rows of the embedding are multiplied by, once rounded to the model's dtype.
         activation: the MLP's; "gelu" is that by tanh.
         normed_at_once: a norm rounds once; else before its weights, too.
+        normed_together: queries of all heads are normalised together, and so are keys; else head by head.
+        rotated_at_once: a rotation rounds once; else cos, sin and its products, too.
         norm_offset: what is added to the weights of norms.
         window: how far layers that are `windowed` see; None: there are none.
     """
@@ -87,6 +89,8 @@ class Blueprint:
     embedding_scale: float
     activation: Literal["silu", "gelu"]
     normed_at_once: bool
+    normed_together: bool
+    rotated_at_once: bool
     norm_offset: float
     window: int | None
     rotations: list[Rotation]
@@ -100,7 +104,8 @@ class Blueprint:
         """Of a target that `why_not` knows nothing against."""
         config, model, decoder = target.config, target.model, target.decoder
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        gemma, attention = config.model_type == "gemma3_text", decoder.layers[0].self_attn
+        gemma, olmo = (config.model_type == family for family in ("gemma3_text", "olmo2"))
+        attention = decoder.layers[0].self_attn
         kinds = config.layer_types if gemma else [None] * len(decoder.layers)
         turns = sorted(set(kinds))  # the kinds of layers that have a rotation of their own
         layers: list[Layer] = [
@@ -122,10 +127,12 @@ class Blueprint:
             scale=float(attention.scaling),
             embedding_scale=float(getattr(model.get_input_embeddings(), "embed_scale", 1.0)),
             activation=_ACTIVATIONS[_activation(config)],
-            normed_at_once=gemma,
+            normed_at_once=gemma or olmo,
+            normed_together=olmo,
+            rotated_at_once=olmo,
             norm_offset=float(gemma),
             window=target.window,
-            rotations=[_rotation(decoder.rotary_emb, kind) for kind in turns],
+            rotations=[_rotation(target, kind) for kind in turns],
             embedding=names[id(target.embedding_weight)],
             norm=names[id(decoder.norm.weight)],
             head=_matrix([model.get_output_embeddings()], names),
@@ -159,12 +166,12 @@ def _why_not_its_modules(target: Target) -> str | None:
     """The same for the modules, which may have been changed since the model was made."""
     decoder, multiplying = target.decoder, linears(target)
     head_size = decoder.layers[0].self_attn.head_dim
-    if any(type(linear) not in (nn.Linear, PackedLinear) for linear in multiplying):
+    if any(type(linear) is not nn.Linear for linear in multiplying):
         return "some of its layers are not plain linear ones"
     if any(size % LANES for size in (head_size, *(linear.in_features for linear in multiplying))):
         return f"its sizes are no multiples of {LANES}"
-    if any(2 * len(frequencies) != head_size for frequencies in decoder.rotary_emb.buffers()):
-        return "it rotates a part of each head"
+    if any(2 * len(frequencies) > head_size for frequencies in decoder.rotary_emb.buffers()):
+        return "it rotates more than its heads"
     alike = len({_widths(layer) for layer in decoder.layers}) == 1
     if not alike or not all(_is_whole(layer, target.hidden_size, head_size) for layer in decoder.layers):
         return "the sizes of its layers do not go together"
@@ -177,7 +184,7 @@ def _is_whole(layer: Any, hidden: int, head_size: int) -> bool:
     outputs = {"qkv": [q, kv, kv], "o": [hidden], "gate_up": [inner, inner], "down": [hidden]}
     inputs = {"qkv": hidden, "o": q, "gate_up": hidden, "down": inner}
     return q % head_size == kv % head_size == q % kv == 0 and all(
-        [part.out_features for part in parts] == outputs[name]
+        [part.out_features for part in parts] in (outputs[name], [sum(outputs[name])])
         and {(part.in_features, part.bias is None) for part in parts}
         == {(inputs[name], parts[0].bias is None)}
         for name, parts in products.items()
@@ -186,16 +193,20 @@ def _is_whole(layer: Any, hidden: int, head_size: int) -> bool:
 
 def _widths(layer: Any) -> tuple[int, int]:
     """Of all queries, and of all keys."""
-    return layer.self_attn.q_proj.out_features, layer.self_attn.k_proj.out_features
+    a = layer.self_attn
+    if hasattr(a, "qkv_proj"):
+        return a.config.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    return a.q_proj.out_features, a.k_proj.out_features
 
 
 def _products(layer: Any) -> dict[str, list[Any]]:
     """The linear layers of each matrix of a layer."""
     a, mlp = layer.self_attn, layer.mlp
+    fused = hasattr(a, "qkv_proj")
     return {
-        "qkv": [a.q_proj, a.k_proj, a.v_proj],
+        "qkv": [a.qkv_proj] if fused else [a.q_proj, a.k_proj, a.v_proj],
         "o": [a.o_proj],
-        "gate_up": [mlp.gate_proj, mlp.up_proj],
+        "gate_up": [mlp.gate_up_proj] if fused else [mlp.gate_proj, mlp.up_proj],
         "down": [mlp.down_proj],
     }
 
@@ -212,10 +223,12 @@ def _matrix(parts: list[Any], names: dict[int, str]) -> Matrix:
     return {"weights": [names[id(part.weight)] for part in parts], "biases": biases}
 
 
-def _rotation(rotary: Any, kind: str | None) -> Rotation:
+def _rotation(target: Target, kind: str | None) -> Rotation:
     """Of the layers of a kind; None: of all."""
-    prefix = "" if kind is None else f"{kind}_"
-    frequencies, scaling = (getattr(rotary, prefix + name) for name in ("inv_freq", "attention_scaling"))
+    rotary, prefix = target.decoder.rotary_emb, "" if kind is None else f"{kind}_"
+    long = rotations(target.config)[kind].get("rope_type") == "longrope"  # a long text leaves its own behind
+    frequencies = getattr(rotary, f"{prefix}{'original_' if long else ''}inv_freq")
+    scaling = getattr(rotary, f"{prefix}attention_scaling")
     return {"frequencies": frequencies.float().tolist(), "scaling": float(scaling)}
 
 

@@ -1,8 +1,8 @@
 """A forward of the target over a few rows in one call on the CPU: `forward.cpp`, for some families.
 
-A plain step of a small model is some two hundred products that each take microseconds, and a compiled graph
-starts all threads anew for each; here one team walks through all layers. Nothing is traced, so it stands as
-soon as the weights are packed, and it takes any number of rows, of any number of sequences.
+A plain step of a small model is some two hundred products that each take microseconds, and torch starts all
+threads anew for each; here one team walks through all layers. It stands as soon as the weights are packed,
+and it takes any number of rows, of any number of sequences.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from coral.device import has_wide_vectors
 from coral.errors import CoralError
 from coral.native import sampler
 from coral.native.build import SOURCES, build
-from coral.native.few_rows import DTYPES, PANEL
-from coral.native.packing import pack_blocks, pack_once
+from coral.native.packing import DTYPES, PANEL, pack_blocks, pack_once
 from coral.target.blueprint import Blueprint, Matrix, linears, why_not
 from coral.target.second_start import Recorded
 
@@ -33,7 +32,8 @@ if TYPE_CHECKING:
 
 _NORMS = ("input_norm", "norm", "query_norm", "key_norm", "attended_norm", "fed_norm")
 _MATRICES = ("qkv", "o", "gate_up", "down")
-_FACTS = ("hidden", "heads", "kv_heads", "head_size", "eps", "scale", "normed_at_once")
+_SIZES = ("hidden", "heads", "kv_heads", "head_size")
+_ROUNDS = ("normed_at_once", "normed_together", "rotated_at_once")
 
 
 class _Matrix(Structure):
@@ -56,7 +56,7 @@ class _Layer(Structure):
 
 
 class _Rotation(Structure):
-    _fields_ = (("cos", c_void_p), ("sin", c_void_p))
+    _fields_ = (("cos", c_void_p), ("sin", c_void_p), ("size", c_int64))
 
 
 class _Sequence(Structure):
@@ -70,7 +70,7 @@ class _Job(Structure):
     """As in forward.cpp, field by field."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("threads", "hidden", "heads", "kv_heads", "head_size", "num_layers")),
+        *((name, c_int64) for name in ("threads", *_SIZES, "num_layers")),
         *((name, c_void_p) for name in ("layers", "embedding", "norm")),
         ("head", _Matrix),
         ("rotations", c_void_p),
@@ -79,7 +79,7 @@ class _Job(Structure):
         ("scale", c_float),
         ("embedding_scale", c_float),
         ("gelu", c_bool),
-        ("normed_at_once", c_bool),
+        *((name, c_bool) for name in _ROUNDS),
         ("narrow", c_bool),
         ("tiles", c_bool),
         ("num_sequences", c_int64),
@@ -186,7 +186,8 @@ class NativeForward:
         blocks: Blocks | None = None,
     ) -> None:
         sampler.load()  # else sampling would take as long as the forward
-        self._run, self._dtype, self._turns = library.coral_forward, dtype, blueprint.rotations
+        self._run, self._turns = library.coral_forward, blueprint.rotations
+        self._table_dtype = torch.float32 if blueprint.rotated_at_once else dtype
         packer = _Packer(library, weights, blocks, blueprint.norm_offset)
         layers = [
             _Layer(
@@ -205,7 +206,7 @@ class NativeForward:
         self._no_rows = torch.empty(1, blueprint.kv_heads, 0, blueprint.head_size, dtype=dtype)
         self._vocab_size = len(embedding)
         self._job = _Job(
-            **{name: getattr(blueprint, name) for name in _FACTS},
+            **{name: getattr(blueprint, name) for name in (*_SIZES, *_ROUNDS, "eps", "scale")},
             num_layers=len(layers),
             layers=addressof(self._layers),
             embedding=embedding.data_ptr(),
@@ -274,14 +275,14 @@ class NativeForward:
 
     def _rotate(self, length: int) -> None:
         """Have cos, sin [length, d] float32 of all positions, rounded as the model rounds them."""
-        positions = torch.arange(length)[:, None].float()
+        positions, dtype = torch.arange(length)[:, None].float(), self._table_dtype
         self._tables = []
         for rotation in self._turns:
             half = positions * torch.tensor(rotation["frequencies"])
             angles = torch.cat((half, half), -1)
             tables = (table * rotation["scaling"] for table in (angles.cos(), angles.sin()))
-            self._tables.append([table.to(self._dtype).float() for table in tables])
-        pairs = [_Rotation(*(table.data_ptr() for table in pair)) for pair in self._tables]
+            self._tables.append([table.to(dtype).float() for table in tables])
+        pairs = [_Rotation(*(t.data_ptr() for t in pair), pair[0].shape[1]) for pair in self._tables]
         self._rotations, self._rotated = (_Rotation * len(pairs))(*pairs), length
         self._job.rotations = addressof(self._rotations)
 

@@ -186,11 +186,10 @@ class Target:
 
         Args:
             backend: "native" is C++ on a CPU, for any number of rows; "transformers" is the model's own code;
-                "graphs" are forwards of fixed shape for one sequence, recorded on a GPU or compiled by torch;
-                "auto" is native where that can be, else transformers.
-            rows: of graphs, the sizes; a tree is padded to the next one. Each is made when it is first met,
-                which takes a few seconds a layer on a CPU. A larger tree, and several sequences, run as
-                transformers' code.
+                "graphs" are forwards of fixed shape for one sequence, recorded on a GPU; "auto" is native
+                where that can be, else transformers.
+            rows: of graphs, the sizes; a tree is padded to the next one. Each is made when it is first met. A
+                larger tree, and several sequences, run as transformers' code.
 
         Raises:
             CoralError: another backend, or native, but that cannot be: says why.

@@ -17,8 +17,8 @@ from coral.decoding.state import State
 from coral.drafters.feature.network import Drafter, DraftLayer
 from coral.drafters.heads.rows import Table
 from coral.native.build import SOURCES, build
-from coral.native.few_rows import DTYPES, LANES
 from coral.native.memory import weights_like
+from coral.native.packing import DTYPES, LANES
 from coral.target.target import Target
 from coral.tree import DraftTree, TreeSize
 

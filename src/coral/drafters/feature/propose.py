@@ -22,7 +22,6 @@ from coral.drafters.feature.network import Drafter
 from coral.drafters.heads.full import FullHead
 from coral.drafters.heads.store import Head
 from coral.gpu.compiled import compiled, fix, fixed_layers
-from coral.native.packed import pack_linears
 from coral.target.target import Target
 from coral.tree import DraftTree, TreeSize
 
@@ -56,7 +55,6 @@ class Feature:
     ) -> None:
         self.drafter, self.target, self.coupled = drafter.eval(), target, coupled
         self.head = head or FullHead(target)
-        pack_linears(drafter)
         self._native = NativeDrafter.of(drafter, target)
         self._fixed: Callable[..., Tensor] | None = None
 

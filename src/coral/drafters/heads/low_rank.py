@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from coral.drafters.heads.rows import linear
 from coral.drafters.heads.stored import Stored
 from coral.drafters.kinds import num_bytes
-from coral.native.packed import pack_linears
 from coral.target.target import Target
 
 
@@ -30,7 +29,6 @@ class LowRankHead:
         up, down = (part.to(weight.device, weight.dtype) for part in (up, down))
         self.factors = nn.Sequential(linear(down, None), linear(up, target.head_bias))
         self.num_bytes = num_bytes(self.factors)
-        pack_linears(self.factors)
 
     def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
         logits, ids = self._scores(features, k)

@@ -5,18 +5,17 @@ The core that is always active is ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from coral.drafters.heads.groups import outside
 from coral.drafters.heads.rows import rows_of
 from coral.drafters.heads.stored import Stored
 from coral.drafters.kinds import num_bytes
-from coral.native.packed import PackedGroups, pack_linears
 from coral.target.target import Target
 
 
@@ -66,11 +65,10 @@ class RoutedHead:
         if bias is not None or absent.any():
             bias = weight.new_zeros(there.shape) if bias is None else bias[there]
             bias = bias.masked_fill(absent, float("-inf"))
-        self.product = _product(weight[there], bias)
+        self.rows, self.bias = weight[there], bias  # [G, R, h], [G, R] or None
         row_bytes = weight.shape[1] * weight.element_size()
         always = num_bytes(self.router) + len(self.core) * row_bytes
         self.num_bytes = always + self.active * self.ids.shape[1] * row_bytes
-        pack_linears(self.router)
 
     def topk(self, features: Tensor, k: int, states: Sequence[Any], scores: Tensor) -> tuple[Tensor, Tensor]:
         ids, logits, offset = self._active(features, scores)
@@ -92,7 +90,7 @@ class RoutedHead:
         add to make these log-probabilities.
         """
         mass, chosen = self.choose(features, scores)
-        logits = self.product(features, chosen)  # [N, active * R]
+        logits = group_logits(self.rows, self.bias, features, chosen)
         if self.core_rows is not None:
             logits = torch.cat([self.core_rows(features), logits], 1)
         logits = logits.float()
@@ -126,12 +124,14 @@ def build(target: Target, stored: Stored) -> RoutedHead:
     return RoutedHead(target, router, ids, stored.number("active", 1, len(ids)))
 
 
-def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """(features [N, h], chosen groups [A]) -> logits [N, A * R], of weight [G, R, h] and bias [G, R]."""
-    return PackedGroups(weight, bias) if weight.device.type == "cpu" else partial(group_logits, weight, bias)
-
-
 def group_logits(weight: Tensor, bias: Tensor | None, features: Tensor, chosen: Tensor) -> Tensor:
-    """The product of `_product`. It gathers the chosen groups on the device, so the host need not wait."""
+    """Features [N, h] with the chosen groups [A] of weight [G, R, h] and bias [G, R]: logits [N, A * R].
+
+    On a CPU each group is read where it lies. Elsewhere they are gathered on the device, so that the host
+    need not wait to know them.
+    """
+    if weight.device.type == "cpu":
+        biases = [None] * len(weight) if bias is None else bias
+        return torch.cat([linear(features, weight[g], biases[g]) for g in chosen.tolist()], -1)
     logits = torch.einsum("nh,arh->nar", features.float(), weight[chosen].float())
     return (logits if bias is None else logits + bias[chosen]).flatten(1)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from coral.native.packed import pack_linears
 from coral.target.target import Target
 
 
@@ -26,9 +25,7 @@ class Table(NamedTuple):
 def rows_of(target: Target, ids: Tensor) -> nn.Linear:
     """The LM head's rows of some ids [K], as a layer that scores them alone."""
     bias = None if target.head_bias is None else target.head_bias[ids]
-    layer = linear(target.head_weight[ids], bias)
-    pack_linears(layer)
-    return layer
+    return linear(target.head_weight[ids], bias)
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -12,7 +12,7 @@ import torch
 from test_cli import conversations
 
 import coral as library
-from coral.bench.deepen import deepen
+from coral.bench.deepen import append_layers
 from coral.bench.run import bench
 from coral.bench.settings import BenchConfig
 from coral.data.prepare import PrepareConfig, prepare
@@ -334,7 +334,7 @@ def test_tune_then_generate(coral, models: Path, tmp_path: Path) -> None:
     tree = str(TreeSize(**entry["tree_size"]))
     assert f"tree {tree}: {path}" in result.out
     deepened = Target.load(models / "target")
-    deepen(deepened.model, 3)
+    append_layers(deepened, 3)
     assert str(library.load(deepened, drafter).tree_size) == tree
 
 

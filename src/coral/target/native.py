@@ -91,6 +91,12 @@ def why_not_native(target: Target) -> str | None:
     """Why a target is not run here, as the end of a sentence; None: it is."""
     if isinstance(target.source, Recorded) and not target.source.is_loaded:
         return _why_not_here(target.source.num_bytes)
+    bytes_of = (linear.weight.nbytes for linear in linears(target))
+    return why_not_anywhere(target) or _why_not_here(sum(bytes_of))
+
+
+def why_not_anywhere(target: Target) -> str | None:
+    """The same for a model, whatever the machine."""
     weights = [*target.model.parameters()]
     if {weight.device.type for weight in weights} != {"cpu"}:
         return "it is not on the CPU"
@@ -98,7 +104,7 @@ def why_not_native(target: Target) -> str | None:
         return "eager attention rounds within; use sdpa"
     if target.dtype not in DTYPES or any(weight.dtype != target.dtype for weight in weights):
         return f"its weights are in {target.precision} or in several dtypes; use float32 or bfloat16"
-    return why_not(target) or _why_not_here(sum(linear.weight.nbytes for linear in linears(target)))
+    return why_not(target)
 
 
 def _why_not_here(num_bytes: int) -> str | None:

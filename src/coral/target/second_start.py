@@ -1,4 +1,4 @@
-"""A second start: a target that ran natively before stands without transformers, whose import takes seconds.
+"""A second start: a target that can run natively stands without transformers, whose import takes seconds.
 
 What a first start found out of a directory or GGUF file, its facts, blueprint and tokenizer, lies under
 ~/.cache/coral/starts. Weights are read from where they lie. Whatever else is asked of such a target loads the
@@ -106,7 +106,7 @@ class Start:
         return RecordedTokenizer(record.tokenizer, tokens, load)
 
     def write(self, target: Target) -> None:
-        """Write down a target that runs natively, for the next start. A disk that refuses is no error."""
+        """Write down a target as it was loaded, for the next start. A disk that refuses is no error."""
         tokenizer = target.tokenizer
         recorded = None if tokenizer is None else TokenizerRecord.of(tokenizer)
         if tokenizer is not None and recorded is None:

@@ -36,6 +36,7 @@ from coral.target.ids import outer_weights
 from coral.target.recorded_tokenizer import RecordedTokenizer, TokenizerRecord
 
 if TYPE_CHECKING:
+    from coral.target.native import NativeForward
     from coral.target.target import Target
 
 VERSION = 1
@@ -154,6 +155,7 @@ class Recorded:
         tied = head == self.blueprint.embedding
         self.head_weight = self.embedding_weight if tied else self._parameter(head)
         self.head_bias = self._parameter(bias[0]) if bias else None
+        self.native: NativeForward | None = None  # the one that all its targets share
         self._outer: Any = None
 
     @cached_property

@@ -209,12 +209,12 @@ def test_trees_shrink_with_the_batch(live: int, nodes: int) -> None:
     assert proposer.layers == engine.proposer.layers
 
 
-def test_a_step_that_failed_leaves_an_engine_that_works() -> None:
-    """Stops one bad prompt that ends the service."""
+def test_what_cannot_be_written_is_refused_before_it_stands_beside_others() -> None:
+    """Stops one bad prompt that ends the texts of others, and a step that failed that ends the service."""
     engine = engine_of("native", "drafter")
-    engine.submit(new_state(engine.target, [999], 4))
     with pytest.raises(CoralError, match="token id 999"):
-        engine.step()
+        engine.submit(new_state(engine.target, [1, 999], 4))
+    engine.submit(new_state(engine.target, prompt_of(3), 4))
     engine.clear()
     run(engine, [state := begin(engine.target, 1)])
     assert state.written == alone("native", 1)

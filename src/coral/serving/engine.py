@@ -17,6 +17,7 @@ from coral.decoding.cycle import Proposer, cycle
 from coral.decoding.plain import Plain
 from coral.decoding.state import Cycle, State
 from coral.errors import CoralError
+from coral.target.ids import check_ids
 from coral.target.target import Target
 from coral.tree import TreeSize
 
@@ -79,12 +80,11 @@ class Engine:
         """Bytes of keys and values that are taken; 0 where memory is not bounded."""
         return sum(map(self._bytes, chain(self._reading, self._live, self._kept)))
 
-    def submit(self, state: State) -> None:
-        """Have a text written, which has yet to begin or goes on; `step` says what became of it.
-
-        Raises:
-            CoralError: it can never fit into the memory, or is at its end.
+    def check(self, state: State) -> None:
+        """Raise CoralError for a text that can never be written: it is at its end, does not fit into the
+        memory, or holds ids that the target has no rows for. May be asked on any thread.
         """
+        check_ids(self.target, state.tokens)
         if state.done:
             raise CoralError("the text is at its end: nothing may be written behind it.")
         if self.memory is not None and self._bytes(state) > self.memory:
@@ -92,6 +92,14 @@ class Engine:
                 f"a text of {state.max_length} tokens takes {self._bytes(state) / 1e9:.3g} GB of keys and "
                 f"values, but {self.memory / 1e9:.3g} GB are there for all; ask for fewer tokens."
             )
+
+    def submit(self, state: State) -> None:
+        """Have a text written, which has yet to begin or goes on; its caches are then the engine's.
+
+        Raises:
+            CoralError: see `check`.
+        """
+        self.check(state)
         self._waiting.append(state)
 
     def cancel(self, state: State) -> None:
@@ -109,7 +117,7 @@ class Engine:
         """Read a chunk of prompts, then let every text that is read take a cycle; these, text by text.
 
         Raises:
-            CoralError: a prompt holds an id, or the target gives scores, that mean nothing; see `clear`.
+            CoralError: the target gives scores that mean nothing; see `clear`.
         """
         while self._waiting and self.running < self.at_once and self._fits(self._waiting[0]):
             state = self._waiting.popleft()

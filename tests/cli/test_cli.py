@@ -67,6 +67,11 @@ OPTIONS = {
         "--deepen", "--write", "--no-write", "--dtype", "--device", "--seed", "--revision",
         "--trust-remote-code",
     },
+    "serve": {
+        "--target", "--drafter", "--host", "--port", "--api-key", "--name", "--max-batch", "--memory-gb",
+        "--queue", "--max-tokens", "--dtype", "--device", "--tree", "--coupled", "--no-coupled", "--backend",
+        "--head", "--fallback", "--no-fallback", "--revision", "--trust-remote-code",
+    },
     "convert": {"--revision", "--dtype"},
     "cache": {"--clear"},
     "push": {

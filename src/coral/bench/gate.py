@@ -72,7 +72,7 @@ def failures(path: Path) -> list[str]:
     gates = read(path).get("gates", [])
     found = [(gate, each) for gate in gates for each in gate["compared"]]
     if not found:
-        return ["no drafter's texts were compared with plain decoding's; name one with --drafter"]
+        return ["no drafter's texts were compared with plain decoding's"]
     return [
         f"{each['drafter']} is judged otherwise than plain decoding at {', '.join(each['differs'])} "
         f"({gate['dtype']}, T = {gate['temperature']:g})"
@@ -89,9 +89,13 @@ def markdown(gate: Gate) -> list[str]:
         [x, *(_score(gate["plain"], x, dimension) for dimension in columns)] for x in (*LANGUAGES, "all")
     ]
     methods = [[_name(gate, each), _texts(each), _verdicts(each)] for each in gate["compared"]]
+    little = (
+        [] if any(gate["plain"].values()) else ["The target passes none, so that verdicts say little.", ""]
+    )
     return [
         *(f"{title}: items that the target passes", "", *_table(["language", *columns], scores), ""),
         *(*_table(["method", "texts", "verdicts"], methods), ""),
+        *little,
     ]
 
 

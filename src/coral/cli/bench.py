@@ -42,7 +42,7 @@ def _bench(
     gate: Annotated[
         str | None,
         typer.Option(
-            help="Also write the 212 instructions of follow_eval, or only these without --suite, and fail if "
+            help="Also write the 214 instructions of follow_eval, or only these without --suite, and fail if "
             "an accelerated answer follows one that the plain answer does not, or the other way round.",
             metavar=GATE,
         ),
@@ -99,6 +99,8 @@ def _bench(
     if target is None and not drafters:
         own = str(models.DRAFTER)
         drafters = {"coral": own, "coral+ngram": f"{own}+ngram"}
+    if gate is not None and not peers and not drafters.keys() - {"plain"}:
+        raise CoralError("a gate compares drafters with plain decoding; name one with --drafter.")
     options.quiet_transformers()
     config = BenchConfig(
         limit=limit,

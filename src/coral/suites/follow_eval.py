@@ -29,7 +29,7 @@ Bounds = tuple[Count, Count]
 
 @dataclass(frozen=True)
 class Check:
-    """What a text must be: every predicate that is given holds (see `PREDICATES`)."""
+    """What a text must be: every predicate that is given holds; `PREDICATES` says what each means."""
 
     __pydantic_config__ = STRICT
     equals: Strings | None = None
@@ -54,7 +54,6 @@ class Check:
     json_keys: Strings | None = None
     json_equals: Any = None
     each_line: Check | None = None
-    all_of: tuple[Check, ...] | None = None
     any_of: tuple[Check, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -65,9 +64,11 @@ class Check:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
-        sought = (self.equals, self.contains_all, self.contains_any, self.contains_none, self.ordered)
-        if not all(_fold(word) for words in sought for word in words or ()):
-            raise ValueError("a string of nothing but quotes and spaces is found in any text")
+        sought = (self.contains_all, self.contains_any, self.contains_none, self.ordered)
+        words = [_fold(word) for options in sought for word in options or ()]
+        words += [_bare(_fold(word)) for word in self.equals or ()]
+        if not all(words):
+            raise ValueError("a string of nothing but spaces or quotes is found in any text")
 
     @property
     def given(self) -> dict[str, Any]:
@@ -260,11 +261,6 @@ def each_line(text: str, check: Check) -> bool:
     return bool(lines) and all(holds(check, line) for line in lines)
 
 
-def all_of(text: str, checks: Sequence[Check]) -> bool:
-    """Every check holds."""
-    return all(holds(check, text) for check in checks)
-
-
 def any_of(text: str, checks: Sequence[Check]) -> bool:
     """One of the checks holds."""
     return any(holds(check, text) for check in checks)
@@ -292,6 +288,6 @@ PREDICATES: dict[str, Callable[[str, Any], bool]] = {
     for each in (
         equals, exactly, contains_all, contains_any, contains_none, ordered, starts_with, ends_with, matches,
         finds, lacks, counts, num_words, num_characters, num_sentences, num_lines, num_paragraphs, case,
-        han_percent, json_keys, json_equals, each_line, all_of, any_of,
+        han_percent, json_keys, json_equals, each_line, any_of,
     )
 }  # fmt: skip

@@ -97,6 +97,8 @@ def test_a_near_tie_is_named_and_excused(tmp_path: Path, monkeypatch: pytest.Mon
         ("broken", one, bad[one], "near_tie"),
         ("broken", two, bad[two], "wrong"),
         ("hf_generate", one, bad[one], None),
+        ("broken", "an id of another file", "", "wrong"),
+        ("broken", "space-en-03", "6", "equal"),  # whose plain text a stopped bench has not written yet
     )
     (result,) = gates_of(found, lambda ids: "".join(map(chr, ids)))
     tie, broken = result["compared"]

@@ -33,10 +33,11 @@ def test_a_check_accepts_what_follows_and_refuses_what_does_not() -> None:
 
 
 def test_a_check_forgives_space_around_a_text() -> None:
-    """Stops a target that is marked down for how its chat template begins an answer."""
+    """Stops a target that is marked down for how its chat template begins an answer, or for thinking."""
     for item in items():
         assert verdict(item, f" \n{item.passes}\n\n"), item
         assert not verdict(item, f" \n{item.fails}\n\n"), item
+        assert verdict(item, f"<think>\n{item.fails}</think>\n\n{item.passes}"), item
 
 
 def test_a_check_does_not_take_the_question_for_an_answer() -> None:

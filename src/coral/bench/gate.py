@@ -23,9 +23,10 @@ def gates_of(records: Iterable[Record], text_of: Read) -> list[Gate]:
 
     Methods without a verdict of the equality check are left out: theirs are other random numbers or weights.
     """
+    known = {item.id for item in follow_eval.items()}  # a user's own file may have the suite's name
     groups: dict[tuple[str, float], list[Record]] = {}
     for record in records:
-        if record.suite == NAME and record.verdict is not None:
+        if record.suite == NAME and record.prompt in known and record.verdict is not None:
             groups.setdefault((record.dtype, record.temperature), []).append(record)
     return [_gate(dtype, temperature, group, text_of) for (dtype, temperature), group in groups.items()]
 
@@ -36,7 +37,7 @@ def _gate(dtype: str, temperature: float, records: Sequence[Record], text_of: Re
     for record in records:
         passed = verdict(items[record.prompt], text_of(record.tokens))
         judged.setdefault((record.method, record.coupled), []).append((record, passed))
-    plain = {record.prompt: passed for record, passed in judged.pop(("plain", False))}
+    plain = {record.prompt: passed for record, passed in judged.pop(("plain", False), [])}
     return {
         "suite": NAME,
         "dtype": dtype,
@@ -49,8 +50,9 @@ def _gate(dtype: str, temperature: float, records: Sequence[Record], text_of: Re
 def _compared(
     name: str, coupled: bool, judged: Sequence[tuple[Record, bool]], plain: dict[str, bool]
 ) -> Compared:
-    texts = [record.verdict for record, _ in judged]
-    other = [record for record, passed in judged if passed != plain[record.prompt]]
+    pairs = [(record, passed) for record, passed in judged if record.prompt in plain]
+    texts = [record.verdict for record, _ in pairs]
+    other = [record for record, passed in pairs if passed != plain[record.prompt]]
     return {
         "drafter": name,
         "coupled": coupled,

@@ -106,8 +106,8 @@ def items() -> tuple[Item, ...]:
 
 
 def verdict(item: Item, text: str) -> bool:
-    """Whether the text does what the item's instruction asks."""
-    return holds(item.check, text)
+    """Whether the text, behind what the target thought, does what the item's instruction asks."""
+    return holds(item.check, text.rpartition("</think>")[2])
 
 
 def holds(check: Check, text: str) -> bool:

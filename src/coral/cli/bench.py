@@ -42,7 +42,7 @@ def _bench(
     gate: Annotated[
         str | None,
         typer.Option(
-            help="Also write the 214 instructions of follow_eval, or only these without --suite, and fail if "
+            help="Also write the 224 instructions of follow_eval, or only these without --suite, and fail if "
             "an accelerated answer follows one that the plain answer does not, or the other way round.",
             metavar=GATE,
         ),

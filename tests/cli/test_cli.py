@@ -79,8 +79,8 @@ OPTIONS = {
         "--dry-run",
     },
     "bench": {
-        "--output", "--target", "--drafter", "--suite", "--limit", "--deepen", "--dtype", "--temperature",
-        "--uncoupled", "--peers", "--no-peers", "--assistant", "--backend", "--head",
+        "--output", "--target", "--drafter", "--suite", "--gate", "--limit", "--deepen", "--dtype",
+        "--temperature", "--uncoupled", "--peers", "--no-peers", "--assistant", "--backend", "--head",
         "--fallback", "--no-fallback", "--max-new-tokens", "--ignore-eos", "--tree", "--note", "--seed",
         "--device",
     },

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
+from coral.bench import gate
 from coral.bench.results import read
 from coral.errors import CoralError
 from coral.files import atomic_text
@@ -79,6 +80,7 @@ def markdown(results: dict[str, Any]) -> str:
             *_trees(results.get("trees", {}).get(dtype, {})),
             *_routed_heads(results.get("routed_heads", {}).get(dtype, {})),
         ]
+    lines += [line for found in results.get("gates", []) for line in gate.markdown(found)]
     command, commit = results["command"], results["commit"]
     return "\n".join([*lines, LEGEND, "", f"Reproduce with `{command}` at commit `{commit}`.", ""])
 

@@ -87,6 +87,33 @@ class _Row(TypedDict):
     ceiling: Share | None
 
 
+class Compared(TypedDict):
+    """A method's texts on the items of a gate beside plain decoding's.
+
+    equal, near_tie, wrong: texts, by the equality check. identical: every text is judged as the plain one is.
+    differs, excused: ids of items judged otherwise; of the excused the text is a near tie.
+    """
+
+    drafter: str
+    coupled: bool
+    equal: Count
+    near_tie: Count
+    wrong: Count
+    identical: bool
+    differs: list[str]
+    excused: list[str]
+
+
+class Gate(TypedDict):
+    """The quality gate at one dtype and temperature. plain: whether plain decoding passes, by item."""
+
+    suite: str
+    dtype: str
+    temperature: Seconds
+    plain: dict[str, bool]
+    compared: list[Compared]
+
+
 class Results(TypedDict):
     """The content of results.json, as far as tables and plots read it."""
 
@@ -101,6 +128,7 @@ class Results(TypedDict):
     rows: list[_Row]
     trees: NotRequired[dict[str, dict[str, Tree]]]
     routed_heads: NotRequired[dict[str, dict[str, _Head]]]
+    gates: NotRequired[list[Gate]]
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from coral.bench.deepen import append_layers, plain_bytes
 from coral.bench.environment import commit, environment
 from coral.bench.equality import references
 from coral.bench.formulas import results_of
+from coral.bench.gate import gates_of
 from coral.bench.log import Log
 from coral.bench.methods import RESERVED, MakeProposer, Rivals, all_methods, load_assistant, maker
 from coral.bench.recall import recall_by_depth
@@ -139,7 +140,7 @@ class _Bench:
     def __post_init__(self) -> None:
         header = {"settings": self.settings, "commit": commit()}
         self.log = Log(self.output / "records.jsonl", header)
-        parts: dict[str, Any] = {"skipped": [], "routed_heads": {}, "trees": {}}
+        parts: dict[str, Any] = {"skipped": [], "routed_heads": {}, "trees": {}, "gates": []}
         self.results = {"environment": environment(), "command": "", **header, **parts}
 
     def measure(self, dtype: str) -> None:
@@ -159,6 +160,10 @@ class _Bench:
         self.console.print(f"{precision}: plain decoding is {costs.plain!r}, the fastest, per token: {shown}")
         for temperature in self.config.temperatures:
             self._write(loaded, Sampling(temperature=temperature, seed=self.config.seed))
+        self.results["gates"] = gates_of(
+            self.log.records,
+            lambda ids: suites_.answer(loaded.eager.tokenizer, ids, loaded.eager.eos_ids),
+        )
 
     def save(self) -> None:
         """Write results.json, once there is a record."""
@@ -174,7 +179,7 @@ class _Bench:
             end_answers(eager)
         suites_.check(self.suites, eager.vocab_size, eager.tokenizer)
         assistant = None if config.assistant is None else load_assistant(config.assistant, eager)
-        width = append_layers(eager, config.deepen, config.cost_ratio)
+        eager, width = append_layers(eager, config.deepen, config.cost_ratio)
         self.results["environment"] = environment(eager.device)
         self.results["target"] = {
             "name": eager.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,9 @@ from coral.errors import CoralError
 from coral.progress import spinner
 
 bench = typer.Typer(invoke_without_command=True)
+
+DEFAULT = "mt_bench,humaneval,gsm8k"
+GATE = "follow_eval"
 
 
 @bench.callback()
@@ -29,12 +33,20 @@ def _bench(
         ),
     ] = None,
     suite: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="mt_bench, humaneval, gsm8k, JSONL files (Spec-Bench's becomes its six suites) or prepared "
-            "data (its held-out prompts), with commas between."
+            help="mt_bench, humaneval, gsm8k, follow_eval, JSONL files (Spec-Bench's becomes its six suites) "
+            "or prepared data (its held-out prompts), with commas between. Default: the first three."
         ),
-    ] = "mt_bench,humaneval,gsm8k",
+    ] = None,
+    gate: Annotated[
+        str | None,
+        typer.Option(
+            help="Also write the 224 instructions of follow_eval, or only these without --suite, and fail if "
+            "an accelerated answer follows one that the plain answer does not, or the other way round.",
+            metavar=GATE,
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N prompts of each suite.", min=1)] = None,
     deepen: Annotated[
         int | None,
@@ -46,8 +58,11 @@ def _bench(
         bool, typer.Option("--uncoupled", help="At temperature > 0, also measure uncoupled drafting.")
     ] = False,
     peers: Annotated[
-        bool, typer.Option(help="Also run HF generate, HF prompt lookup and our n-gram.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            help="Also run HF generate, HF prompt lookup and our n-gram. Default: where there is no --gate."
+        ),
+    ] = None,
     assistant: Annotated[
         str | None,
         typer.Option(
@@ -71,7 +86,10 @@ def _bench(
         return
     if output is None:  # not for typer to ask for: the commands below need none
         raise CoralError("missing option '--output'; see `coral bench --help`.")
+    if gate not in (None, GATE):
+        raise CoralError(f"there is no gate {gate!r}; there is {GATE}.")
     with spinner("Loading"):
+        from coral.bench.gate import failures
         from coral.bench.report import report
         from coral.bench.run import bench as run
         from coral.bench.settings import BenchConfig
@@ -81,6 +99,8 @@ def _bench(
     if target is None and not drafters:
         own = str(models.DRAFTER)
         drafters = {"coral": own, "coral+ngram": f"{own}+ngram"}
+    if gate is not None and not peers and not drafters.keys() - {"plain"}:
+        raise CoralError("a gate compares drafters with plain decoding; name one with --drafter.")
     options.quiet_transformers()
     config = BenchConfig(
         limit=limit,
@@ -90,7 +110,7 @@ def _bench(
         coupled=(True, False) if uncoupled else (True,),
         max_new_tokens=max_new_tokens,
         tree_size=options.read_tree_size(tree),
-        peers=peers,
+        peers=gate is None if peers is None else peers,
         assistant=assistant,
         backend=backend,
         head=head,
@@ -100,7 +120,12 @@ def _bench(
         device=device,
         note=note,
     )
-    report(run(target, drafters, suite, output, config))
+    suites = [name for name in (suite, gate) if name is not None] or [DEFAULT]
+    results = run(target, drafters, ",".join(suites), output, config)
+    report(results)
+    if gate is not None and (broken := failures(results)):
+        print(f"The gate {gate} does not hold: {'; '.join(broken)}.", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @bench.command()

@@ -1,4 +1,4 @@
-"""Benchmark prompts: three suites ship with the package, any other is read from a JSONL file or from the
+"""Benchmark prompts: four suites ship with the package, any other is read from a JSONL file or from the
 held-out prompts of a prepared data directory.
 """
 
@@ -15,11 +15,13 @@ from zlib import crc32
 
 from coral.data import prepared
 from coral.errors import CoralError
+from coral.suites import follow_eval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SUITES = {"mt_bench": 80, "humaneval": 164, "gsm8k": 1319}  # name: number of prompts
+# name: number of prompts
+SUITES = {"mt_bench": 80, "humaneval": 164, "gsm8k": 1319, follow_eval.NAME: 224}
 
 # What Spec-Bench calls a category, by the suite that it reports: MT-bench's eight are one.
 SPEC_BENCH = dict.fromkeys(
@@ -53,11 +55,11 @@ def load(names: str | Iterable[str], limit: int | None = None) -> dict[str, list
     """Prompts by suite.
 
     Args:
-        names: suites, as a list or separated by commas: mt_bench, humaneval, gsm8k, the path of a JSONL
-            file with {"id" or "question_id", "turns"} in each line (the format of Spec-Bench and EAGLE), or a
-            prepared data directory, whose held-out prompts become the suite held_out. A file in which every
-            line has a "category" of Spec-Bench becomes the suites that it reports (arXiv 2401.07851):
-            mt_bench, translation, summarization, qa, math_reasoning, rag.
+        names: suites, as a list or separated by commas: mt_bench, humaneval, gsm8k, follow_eval, the path of
+            a JSONL file with {"id" or "question_id", "turns"} in each line (the format of Spec-Bench and
+            EAGLE), or a prepared data directory, whose held-out prompts become the suite held_out. A file in
+            which every line has a "category" of Spec-Bench becomes the suites that it reports
+            (arXiv 2401.07851): mt_bench, translation, summarization, qa, math_reasoning, rag.
         limit: the first so many prompts of each suite; None takes all.
 
     Raises:
@@ -146,6 +148,8 @@ def _read(name: str) -> list[Prompt]:
         if not prompts:
             raise CoralError(f"{name} holds no held-out prompts; prepare it with --held-out above 0.")
         return prompts
+    if name == follow_eval.NAME:
+        return [Prompt(item.id, item.dimension, (item.prompt,)) for item in follow_eval.items()]
     if name in SUITES:
         packed = files("coral.suites").joinpath("data", f"{name}.jsonl.gz").read_bytes()
         text = gzip.decompress(packed).decode("utf-8")

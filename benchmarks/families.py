@@ -49,7 +49,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         **SHAPE, head_dim=64, query_pre_attn_scalar=64, sliding_window=WINDOW, sliding_window_pattern=6
     ),
 }
-ROWS, CONTEXT, ROUNDS = (1, 4, 8), 200, 3
+ROWS, CONTEXT, ROUNDS = (1, 4, 8), 200, 2
 WAYS = ("native", "transformers")
 
 

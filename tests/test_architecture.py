@@ -26,6 +26,7 @@ ORDER = (
     "target",
     "decoding data",
     "drafters suites",
+    "serving",
     "training api",
     "bench integrations",
     "tuning",

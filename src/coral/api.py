@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from numbers import Integral
@@ -17,6 +18,7 @@ from coral.decoding.state import Cycle, State
 from coral.decoding.text import Detokenizer, Stop, cut_at, stop_at, stop_strings
 from coral.drafters.drafting import Drafting
 from coral.errors import CoralError
+from coral.serving.engine import ROWS, Engine
 from coral.target import default as models
 from coral.target.native import why_not_native
 from coral.target.target import Target
@@ -89,15 +91,20 @@ class LLM:
         self.tree_size_origin, self.why = tree_size_origin, why
 
     def generate(self, prompt: Prompt | Sequence[str], **options: Any) -> Any:
-        """The whole answer as text, special tokens and stop string left out; of several prompts, which are
-        written together, a list of answers. Options: see `start`.
+        """The whole answer as text, special tokens and stop string left out; of several prompts a list of
+        answers, of which as many are written at once as `serving.engine` takes. Options: see `start`.
         """
         several = isinstance(prompt, list | tuple) and {*map(type, prompt)} == {str}
         asked: Any = prompt if several else [prompt]
         first = options.pop("sequence_id", 0)
         states = [self.start(each, sequence_id=first + i, **options) for i, each in enumerate(asked)]
-        for _ in generate(self.target, self.proposer, states, self.tree_size):
-            pass
+        if several:
+            coming = iter(states)
+            rows = max(ROWS, self.tree_size.num_nodes + 1)
+            engine = Engine(self.target, self.proposer, self.tree_size, rows_budget=rows)
+            deque(engine.write(lambda: next(coming, None)), maxlen=0)
+        else:
+            deque(self.cycles(states[0]), maxlen=0)
         texts = [self._text(state.written, options.get("stop")) for state in states]
         return texts if several else texts[0]
 

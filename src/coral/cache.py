@@ -133,6 +133,20 @@ class KVCache:
                 place += count
         self.set_length(start + len(rows))
 
+    def copy(self, rows: int, capacity: int) -> KVCache:
+        """Another cache, with room for `capacity` rows, that holds the first `rows` of this one."""
+        copied = KVCache(len(self.layers), max(rows, capacity), self.buffer.taken < 0)
+        if rows:
+            for new, own in zip(copied.layers, self.layers, strict=True):
+                new.update(own.keys[:, :, :rows], own.values[:, :, :rows])
+        return copied
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in all layers; 0 before the first one."""
+        rows = [tensor[:, :, :1] for tensor in self.storage] if self.layers[0].is_made else []
+        return sum(row.numel() * row.element_size() for row in rows)
+
     def set_length(self, length: int) -> None:
         for layer in self.layers:
             layer.length = length

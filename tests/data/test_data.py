@@ -366,7 +366,7 @@ class FakeTarget:
         return [*(40 + (key + k) % 50 for k in range(key))] + [EOT] * (key != 3)
 
     def write(self, admit: Any) -> Any:
-        """As `decoding.batch.write_packed`, three at once; they end out of order."""
+        """As `serving.engine.Engine.write`, three at once; they end out of order."""
         live: list[FakeText] = []
         while True:
             while len(live) < 3 and (text := admit()):

@@ -74,21 +74,3 @@ def test_half_precision_keeps_its_dtype():
     """Stops a float32 mask or padding that makes a bfloat16 target fail."""
     target = Target(tiny_model().to(torch.bfloat16))
     assert [len(answer) for answer in together(target, [0, 1], new=3)] == [3, 3]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_answers_are_bit_for_bit_those_written_alone(dtype):
-    """Stops rows of a neighbour in a sum or a mask, and a text that is mixed up when others leave or come."""
-    model = tiny_model(hidden_size=32, head_dim=16, intermediate_size=48, eos_token_id=[4, 9]).to(dtype)
-    target = Target(model).on("native")
-    if target._native is None:
-        pytest.skip("no C++ compiler")
-    options = {"eos_ids": target.eos_ids}
-    states = [
-        new_state(target, prompt, NEW, sampling=sampling, sequence_id=number, **options)
-        for prompt, sampling, number in zip(PROMPTS, SAMPLINGS, SEQUENCES, strict=True)
-    ]
-    waiting = [*states]
-    written = list(batch.write_packed(target, lambda: waiting.pop(0) if waiting else None, 2))
-    assert {id(state) for state in written} == {id(state) for state in states} and not waiting
-    assert [state.written for state in states] == [alone(target, i) for i in range(6)]

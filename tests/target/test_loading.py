@@ -183,15 +183,18 @@ def test_a_target_whose_scores_are_not_finite_writes_nothing(target: Path, value
     pair = load(target)
     with pytest.raises(CoralError, match=r"scores of .*target are not finite"):
         pair.generate([1, 2, 3], max_new_tokens=2)
-    from coral.decoding.batch import write_packed, write_padded
+    from coral.decoding.batch import write_padded
+    from coral.decoding.plain import Plain
     from coral.decoding.sampling import Sampling
     from coral.decoding.state import State
+    from coral.serving.engine import Engine
+    from coral.tree import DEFAULT
 
     with pytest.raises(CoralError, match="are not finite"):
         write_padded(pair.target, [[1, 2]], [Sampling()], [0], 2)
     states = iter([State.begin(pair.target, [1, 2], 2)])
     with pytest.raises(CoralError, match="are not finite"):
-        list(write_packed(pair.target, lambda: next(states, None), 1))
+        list(Engine(pair.target, Plain(), DEFAULT).write(lambda: next(states, None)))
 
 
 def test_weights_of_whole_numbers_are_no_weights(target: Path) -> None:

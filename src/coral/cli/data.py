@@ -178,10 +178,13 @@ def _written_by(
 ) -> Answer:
     """Answers of a target in this process, natively where it can be run so."""
     from coral.data.batches import Turns, answer_packed, answer_padded
-    from coral.decoding.batch import write_packed, write_padded
+    from coral.decoding.batch import write_padded
+    from coral.decoding.plain import Plain
     from coral.decoding.sampling import Sampling
     from coral.decoding.state import State
     from coral.native import sampler
+    from coral.serving.engine import Engine
+    from coral.tree import DEFAULT
 
     assert target.tokenizer is not None  # it was loaded from a directory or the hub
     turns = Turns(
@@ -207,7 +210,7 @@ def _written_by(
             native, prompt, max_new_tokens, sampling=drawn, sequence_id=sequence_id, eos_ids=native.eos_ids
         )
 
-    return answer_packed(turns, begin, lambda admit: write_packed(native, admit, batch_size))
+    return answer_packed(turns, begin, Engine(native, Plain(), DEFAULT, batch_size).write)
 
 
 @data.command()

@@ -18,6 +18,7 @@ from coral.cli.data import data
 from coral.cli.export import export, import_
 from coral.cli.gguf import cache, convert
 from coral.cli.hub import push
+from coral.cli.serve import serve
 from coral.cli.train_head import train_head
 from coral.cli.tune import expect, tune
 from coral.errors import CoralError
@@ -214,6 +215,7 @@ app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
 app.command()(train_head)
 app.command()(tune)
+app.command()(serve)
 app.command()(export)
 app.command("import")(import_)
 app.command()(push)

@@ -1,4 +1,4 @@
-"""Training answers written in this process, by `coral.decoding.batch`.
+"""Training answers written in this process, by `coral.serving.engine` or `coral.decoding.batch`.
 
 An answer is a function of (prompt, seed, sequence id) alone, so a run that was stopped ends with the records
 of one that was not.

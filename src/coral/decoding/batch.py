@@ -1,50 +1,20 @@
-"""Plain decoding of many prompts at once: how training answers are written.
+"""Plain decoding of many prompts at once by transformers' code, where a target has no native forward.
 
 Each answer is a fixed function of (prompt, seed, sequence id), up to the rounding of another batch shape.
-`write_packed` is for a target with a native forward, where rows of any number of sequences stand together and
-an answer is bit for bit the one that is written alone; `write_padded` is for all others.
+Natively `serving.engine` writes them, and an answer is bit for bit the one that is written alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from coral.decoding.sampling import Sampling
-from coral.decoding.state import State
 from coral.target.ids import check_scores
 from coral.target.target import Target
-from coral.tree import DraftTree
-
-
-def write_packed(target: Target, admit: Callable[[], State | None], at_once: int) -> Iterator[State]:
-    """Write states to their ends, at most `at_once` at a time, and yield each when it is done.
-
-    `admit` gives the next state, or None while there is none; it is asked again after each token of the
-    others, so an answer that ends makes room for the next prompt at once.
-    """
-    live: list[State] = []
-    while True:
-        while len(live) < at_once and (state := admit()):
-            state.prefill(target, ())
-            live.append(state)
-        if not live:
-            return
-        roots = [DraftTree.root(state.tokens[-1]) for state in live]
-        logits, _ = target.verify([state.cache for state in live], roots, ())
-        for state, scores in zip(live, logits, strict=True):
-            if not state.written:
-                check_scores(target, scores)
-        positions = torch.tensor([len(state.tokens) for state in live])
-        samplings, ids = [state.sampling for state in live], [state.sequence_id for state in live]
-        tokens = _sample(torch.cat(logits), positions, range(len(live)), samplings, ids)
-        for state, token in zip(live, tokens.tolist(), strict=True):
-            state.extend([token])
-        yield from (state for state in live if state.done)
-        live = [state for state in live if not state.done]
 
 
 @torch.inference_mode()

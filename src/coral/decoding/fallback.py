@@ -49,15 +49,17 @@ class Fallback:
         self._learn(states)
         drafts = not self._rests()
         for state in states:
-            state.memory[self] = drafts
+            state.memory[self] = drafts, len(state.tokens)
         if drafts:
             return self.proposer.propose(states, tree_size)
         return [DraftTree.root(state.tokens[-1]) for state in states]
 
     def _learn(self, states: Sequence[State]) -> None:
-        """Note what the last cycle of these sequences took and brought, if they shared one."""
+        """Note what the last cycle of these sequences took and brought, if they shared one that was asked of
+        this proposer: a server takes plain steps of its own where many texts are live.
+        """
         cycles = [state.cycle for state in states]
-        drafted = {state.memory.get(self) for state in states}
+        drafted = {self._drafts(state) for state in states}
         if None in cycles or len(drafted) > 1 or None in drafted:
             return
         seconds = fmean(cycle.seconds for cycle in cycles if cycle)
@@ -65,6 +67,11 @@ class Fallback:
             self._drafted.append((seconds, fmean(len(cycle.tokens) for cycle in cycles if cycle)))
         else:
             self._plain.append(seconds)
+
+    def _drafts(self, state: State) -> bool | None:
+        """Whether the text's last cycle drafted; None: it was not asked of this proposer."""
+        drafts, length = state.memory.get(self, (None, 0))
+        return drafts if state.cycle and length + len(state.cycle.tokens) == len(state.tokens) else None
 
     def _rests(self) -> bool:
         """Whether this cycle is to be a plain step."""

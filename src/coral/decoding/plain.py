@@ -9,7 +9,10 @@ from coral.tree import DraftTree, TreeSize
 
 
 class Plain:
-    layers = ()
+    """layers: states that a drafter will want later, see `Target.verify`."""
+
+    def __init__(self, layers: tuple[int, ...] = ()) -> None:
+        self.layers = layers
 
     def propose(self, states: Sequence[State], tree_size: TreeSize) -> list[DraftTree]:
         return [DraftTree.root(state.tokens[-1]) for state in states]

@@ -107,22 +107,24 @@ class State:
 
     def continue_with(self, tokens: list[int], max_length: int) -> None:
         """Take `tokens` as the new prompt and keep the cached rows that it shares with the old text."""
-        shared = 0
-        for old, new in zip(self.tokens, tokens, strict=False):
-            if old != new:
-                break
-            shared += 1
         # A drafter pairs a row with the token behind it, so the last shared row is read again.
-        self.unread = self.unread.up_to(max(0, shared - 1))
+        self.unread = self.unread.up_to(max(0, _shared(self.tokens, tokens) - 1))
         self.tokens, self.max_length, self.prompt_length = list(tokens), max_length, len(tokens)
         self.done = self.remaining <= 0
 
-    @torch.inference_mode()
     def prefill(self, target: Target, layers: tuple[int, ...]) -> None:
         """Read every token but the last, the first root, into the cache, in chunks, without logits.
 
-        Rows stay that were read before, but for those that an interrupted cycle left. One at least is unread
-        then, since a drafter drafts from it.
+        Raises:
+            CoralError: see `ids.check_ids`.
+        """
+        self.open(target, layers)
+        while self.read(target, _PREFILL_CHUNK):
+            pass
+
+    def open(self, target: Target, layers: tuple[int, ...]) -> None:
+        """Make ready to `read`. Rows stay that were read before, but for those that an interrupted cycle
+        left. One at least is unread then, since a drafter drafts from it.
 
         Raises:
             CoralError: see `ids.check_ids`.
@@ -133,12 +135,35 @@ class State:
         self.unread = self.unread.up_to(end)
         if layers and not self.unread.parts:
             self.unread = Unread(max(0, min(self.unread.start, end - 1)))
-        start = self.unread.end
-        self.cache.keep(start)
-        check_ids(target, self.tokens[start:])
-        for begin in range(start, end, _PREFILL_CHUNK):
-            piece = self.tokens[begin : min(begin + _PREFILL_CHUNK, end)]
-            self._note(target.read(self.cache, piece, layers), len(piece))
+        self.cache.keep(self.unread.end)
+        check_ids(target, self.tokens[self.unread.end :])
+
+    @torch.inference_mode()
+    def read(self, target: Target, most: int) -> bool:
+        """Read at most so many of the tokens in front of the last one; whether some are left."""
+        start, end = self.unread.end, len(self.tokens) - 1
+        if piece := self.tokens[start : min(start + most, end)]:
+            self._note(target.read(self.cache, piece, self.layers), len(piece))
+        return self.unread.end < end
+
+    def shares(self, other: State) -> int:
+        """How many rows of another text's cache could be the first of this one's, which has yet to be read.
+        One at least is left to read, from which a drafter drafts.
+        """
+        shared = _shared(self.tokens, other.tokens)
+        return max(0, min(shared - 1, other.unread.end, len(self.tokens) - 2))
+
+    @torch.inference_mode()
+    def take(self, other: State, rows: int) -> None:
+        """Copy the first `rows` of another text's caches, whose tokens both share, in place of what was read.
+        Of a proposer's memory that is its keys and values; the rest it makes of the tokens anew.
+        """
+        self.unread = other.unread.up_to(rows)
+        self.cache = other.cache.copy(rows, self.cache.capacity)
+        for proposer, cache in other.memory.items():
+            if isinstance(cache, KVCache):
+                room = max(0, cache.capacity - other.max_length) + self.max_length
+                self.memory[proposer] = cache.copy(min(cache.length, self.unread.start), room)
 
     def _note(self, states: Tensor | None, rows: int) -> None:
         """The cache has `rows` more, whose states nobody has read."""
@@ -210,3 +235,9 @@ class Cycle:
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     seconds: float = 0.0
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

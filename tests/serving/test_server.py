@@ -1,0 +1,413 @@
+"""The server with real clients on loopback: what it answers is what `coral.load(...).generate` writes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import socket
+import string
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from tiny_tokenizer import tiny_tokenizer
+
+import coral as library
+from coral.api import LLM
+from coral.serving.http import Limits, create_app
+from coral.serving.openai import Refused, Text, read_chat
+from coral.serving.worker import Worker
+from coral.tree import TreeSize
+
+LIMITS = Limits(queue=40, body=20_000, longest=24)
+QUESTION = [{"role": "user", "content": "the thing in an era"}]
+
+
+class Server:
+    """A server of its own thread on a free port."""
+
+    def __init__(self, load: Any, *, keys: tuple[str, ...] = (), limits: Limits = LIMITS, at_once: int = 8):
+        self.worker = Worker(load, at_once)
+        app = create_app(self.worker, "tiny", keys, limits)
+        self.http, self.socket = app.state.server, socket.socket()
+        self.socket.bind(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        self.uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        self.thread = threading.Thread(target=self.uvicorn.run, args=([self.socket],))
+
+    def __enter__(self) -> Server:
+        self.thread.start()
+        until(lambda: self.uvicorn.started)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.uvicorn.should_exit = True
+        self.thread.join()
+
+    def ready(self) -> Server:
+        until(lambda: self.worker.llm is not None)
+        return self
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0, **options)
+
+    @property
+    def is_idle(self) -> bool:
+        status = self.worker.status
+        return self.http.open == status.running == status.waiting == 0 and not self.worker._listeners
+
+
+def until(true: Any) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def llm(models: Path) -> LLM:
+    return library.load(models / "target", models / "drafter", tree=TreeSize(2, 3, 5), fallback=False)
+
+
+class Slow:
+    """A proposer that takes its time, as a real model does."""
+
+    def __init__(self, proposer: Any) -> None:
+        self.proposer, self.layers = proposer, proposer.layers
+
+    def propose(self, *args: Any) -> Any:
+        time.sleep(0.02)
+        return self.proposer.propose(*args)
+
+
+@pytest.fixture(scope="module")
+def slow(llm: LLM) -> LLM:
+    return LLM(llm.target, Slow(llm.proposer), llm.tree_size)
+
+
+@pytest.fixture(scope="module")
+def server(llm: LLM) -> Iterator[Server]:
+    with Server(lambda: llm) as running:
+        yield running.ready()
+
+
+def test_greedy_text_is_that_of_generate(server: Server, llm: LLM) -> None:
+    """Stops a template, an end or a limit that the server has and the library has not."""
+    client = server.client()
+    chat = client.chat.completions.create(model="tiny", messages=QUESTION, temperature=0, max_tokens=16)
+    (choice,) = chat.choices
+    assert choice.message.content == llm.generate(QUESTION, max_new_tokens=16)
+    assert choice.message.role == "assistant" and choice.finish_reason == "length"
+    assert chat.usage.prompt_tokens == len(llm.encode(QUESTION)) and chat.usage.completion_tokens == 16
+    raw = client.completions.create(model="tiny", prompt=["the an", "in the"], temperature=0, max_tokens=9)
+    alone = [llm.generate(prompt, chat=False, max_new_tokens=9) for prompt in ("the an", "in the")]
+    assert [c.text for c in raw.choices] == alone and [c.index for c in raw.choices] == [0, 1]
+    ids = llm.encode("the an", chat=False)
+    for prompt in (ids, [ids]):
+        again = client.completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=9)
+        assert again.choices[0].text == alone[0] and again.usage.prompt_tokens == len(ids)
+    assert len(client.completions.create(model="tiny", prompt="the an").choices[0].text) > 0
+
+
+def test_sampled_text_is_a_function_of_seed_and_choice(server: Server, llm: LLM) -> None:
+    """Stops choices that repeat each other, and a seed that is not the library's."""
+    asked = {"temperature": 1.0, "top_p": 0.9, "seed": 7}
+    chat = server.client().chat.completions.create(
+        model="tiny", messages=QUESTION, n=3, max_completion_tokens=12, extra_body={"top_k": 50}, **asked
+    )
+    expected = [llm.generate(QUESTION, max_new_tokens=12, sequence_id=i, top_k=50, **asked) for i in range(3)]
+    assert [choice.message.content for choice in chat.choices] == expected and len({*expected}) == 3
+
+
+@pytest.mark.parametrize("usage", [True, False])
+def test_chunks_come_in_the_order_that_clients_expect(server: Server, llm: LLM, usage: bool) -> None:
+    """Stops a stream without a role, a reason, the usage that was asked for, or an end."""
+    options = {"stream_options": {"include_usage": True}} if usage else {}
+    body = {"model": "tiny", "messages": QUESTION, "temperature": 0, "max_tokens": 12, "stream": True}
+    answer = httpx.post(f"{server.address}/v1/chat/completions", json=body | options, timeout=60)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    lines = answer.text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    last = chunks.pop() if usage else None
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks[1:-1]]
+    assert "".join(delta["content"] for delta in deltas) == llm.generate(QUESTION, max_new_tokens=12)
+    reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+    assert reasons == [None] * (len(chunks) - 1) + ["length"] and chunks[-1]["choices"][0]["delta"] == {}
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert [("usage" in chunk, chunk.get("usage")) for chunk in chunks] == [(usage, None)] * len(chunks)
+    if last:
+        assert last["choices"] == [] and last["usage"]["completion_tokens"] == 12
+        drafting = last["metrics"]["speculative_decoding"]
+        assert drafting["num_draft_tokens"] >= drafting["num_accepted_draft_tokens"] >= 0
+
+
+def test_openai_client_streams(server: Server, llm: LLM) -> None:
+    """Stops chunks that the most used client cannot read."""
+    stream = server.client().completions.create(
+        model="tiny", prompt="the an", n=2, stream=True, temperature=1, seed=3, max_tokens=10
+    )
+    texts = ["", ""]
+    for chunk in stream:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    options = {"chat": False, "temperature": 1, "seed": 3, "max_new_tokens": 10}
+    assert texts == [llm.generate("the an", sequence_id=i, **options) for i in range(2)]
+
+
+def test_sixteen_at_once_are_what_they_are_alone(server: Server, llm: LLM) -> None:
+    """Stops texts that change with the load."""
+
+    async def ask(client: openai.AsyncOpenAI, i: int) -> str:
+        messages = [{"role": "user", "content": f"the {i} an" * (1 + i % 5)}]
+        chat = await client.chat.completions.create(
+            model="tiny", messages=messages, seed=i, temperature=i % 3 / 2, max_tokens=6 + i
+        )
+        return chat.choices[0].message.content
+
+    async def ask_all() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.address}/v1", api_key="none") as client:
+            return await asyncio.gather(*(ask(client, i) for i in range(16)))
+
+    written = asyncio.run(ask_all())
+    assert written == [
+        llm.generate(f"the {i} an" * (1 + i % 5), seed=i, temperature=i % 3 / 2, max_new_tokens=6 + i)
+        for i in range(16)
+    ]
+    until(lambda: server.is_idle)
+
+
+def test_a_stop_string_across_a_border_is_never_shown(server: Server, llm: LLM) -> None:
+    """Stops half of a stop string in a chunk, and text behind it."""
+    whole = llm.generate(QUESTION, max_new_tokens=24, seed=5, temperature=1.0)
+    for start in range(2, 14, 3):
+        stop = whole[start : start + 4]
+        stream = server.client().chat.completions.create(
+            model="tiny", messages=QUESTION, stream=True, stop=[stop, "never"], max_tokens=24, seed=5
+        )
+        chunks = [chunk.choices[0] for chunk in stream]
+        assert "".join(chunk.delta.content or "" for chunk in chunks) == whole[: whole.index(stop)]
+        assert chunks[-1].finish_reason == "stop"
+
+
+def test_text_that_may_become_a_stop_string_is_held_back() -> None:
+    """Stops a piece that the next token turns into a stop string, and one that is held for ever."""
+    tokenizer = tiny_tokenizer()
+    draw = random.Random(0)
+    for _ in range(200):
+        said = "".join(draw.choice("abé") for _ in range(12))
+        stop = ["".join(draw.choice("abé") for _ in range(draw.randrange(1, 4))) for _ in range(2)]
+        ids = tokenizer(said, add_special_tokens=False).input_ids
+        ends = (n for n in range(len(ids)) if any(s in tokenizer.decode(ids[:n]) for s in stop))
+        ids = ids[: next(ends, len(ids))]  # as a state does
+        said = tokenizer.decode(ids)
+        text, shown = Text(tokenizer, stop), ""
+        while ids:
+            count = draw.randrange(1, 4)
+            now, ids = ids[:count], ids[count:]
+            cycle = library.Cycle(now, 0, 0, 0, 0, False)
+            shown += text.push(cycle, "" if ids else "length")
+            assert not any(string in shown for string in stop)
+        assert shown == said[: min([said.find(s) for s in stop if s in said], default=len(said))]
+
+
+def test_a_client_that_goes_frees_its_place(slow: LLM) -> None:
+    """Stops texts that are written for nobody until their end."""
+    body = {"model": "tiny", "prompt": "the", "max_tokens": 480, "ignore_eos": True, "n": 4}
+    with Server(lambda: slow) as server:
+        url = f"{server.ready().address}/v1/completions"
+        with httpx.stream("POST", url, json=body | {"stream": True}, timeout=60) as answer:
+            lines = answer.iter_lines()  # which closes the answer when it is dropped
+            next(lines)
+            assert server.http.open == 4
+        until(lambda: server.is_idle)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json=body, timeout=0.3)
+        until(lambda: server.is_idle)
+        assert not server.worker.engine._kept  # none was written to its end
+
+
+def test_a_full_queue_says_when_to_come_again(slow: LLM) -> None:
+    """Stops a server that takes on more than it can hold, and one that stays full."""
+    with Server(lambda: slow, limits=Limits(queue=1), at_once=1) as server:
+        url = f"{server.ready().address}/v1/completions"
+        body = {"prompt": "the", "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 2}
+        with httpx.stream("POST", url, json=body, timeout=60) as first:
+            lines = first.iter_lines()
+            next(lines)
+            full = httpx.post(url, json={"prompt": "the"})
+            assert full.status_code == 429 and full.headers["retry-after"] == "1"
+            assert full.json()["error"]["type"] == "rate_limit_error"
+            assert "coral:num_requests_waiting" in httpx.get(f"{server.address}/metrics").text
+        until(lambda: server.is_idle)
+        assert httpx.post(url, json={"prompt": "the"}, timeout=60).status_code == 200
+        assert httpx.post(url, json={"prompt": "the", "n": 3}).status_code == 400
+
+
+def test_until_the_model_is_there_the_server_says_so(llm: LLM) -> None:
+    """Stops a load balancer that sends requests to a server that has no model yet."""
+    go_on = threading.Event()
+    with Server(lambda: (go_on.wait(60), llm)[1]) as server:
+        for path in ("/health", "/v1/models"):
+            assert httpx.get(server.address + path).status_code == 503
+        assert httpx.post(f"{server.address}/v1/completions", json={"prompt": "a"}).status_code == 503
+        assert httpx.get(f"{server.address}/version").status_code == 200
+        go_on.set()
+        server.ready()
+        assert httpx.get(f"{server.address}/health").status_code == 200
+
+
+def test_shutting_down_writes_what_was_begun(slow: LLM) -> None:
+    """Stops answers that a new deployment cuts."""
+    with Server(lambda: slow) as server:
+        server.ready()
+        body = {"prompt": "the", "max_tokens": 100, "ignore_eos": True, "stream": True, "temperature": 0}
+        with httpx.stream("POST", f"{server.address}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.uvicorn.should_exit = True
+            rest = [*lines]
+    assert '"finish_reason": "length"' in rest[-4] and rest[-2] == "data: [DONE]"
+    assert not server.worker._thread.is_alive()
+
+
+def test_only_keys_open_the_model(llm: LLM) -> None:
+    """Stops a route that forgets the key."""
+    with Server(lambda: llm, keys=("first", "second")) as server:
+        client = server.ready().client()
+        with pytest.raises(openai.AuthenticationError):
+            client.models.list()
+        for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+            answer = httpx.post(server.address + path, json={}, headers={"Authorization": "Bearer firs"})
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        for key in ("first", "second"):
+            assert [m.id for m in client.with_options(api_key=key).models.list()] == ["tiny"]
+        assert httpx.get(f"{server.address}/health").status_code == 200
+
+
+def test_facts(server: Server, llm: LLM) -> None:
+    """Stops counters that differ from what was written, and ids that are not the tokenizer's."""
+    before = httpx.get(f"{server.address}/metrics").text
+    server.client().completions.create(model="tiny", prompt="the an", max_tokens=20, temperature=0)
+    after = httpx.get(f"{server.address}/metrics").text
+
+    def value(text: str, name: str) -> float:
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+    name = "coral:generation_tokens_total"
+    assert value(after, name) - value(before, name) == 20
+    assert value(after, "coral:spec_decode_num_draft_tokens_total") > 0
+    ids = httpx.post(f"{server.address}/tokenize", json={"prompt": "the an"}).json()
+    assert ids["tokens"] == llm.encode("the an", chat=False) and ids["count"] == len(ids["tokens"])
+    chat = httpx.post(f"{server.address}/tokenize", json={"messages": QUESTION}).json()["tokens"]
+    assert chat == llm.encode(QUESTION)
+    text = httpx.post(f"{server.address}/detokenize", json={"tokens": ids["tokens"][1:]}).json()
+    assert text == {"prompt": "the an"}
+
+
+BAD: dict[str, tuple[Any, int]] = {
+    "no object": ([], 400),
+    "nothing": ({}, 400),
+    "no model of ours": ({"prompt": "a", "model": "gpt"}, 404),
+    "no tokens": ({"prompt": "a", "max_tokens": 0}, 400),
+    "fewer": ({"prompt": "a", "max_tokens": -1}, 400),
+    "a number as text": ({"prompt": "a", "max_tokens": "7"}, 400),
+    "true as number": ({"prompt": "a", "max_tokens": True}, 400),
+    "empty": ({"prompt": ""}, 400),
+    "empty list": ({"prompt": []}, 400),
+    "empty ids": ({"prompt": [[]]}, 400),
+    "mixed": ({"prompt": [1, "a"]}, 400),
+    "too long": ({"prompt": "a" * 2000}, 400),
+    "id out of range": ({"prompt": [999_999]}, 400),
+    "negative id": ({"prompt": [-1]}, 400),
+    "id beyond 64 bits": ({"prompt": [2**70]}, 400),
+    "unknown": ({"prompt": "a", "colour": "red"}, 400),
+    "half a character": ({"prompt": "\ud800"}, 400),
+    "half a character in a name": ({"prompt": "a", "\ud800": 1}, 400),
+    "hot": ({"prompt": "a", "temperature": -1}, 400),
+    "top_p": ({"prompt": "a", "top_p": 0}, 400),
+    "tiny temperature": ({"prompt": "a", "temperature": 1e-40}, 400),
+    "empty stop": ({"prompt": "a", "stop": ""}, 400),
+    "logprobs": ({"prompt": "a", "logprobs": 0}, 400),
+    "echo": ({"prompt": "a", "echo": True}, 400),
+    "bias": ({"prompt": "a", "logit_bias": {"1": 2}}, 400),
+    "penalty": ({"prompt": "a", "presence_penalty": 0.5}, 400),
+    "tools": ({"prompt": "a", "tools": [{}]}, 400),
+    "format": ({"prompt": "a", "response_format": {"type": "json_object"}}, 400),
+    "many": ({"prompt": "a", "n": 129}, 400),
+    "huge": ({"prompt": "a" * 30_000}, 413),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests_are_refused_as_openai_does(server: Server, name: str) -> None:
+    """Stops a traceback, a field that is ignored, and a server that is stuck behind a bad request."""
+    body, status = BAD[name]
+    answer = httpx.post(f"{server.address}/v1/completions", content=json.dumps(body))
+    assert answer.status_code == status, answer.text
+    assert {*answer.json()["error"]} == {"message", "type", "param", "code"} and server.is_idle
+
+
+def test_fuzzed_requests_leave_nothing_behind(server: Server) -> None:
+    """Stops any request that ends in a traceback or keeps a place."""
+    draw = random.Random(1)
+    values: list[Any] = [
+        None, True, 0, -1, 1, 7, 2**64, 0.5, 1e308, "", "a", "tiny", "é" * 50, [], ["a"], [1], [[1], [2]],
+        {}, {"a": 1}, QUESTION, [{"role": "user"}], [{"role": "cat", "content": "a"}],
+        [{"role": "user", "content": [{"type": "text", "text": "a"}]}], {"include_usage": True},
+    ]  # fmt: skip
+    fields = ["model", "prompt", "messages", "max_tokens", "n", "seed", "stop", "temperature", "top_p",
+              "top_k", "stream", "stream_options", "ignore_eos", "logprobs", "user", "x"]  # fmt: skip
+    statuses = set()
+    with httpx.Client(base_url=server.address, timeout=60) as client:
+        for number in range(200):
+            path = draw.choice(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+            good: dict[str, Any] = {"messages": QUESTION} if "chat" in path else {"prompt": "the"}
+            body = {name: draw.choice(values) for name in draw.sample(fields, draw.randrange(4))}
+            content = json.dumps(good | ({"max_tokens": 2} if "v1" in path else {}) | body).encode()
+            if number % 4 == 0:
+                place = draw.randrange(len(content))
+                noise = draw.choice([b"\xff", b"{", b"", b"\x00", string.printable.encode()])
+                content = content[:place] + noise + content[place + draw.randrange(2) :]
+            answer = client.post(path, content=content)
+            statuses.add(answer.status_code)
+            assert answer.status_code in (200, 400, 404), (content, answer.text)
+            assert answer.status_code == 200 or answer.json()["error"]["message"]
+        assert client.get("/nowhere").json()["error"]["type"] == "not_found_error"
+        assert client.get("/v1/completions").status_code == 405
+        deep = client.post("/v1/completions", content="[" * 15_000)
+        assert deep.status_code == 400
+    assert {200, 400} <= statuses
+    until(lambda: server.is_idle)
+
+
+def test_an_answer_may_be_sent_back_as_clients_do() -> None:
+    """Stops a conversation that ends with its second turn, and parts of a message that are not text."""
+    said = {"role": "assistant", "content": "yes", "refusal": None, "tool_calls": None, "annotations": []}
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    more = {"role": "developer", "content": parts}
+    asked = read_chat({"messages": [said, more], "temperature": None, "user": "me"}, 9)
+    assert asked.prompts == [[{"role": "assistant", "content": "yes"}, {"role": "system", "content": "ab"}]]
+    assert asked.options["max_new_tokens"] == 9
+    with pytest.raises(Refused, match="messages"):
+        read_chat({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 9)
+
+
+def test_serve_without_its_extra_says_how_to_get_it(coral, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stops an import error where a sentence would do."""
+    monkeypatch.setitem(__import__("sys").modules, "uvicorn", None)
+    result = coral("serve", "--target", "nowhere")
+    assert result.code == 2 and "pip install 'coral-drafter[serve]'" in result.err
+
+
+def test_serve_ends_where_the_model_cannot_be_loaded(coral, tmp_path: Path) -> None:
+    """Stops a server that answers 503 for ever."""
+    result = coral("serve", "--target", tmp_path / "nothing", "--port", 0)
+    assert result.code == 2 and "nothing" in result.err and "Traceback" not in result.err

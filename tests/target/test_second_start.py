@@ -94,7 +94,8 @@ def test_a_changed_directory_is_read_anew(place: Path) -> None:
 
 def test_a_model_that_is_changed_is_not_what_was_written_down(place: Path) -> None:
     """Stops layers that were appended, for a bench, from standing in the record of the directory."""
-    target, _ = append_layers(Target.load(place), 4)
+    target = Target.load(place)
+    append_layers(target, 4)
     assert target.on("native").new_cache(8).layers[3:]
     again = Target.load(place).on()
     assert isinstance(again.source, Recorded) and again.facts.num_layers == 2

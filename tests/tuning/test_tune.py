@@ -333,7 +333,8 @@ def test_tune_then_generate(coral, models: Path, tmp_path: Path) -> None:
     assert entry["predicted_speedup"] > 0 < entry["achieved_speedup"]
     tree = str(TreeSize(**entry["tree_size"]))
     assert f"tree {tree}: {path}" in result.out
-    deepened, _ = append_layers(Target.load(models / "target"), 3)
+    deepened = Target.load(models / "target")
+    append_layers(deepened, 3)
     assert str(library.load(deepened, drafter).tree_size) == tree
 
 

@@ -8,6 +8,7 @@ width sets c, the cost of a draft step over that of a plain step, to that of a r
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -70,21 +71,19 @@ def deepen(
     return width
 
 
-def append_layers(target: Target, layers: int | None, cost_ratio: float = 0.10) -> tuple[Target, int | None]:
-    """The target deepened, if `layers` says so, and the FFN width of the appended layers.
+def append_layers(target: Target, layers: int | None, cost_ratio: float = 0.10) -> int | None:
+    """Deepen a target if `layers` says so; returns the FFN width of the appended layers.
 
     Raises:
         CoralError: see `deepen`; the target's weights are packed blocks.
     """
     if not layers:
-        return target, None
+        return None
     if target.blocks is not None:
         raise CoralError("appended layers have no packed blocks; leave out --deepen, or use dtype auto.")
     width = deepen(target.model, layers, cost_ratio)
-    # Anew: what a target knows of its model (how many layers to cache) was read when it was wrapped.
-    deeper = Target(target.model, target.tokenizer, name=target.name, revision=target.revision)
-    deeper.eos_ids = target.eos_ids
-    return deeper, width
+    target.facts = replace(target.facts, num_layers=layers)
+    return width
 
 
 def plain_bytes(model: PreTrainedModel) -> int:

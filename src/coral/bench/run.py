@@ -179,7 +179,7 @@ class _Bench:
             end_answers(eager)
         suites_.check(self.suites, eager.vocab_size, eager.tokenizer)
         assistant = None if config.assistant is None else load_assistant(config.assistant, eager)
-        eager, width = append_layers(eager, config.deepen, config.cost_ratio)
+        width = append_layers(eager, config.deepen, config.cost_ratio)
         self.results["environment"] = environment(eager.device)
         self.results["target"] = {
             "name": eager.name,

@@ -78,7 +78,7 @@ def tune(
     kind = heads.resolve(directory, drafting.head)
     rows = shards.load(data) if data is not None else None
     loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows, to_write=True)
-    loaded, _ = append_layers(loaded, deepen)
+    append_layers(loaded, deepen)
     found, path = tune_drafter(
         loaded.on(backend, GRAPH_ROWS),
         directory,

@@ -5,7 +5,7 @@ ENGINES ?= .venv-engines
 # So has llama.cpp, which benchmarks/real.sh measures.
 LLAMA ?= .venv-llama
 
-.PHONY: demo test test-real test-slow lint install attack test-engines test-endpoint
+.PHONY: demo test test-real test-slow test-sanitized lint install attack test-engines test-endpoint
 # One file marks the installed environment; it is remade when the dependencies change.
 install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
@@ -24,8 +24,11 @@ test: install  ## CPU, no network, under three minutes
 test-real: install  ## with SmolLM2, which is fetched once; skipped where that cannot be
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m real -rs
 
-test-slow: install  ## native code under sanitizers: minutes
-	$(BIN)/python -m pytest -m slow -rs
+test-slow: install  ## what takes seconds a test
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow -rs
+
+test-sanitized: install  ## native code under sanitizers: minutes
+	$(BIN)/python -m pytest -m sanitized -rs
 
 attack: install  ## ten minutes of whatever can be done to it, at random; docs/reliability.md
 	$(BIN)/python checks/attack.py $(ARGS)

@@ -40,6 +40,7 @@ from coral.drafters.heads.static import StaticHead
 from coral.drafters.heads.store import Head
 from coral.drafters.kinds import num_bytes
 from coral.gpu.graphs import record
+from coral.target.forward import their_cache
 from coral.target.grouped_sdpa import GROUPED_SDPA
 from coral.target.target import Target
 from coral.tree import DEFAULT, TreeSize
@@ -96,7 +97,7 @@ def verification(target: Target, rows: int, context: int) -> Callable[[], Any]:
             input_ids=ids[:, context:],
             position_ids=positions[:, context:],
             attention_mask=mask,
-            past_key_values=cache,
+            past_key_values=their_cache(cache.layers),
             use_cache=True,
         ).last_hidden_state
         cache.keep(context)
@@ -105,7 +106,7 @@ def verification(target: Target, rows: int, context: int) -> Callable[[], Any]:
     target.decoder(
         input_ids=ids[:, :context],
         position_ids=positions[:, :context],
-        past_key_values=cache,
+        past_key_values=their_cache(cache.layers),
         use_cache=True,
     )
     return forward

@@ -48,6 +48,7 @@ $BENCH $FIRST_40 $RECIPES $ROUTED --temperature 1 --uncoupled --no-peers --max-n
 # What the parts cost, and where a cycle's time goes.
 "$BIN/python" "$HERE/heads.py" heads
 "$BIN/python" "$HERE/prompts.py" prompts
+OMP_NUM_THREADS=1 "$BIN/python" "$HERE/families.py"
 "$BIN/python" "$HERE/dense.py" --output memory
 CYCLE="--dtype bfloat16 --suites humaneval,gsm8k,mt_bench --limit 6 --rounds 1"
 OWN="$HERE/../tests/toy/drafter+static"

@@ -14,6 +14,7 @@ CHECKS = Path(__file__).parents[1] / "checks"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and limits as Linux has them")
 
 
+@pytest.mark.slow
 def test_a_short_attack() -> None:
     """Stops tracebacks, signals, hangs, losses and other texts, whichever of them comes back. A failure names
     its seed and number, which do it again.

@@ -457,7 +457,9 @@ def test_ctrl_c_stops_an_answer_and_twice_leaves(coral, models: Path, monkeypatc
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cp1252", "utf-8"))]
+)
 def test_output_that_is_not_utf8(toy: Path, encoding: str) -> None:
     """Stops a traceback in the middle of an answer, on a terminal that cannot show a character."""
     command = [
@@ -479,6 +481,7 @@ def test_output_that_is_not_utf8(toy: Path, encoding: str) -> None:
     assert done.returncode == 0 and b"Traceback" not in done.stderr and done.stdout.decode(encoding)
 
 
+@pytest.mark.slow
 def test_a_user_without_a_name_and_a_home(toy: Path, tmp_path: Path) -> None:
     """Stops a KeyError in a container that runs as a number."""
     (tmp_path / "sitecustomize.py").write_text(

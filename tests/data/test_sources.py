@@ -192,6 +192,7 @@ def test_a_limit_draws_evenly_whatever_the_order() -> None:
     assert all(abs(third - 2000 / 3) < 100 for third in thirds)  # 5 standard deviations are about 105
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
     """Stops: conversations, or something of each, that is kept until all have been read."""
 

@@ -11,6 +11,8 @@ from coral.errors import CoralError
 from coral.target.target import Target
 from coral.tree import TreeSize
 
+pytestmark = pytest.mark.slow  # what torch compiles takes it seconds each
+
 TREE_SIZE = TreeSize(top_k=3, max_depth=3, num_nodes=6)
 
 

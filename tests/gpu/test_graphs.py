@@ -67,6 +67,7 @@ def replaying(target, drafter, head=None):
     return fast, proposer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen2-sliding", "mistral-sliding", "olmo2"])
 def test_replayed_forwards_write_the_same(kind, recordings):
     """Stops a number of the first text that is baked into the graph, a length or slot that is not copied in,
@@ -86,6 +87,7 @@ def test_replayed_forwards_write_the_same(kind, recordings):
     assert recordings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_every_head_drafts_behind_a_replayed_step(head, recordings):
     """Stops a head that keeps draft features which the next draft step writes over."""

@@ -17,6 +17,7 @@ from coral.drafters.feature.propose import Feature
 from coral.tree import TreeSize
 
 
+@pytest.mark.slow
 def test_a_cycle_waits_for_nothing_else():
     """Stops a look at a number on the GPU, or a copy from ordinary memory, in propose, verify, sample or
     keep: each empties the queue, and the GPU idles until the host has filled it again.

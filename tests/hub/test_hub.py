@@ -194,6 +194,7 @@ def test_no_network(coral, hub: Hub, drafter: Path, models: Path, monkeypatch) -
     assert refused.code == 2 and "HF_HUB_OFFLINE" in refused.err
 
 
+@pytest.mark.slow
 def test_the_cache_is_not_written_into(coral, hub: Hub, drafter: Path, models: Path) -> None:
     """Stops `tune` and `train-head` from changing a download, which other programs share."""
     assert coral("push", drafter, REPO, "--revision", "v1").code == 0
@@ -316,6 +317,7 @@ print(*(key[0].source for key in model._coral))
 """
 
 
+@pytest.mark.slow
 def test_from_a_shell(hub: Hub, drafter: Path, models: Path, tmp_path: Path) -> None:
     """The same in a process of its own, which reads HF_ENDPOINT and HF_TOKEN as everybody's does; there
     transformers fetches the function from the hub by itself.

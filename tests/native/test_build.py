@@ -135,6 +135,7 @@ def own_cache() -> Iterator[None]:
     cpp.use_own_cache.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_source_is_built_once_for_all_processes(own_cache, monkeypatch, tmp_path, capsys):
     """Stops two seconds of looking for vector units at the start of each command."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

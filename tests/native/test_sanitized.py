@@ -28,7 +28,7 @@ def runtime() -> str | None:
     return found if Path(found).is_absolute() else None
 
 
-@pytest.mark.slow
+@pytest.mark.sanitized
 def test_no_access_to_memory_that_is_not_theirs(tmp_path: Path) -> None:
     """Stops a product that reads past the end of a weight, and sizes that Python forgot to check."""
     library = runtime()

@@ -87,6 +87,7 @@ def test_a_fused_matrix_of_another_size_has_no_blueprint():
     assert why_not(target) == "the sizes of its layers do not go together"
 
 
+@pytest.mark.slow
 def test_it_is_read_without_transformers():
     """Stops an import of seconds for a forward that a file describes."""
     code = "import sys, coral.target.native; assert 'transformers' not in sys.modules"

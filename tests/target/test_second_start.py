@@ -16,6 +16,7 @@ from tiny_gguf import write_gguf
 from tiny_tokenizer import tiny_tokenizer
 
 import coral
+from coral.bench.deepen import append_layers
 from coral.target import second_start
 from coral.target.second_start import Recorded
 from coral.target.source import Loaded
@@ -89,6 +90,16 @@ def test_a_changed_directory_is_read_anew(place: Path) -> None:
     assert Target.load(place).eos_ids == {7}
     (place / "chat_template.jinja").write_text("{{ 'other' }}")
     assert isinstance(Target.load(place).source, Loaded)
+
+
+def test_a_model_that_is_changed_is_not_what_was_written_down(place: Path) -> None:
+    """Stops layers that were appended, for a bench, from standing in the record of the directory."""
+    target = Target.load(place)
+    append_layers(target, 4)
+    assert target.on("native").new_cache(8).layers[3:]
+    again = Target.load(place).on()
+    assert isinstance(again.source, Recorded) and again.facts.num_layers == 2
+    assert logits(again).isfinite().all()
 
 
 def test_a_damaged_record_is_made_anew(place: Path) -> None:

@@ -166,6 +166,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_machines_stop_together_and_go_on_as_one(coral, tmp_path):
     """Two launchers on this machine: losses of one process, one voice, SIGTERM to the second one's launcher,
     and the run goes on in one process.

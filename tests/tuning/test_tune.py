@@ -12,7 +12,7 @@ import torch
 from test_cli import conversations
 
 import coral as library
-from coral.bench.deepen import deepen
+from coral.bench.deepen import append_layers
 from coral.bench.run import bench
 from coral.bench.settings import BenchConfig
 from coral.data.prepare import PrepareConfig, prepare
@@ -24,7 +24,8 @@ from coral.errors import CoralError
 from coral.target.record import TargetRecord
 from coral.target.target import Target
 from coral.tree import CPU_DEFAULT, DEFAULT, LOOKUP_NODES, DraftTree, TreeSize
-from coral.tuning.cycle_costs import CycleCosts, measure_cycles
+from coral.tuning import cycle_costs
+from coral.tuning.cycle_costs import CycleCosts, measure_cycles, that_may_pay
 from coral.tuning.recording import Text, everything, new_state, record
 from coral.tuning.search import MIN_GAIN, Prediction, fastest, grid
 from coral.tuning.simulate import Simulated, simulate
@@ -116,6 +117,20 @@ def test_measured_costs_are_there() -> None:
     )
     assert costs.cycle.keys() == {1, 2, 8} and costs.first.keys() == costs.level.keys() == {1, 4}
     assert min(*costs.cycle.values(), *costs.first.values()) > 0 and not costs.padded
+
+
+def test_sizes_that_cannot_pay_are_not_timed(monkeypatch) -> None:
+    """Stops minutes of timing trees whose cycle takes longer than all the tokens that it could yield."""
+    asked = []
+
+    def seconds(target, prompt, sampling, rows, repeats):
+        asked.append(rows)
+        return {n: 0.5 + 0.5 * n for n in rows}
+
+    monkeypatch.setattr(cycle_costs, "_cycle_seconds", seconds)
+    given = tiny.tiny_target(), tiny.prompt_of(5), Sampling()
+    assert that_may_pay(*given, (1, 2, 4, 8, 16), 2.0) == (1, 2, 4) and asked == [(1, 2), (1, 4)]
+    assert that_may_pay(*given, (1, 2, 4), 99.0) == (1, 2, 4)
 
 
 def test_the_grid_and_its_best() -> None:
@@ -319,7 +334,7 @@ def test_tune_then_generate(coral, models: Path, tmp_path: Path) -> None:
     tree = str(TreeSize(**entry["tree_size"]))
     assert f"tree {tree}: {path}" in result.out
     deepened = Target.load(models / "target")
-    deepen(deepened.model, 3)
+    append_layers(deepened, 3)
     assert str(library.load(deepened, drafter).tree_size) == tree
 
 

@@ -8,6 +8,7 @@ width sets c, the cost of a draft step over that of a plain step, to that of a r
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,9 @@ def append_layers(target: Target, layers: int | None, cost_ratio: float = 0.10) 
         return None
     if target.blocks is not None:
         raise CoralError("appended layers have no packed blocks; leave out --deepen, or use dtype auto.")
-    return deepen(target.model, layers, cost_ratio)
+    width = deepen(target.model, layers, cost_ratio)
+    target.facts = replace(target.facts, num_layers=layers)
+    return width
 
 
 def plain_bytes(model: PreTrainedModel) -> int:

@@ -205,7 +205,9 @@ def train(
     if not outcome.finished:
         raise typer.Exit(2)  # the loop has said so, and what to do
     if outcome.seconds >= _LONG and prompts and not shard_target and os.environ.get("RANK", "0") == "0":
-        expect(loaded, output, prompts[:4])
+        del loaded  # which may be in another dtype than that in which it decodes
+        placed = target, dtype, place, revision, trust_remote_code, rows, device_map
+        expect(options.load_target(*placed, to_write=True), output, prompts[:4])
 
 
 # Help lists commands in this order.

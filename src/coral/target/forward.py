@@ -164,7 +164,7 @@ class ModelForward:
             input_ids=ids,
             position_ids=positions,
             attention_mask=mask,
-            past_key_values=None if cache is None else Cache(layers=[*map(_TheirLayer, cache)]),
+            past_key_values=None if cache is None else their_cache(cache),
             use_cache=cache is not None,
             **({} if is_simple(layers) else {"output_hidden_states": True}),
         )
@@ -194,9 +194,12 @@ class ModelForward:
         return torch.where(allowed, zero, torch.finfo(self.head.weight.dtype).min)[:, None]
 
 
-class _TheirLayer(DynamicLayer):
-    """A layer of a cache of ours as transformers' code wants it."""
+def their_cache(layers: Sequence[Layer]) -> Cache:
+    """Layers of ours as transformers' code wants them."""
+    return Cache(layers=[*map(_TheirLayer, layers)])
 
+
+class _TheirLayer(DynamicLayer):
     def __init__(self, layer: Layer) -> None:
         super().__init__()
         self._layer = layer

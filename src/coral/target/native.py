@@ -20,7 +20,7 @@ from coral.device import has_wide_vectors
 from coral.errors import CoralError
 from coral.native import sampler
 from coral.native.build import SOURCES, build
-from coral.native.packing import DTYPES, PANEL, pack_blocks, pack_once
+from coral.native.packing import DTYPES, PANEL, pack, pack_blocks, pack_once
 from coral.target.blueprint import Blueprint, Matrix, linears, why_not
 from coral.target.second_start import Recorded
 
@@ -91,6 +91,12 @@ def why_not_native(target: Target) -> str | None:
     """Why a target is not run here, as the end of a sentence; None: it is."""
     if isinstance(target.source, Recorded) and not target.source.is_loaded:
         return _why_not_here(target.source.num_bytes)
+    bytes_of = (linear.weight.nbytes for linear in linears(target))
+    return why_not_anywhere(target) or _why_not_here(sum(bytes_of))
+
+
+def why_not_anywhere(target: Target) -> str | None:
+    """The same for a model, whatever the machine."""
     weights = [*target.model.parameters()]
     if {weight.device.type for weight in weights} != {"cpu"}:
         return "it is not on the CPU"
@@ -98,7 +104,7 @@ def why_not_native(target: Target) -> str | None:
         return "eager attention rounds within; use sdpa"
     if target.dtype not in DTYPES or any(weight.dtype != target.dtype for weight in weights):
         return f"its weights are in {target.precision} or in several dtypes; use float32 or bfloat16"
-    return why_not(target) or _why_not_here(sum(linear.weight.nbytes for linear in linears(target)))
+    return why_not(target)
 
 
 def _why_not_here(num_bytes: int) -> str | None:
@@ -146,8 +152,13 @@ class _Packer:
 
         if self._blocks is None:
             weights = halved([self._weights[name].detach() for name in matrix["weights"]])
-            packed, inputs = pack_once(self._library, weights, interleaved, self._met), weights[0].shape[1]
-            kind = int(packed.dtype == torch.bfloat16)
+            kept = isinstance(self._weights, dict)  # by a model, which others may pack, too
+            packed = (
+                pack_once(self._library, weights, interleaved, self._met)
+                if kept
+                else pack(self._library, weights, interleaved)
+            )
+            kind, inputs = int(packed.dtype == torch.bfloat16), weights[0].shape[1]
         else:
             stored, weights = self._blocks.packed(matrix["weights"])
             kind, packed = pack_blocks(self._library, stored, halved(weights), interleaved)
@@ -228,7 +239,10 @@ class NativeForward:
             raise CoralError(f"{target.name} cannot run natively: {reason}; use another dtype or backend.")
         source = target.source
         if isinstance(source, Recorded) and not source.is_loaded:
-            return cls(library, source.blueprint, source.weights, target.dtype, target.blocks)
+            source.native = source.native or cls(
+                library, source.blueprint, source.weights, target.dtype, target.blocks
+            )
+            return source.native
         weights = dict(source.model.named_parameters())
         return cls(library, Blueprint.of(target), weights, target.dtype, target.blocks)
 

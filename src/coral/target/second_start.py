@@ -1,4 +1,4 @@
-"""A second start: a target that ran natively before stands without transformers, whose import takes seconds.
+"""A second start: a target that can run natively stands without transformers, whose import takes seconds.
 
 What a first start found out of a directory or GGUF file, its facts, blueprint and tokenizer, lies under
 ~/.cache/coral/starts. Weights are read from where they lie. Whatever else is asked of such a target loads the
@@ -36,6 +36,7 @@ from coral.target.ids import outer_weights
 from coral.target.recorded_tokenizer import RecordedTokenizer, TokenizerRecord
 
 if TYPE_CHECKING:
+    from coral.target.native import NativeForward
     from coral.target.target import Target
 
 VERSION = 1
@@ -106,7 +107,7 @@ class Start:
         return RecordedTokenizer(record.tokenizer, tokens, load)
 
     def write(self, target: Target) -> None:
-        """Write down a target that runs natively, for the next start. A disk that refuses is no error."""
+        """Write down a target as it was loaded, for the next start. A disk that refuses is no error."""
         tokenizer = target.tokenizer
         recorded = None if tokenizer is None else TokenizerRecord.of(tokenizer)
         if tokenizer is not None and recorded is None:
@@ -154,6 +155,7 @@ class Recorded:
         tied = head == self.blueprint.embedding
         self.head_weight = self.embedding_weight if tied else self._parameter(head)
         self.head_bias = self._parameter(bias[0]) if bias else None
+        self.native: NativeForward | None = None  # the one that all its targets share
         self._outer: Any = None
 
     @cached_property

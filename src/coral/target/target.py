@@ -22,7 +22,7 @@ from coral.errors import CoralError
 from coral.gpu.graphs import steady
 from coral.target.gguf import cache as gguf
 from coral.target.gguf.blocks import Blocks
-from coral.target.native import NativeForward, is_simple, why_not_native
+from coral.target.native import NativeForward, is_simple, why_not_anywhere, why_not_native
 from coral.target.second_start import Recorded, Start
 from coral.target.source import Loaded
 
@@ -74,7 +74,6 @@ class Target:
         self.context_length, self.window = source.facts.context_length, source.facts.window
         self.eos_ids = frozenset(source.facts.eos_ids)
         self.blocks, self.precision = blocks, "packed" if blocks else str(self.dtype).removeprefix("torch.")
-        self._start: Start | None = None  # where it is to be written down once it has run natively
         self._forward: ModelForward | None = None
         self._native = None if blocks is None else NativeForward.of(self)
 
@@ -123,7 +122,8 @@ class Target:
         blocks = gguf.blocks(source, revision) if dtype == "packed" else None
         loaded, tokenizer, revision = from_files()
         target = cls(loaded, tokenizer, name=str(source), revision=revision, blocks=blocks)
-        target._start = Start.of(source, dtype, revision) if plain else None
+        if plain and why_not_anywhere(target) is None and (start := Start.of(source, dtype, revision)):
+            start.write(target)
         return target
 
     def for_many_rows(self) -> Target:
@@ -205,9 +205,6 @@ class Target:
             target._native = None
         if backend == "graphs":
             target._forward = self.forward.fixed(rows)
-        if target._native and self._start:
-            self._start.write(target)
-            self._start = target._start = None
         return target
 
     @property

@@ -94,6 +94,21 @@ def measure_cycles(
     return CycleCosts(cycles, first, level, padded=target.pads)
 
 
+def that_may_pay(
+    target: Target, prompt: list[int], sampling: Sampling, rows: Sequence[int], tau: float
+) -> Sequence[int]:
+    """Of ascending sizes of trees those up to the first that takes longer than `tau` plain steps. Where no
+    tree yields more tokens a cycle, no larger one can pay, and to time it may take minutes.
+    """
+    if target.pads:
+        return rows
+    for place, n in enumerate(rows[1:], 2):
+        seconds = _cycle_seconds(target, prompt, sampling, (1, n), repeats=1)
+        if seconds[n] > tau * seconds[1]:
+            return rows[:place]
+    return rows
+
+
 class _Refused:
     """Proposes trees of depth 1 of the given sizes in turn, none of whose nodes is accepted."""
 

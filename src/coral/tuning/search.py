@@ -26,7 +26,7 @@ from coral.locks import locked
 from coral.suites.prompts import Prompt, render
 from coral.target.target import Target
 from coral.tree import CPU_DEFAULT, DEFAULT, TreeSize
-from coral.tuning.cycle_costs import CycleCosts, measure_cycles
+from coral.tuning.cycle_costs import CycleCosts, measure_cycles, that_may_pay
 from coral.tuning.recording import everything, new_state, record
 from coral.tuning.simulate import Simulated, simulate
 
@@ -124,16 +124,19 @@ def tune(
     """
     sampling, console = sampling or Sampling(), console or Console(stderr=True)
     prompts = _fitting(target, prompts, max_new_tokens)
-    rows = GRAPH_ROWS if target.pads else ROWS
+    rows: Sequence[int] = GRAPH_ROWS if target.pads else ROWS
     proposer = make(target)
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("measuring costs", total=2 * len(prompts) + 1)
-        costs = measure_cycles(target, proposer, max(prompts, key=len), sampling, rows, TOP_K)
-        progress.update(task, advance=1, description="recording")
+        task = progress.add_task("recording", total=2 * len(prompts) + 1)
         told = partial(progress.advance, task)
         texts = record(target.sized(1), proposer, prompts, max_new_tokens, sampling, progress=told)
         gains, default = _compared(target)
         runs = {run.tree_size: run for run in simulate(texts, grid(max(rows) - 1, gains))}
+        progress.update(task, description="measuring costs")
+        longest, most = max(prompts, key=len), max(run.tau for run in runs.values())
+        rows = that_may_pay(target, longest, sampling, rows, most)
+        costs = measure_cycles(target, proposer, longest, sampling, rows, TOP_K)
+        told()
         predictions = {tree_size: _predict(run, costs) for tree_size, run in runs.items()}
         candidates = fastest([*predictions.values()])
         best = candidates[0].tree_size

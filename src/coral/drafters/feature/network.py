@@ -68,10 +68,11 @@ class DrafterConfig:
     def __post_init__(self) -> None:
         """Raises CoralError for options that make no drafter, whatever its weights."""
         heads, theta = self.num_attention_heads, self.rope_parameters.get("rope_theta")
-        if heads % self.num_key_value_heads or self.head_dim % 2:
+        if heads % self.num_key_value_heads or self.head_dim % 2 or self.hidden_size % heads:
             raise CoralError(
                 f"{heads} heads of {self.head_dim} with {self.num_key_value_heads} key/value heads make no "
-                "drafter; heads come in equal groups, and their size is even."
+                f"drafter of width {self.hidden_size}; heads come in equal groups, their size is even, and "
+                "engines divide the width by their number."
             )
         if self.hidden_act not in _ACTIVATIONS:
             raise CoralError(f"hidden_act {self.hidden_act!r} is not known; use {', '.join(_ACTIVATIONS)}.")

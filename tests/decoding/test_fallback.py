@@ -5,7 +5,7 @@ import torch
 from tiny import Recorder, new_state, prompt_of, random_drafter, soft_target, tiny_target, write
 
 from coral.decoding.cycle import generate
-from coral.decoding.fallback import Fallback
+from coral.decoding.fallback import Fallback, Record
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle
@@ -14,15 +14,21 @@ from coral.tree import DraftTree, TreeSize
 TREE_SIZE = TreeSize(top_k=3, max_depth=3, num_nodes=7)
 
 
-class Scripted(Fallback):
+class Script(Record):
     """Rests in the cycles it is told to."""
 
-    def __init__(self, proposer, resting):
-        super().__init__(proposer)
+    def __init__(self, resting):
+        super().__init__(8, 2, 16, 512)
         self.script = iter(resting)
 
-    def _rests(self):
+    def rests(self):
         return next(self.script, False)
+
+
+def scripted(proposer, resting):
+    fallback, script = Fallback(proposer), Script(resting)
+    fallback.records.default_factory = lambda: script
+    return fallback
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, seed=3)])
@@ -30,7 +36,7 @@ def test_a_rest_leaves_no_gap_in_what_the_drafter_reads(sampling):
     """Stops features of plain steps that are lost, doubled or out of order when drafting goes on."""
     target = soft_target(40)
     resting = [True, False, True, True, True, False, False, True, True]
-    recorder = Recorder(Scripted(random_drafter(target), resting))
+    recorder = Recorder(scripted(random_drafter(target), resting))
     states = [new_state(target, prompt_of(n), 20, sampling, sequence_id=i) for i, n in enumerate((7, 1, 12))]
     lengths = []
     for _ in generate(target, Before(recorder, lengths), states, TREE_SIZE):
@@ -118,9 +124,39 @@ def test_drafting_comes_back_when_it_pays_again():
 def test_a_slow_first_plain_step_is_no_measure():
     """Stops a step that compiled or warmed up, minutes long, from making any drafter look fast."""
     acted = Acted()
-    acted.proposer._plain.append(60.0)
+    acted.proposer.records[1].plain.append(60.0)
     acted.run(40, emitted=1, seconds=1.6)
-    acted.proposer._plain.append(1.0)
-    acted.proposer._plain.append(1.0)
+    acted.proposer.records[1].plain.append(1.0)
+    acted.proposer.records[1].plain.append(1.0)
     total, _ = acted.run(3000, emitted=1, seconds=1.6)
     assert total < 1.05 * 3000
+
+
+def test_what_one_text_gains_says_nothing_of_a_batch():
+    """Stops a batch in which drafting loses from drafting on, or one text from resting for its sake; and what
+    is learnt of plain steps that a server took by itself, or is not where a text has just come.
+    """
+    fallback = Fallback(Chain())
+    states = [new_state(tiny_target(), prompt_of(5, seed=i), 10_000) for i in range(3)]
+
+    def act(live, emitted, seconds, asked=True):
+        drafted = bool(asked and len(fallback.propose(live, TREE_SIZE)[0]) > 1)
+        for state in live:
+            count = emitted if drafted else 1
+            state.tokens += [0] * count
+            state.cycle = Cycle([0] * count, 1, count - 1, 1, 1, False, 0, 0, seconds if drafted else 1.0)
+        return drafted
+
+    for _ in range(60):
+        alone = act(states[:1], emitted=3, seconds=1.5)
+    for _ in range(60):
+        together = act(states[:2], emitted=3, seconds=4.0)
+    assert alone and not together and act(states[:1], emitted=3, seconds=1.5)
+    plain = [*fallback.records[1].plain]
+    act(states[:1], 1, 9.0, asked=False)
+    drafted = len(fallback.records[3].drafted)
+    act(states, 3, 1.5)
+    assert [*fallback.records[1].plain] == plain and len(fallback.records[3].drafted) == drafted
+    fresh = new_state(tiny_target(), prompt_of(4), 100)
+    act([*states[:2], fresh], 3, 1.5)
+    assert len(fallback.records[3].drafted) == drafted + 1

@@ -1,13 +1,15 @@
 """Plain steps while drafting does not pay: a drafter that misses costs time, never more than a few percent.
 
 A cycle that drafts takes as long as some number of plain steps; drafting pays while it emits at least as many
-tokens. Both are measured on the way, in seconds, so that whatever makes drafting dear counts.
+tokens. Both are measured on the way, in seconds, so that whatever makes drafting dear counts, and apart for
+each number of sequences: what pays for one text may cost a batch more than it brings.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
+from functools import partial
 from statistics import fmean, median
 
 from coral.decoding.cycle import Proposer
@@ -39,56 +41,68 @@ class Fallback:
         first_rest: int = 16,
         longest_rest: int = 512,
     ) -> None:
-        self.proposer, self.window, self.probe, self.layers = proposer, window, probe, proposer.layers
-        self.first_rest, self.longest_rest = first_rest, longest_rest
-        self._drafted: deque[tuple[float, float]] = deque(maxlen=window)  # seconds, tokens a sequence
-        self._plain: deque[float] = deque(maxlen=window)  # seconds
-        self._rest, self._next_rest = 0, first_rest
+        self.proposer, self.layers = proposer, proposer.layers
+        # By the number of sequences in a cycle.
+        self.records = defaultdict[int, Record](partial(Record, window, probe, first_rest, longest_rest))
 
     def propose(self, states: Sequence[State], tree_size: TreeSize) -> list[DraftTree]:
         self._learn(states)
-        drafts = not self._rests()
+        record = self.records[len(states)]
+        drafts = not record.rests()
         for state in states:
-            state.memory[self] = drafts, len(state.tokens)
+            state.memory[self] = drafts, record, len(state.tokens)
         if drafts:
             return self.proposer.propose(states, tree_size)
         return [DraftTree.root(state.tokens[-1]) for state in states]
 
     def _learn(self, states: Sequence[State]) -> None:
-        """Note what the last cycle of these sequences took and brought, if they shared one that was asked of
-        this proposer: a server takes plain steps of its own where many texts are live.
+        """Note what the last cycle took and brought, if one that was asked of this proposer was shared by all
+        but newcomers: a server admits texts between cycles, and takes plain steps of its own.
         """
-        cycles = [state.cycle for state in states]
-        drafted = {self._drafts(state) for state in states}
-        if None in cycles or len(drafted) > 1 or None in drafted:
-            return
-        seconds = fmean(cycle.seconds for cycle in cycles if cycle)
-        if True in drafted:
-            self._drafted.append((seconds, fmean(len(cycle.tokens) for cycle in cycles if cycle)))
+        shared, cycles = set(), []
+        for state in states:
+            drafts, record, length = state.memory.get(self, (False, None, 0))
+            if record and state.cycle and length + len(state.cycle.tokens) == len(state.tokens):
+                shared.add((drafts, record))
+                cycles.append(state.cycle)
+        if len(shared) == 1:
+            ((drafts, record),) = shared
+            seconds, tokens = fmean(cycle.seconds for cycle in cycles), fmean(len(c.tokens) for c in cycles)
+            record.note(drafts, seconds, tokens)
+
+
+class Record:
+    """What the last cycles of so many sequences took and brought, and how long they rest; see `Fallback`."""
+
+    def __init__(self, window: int, probe: int, first_rest: int, longest_rest: int) -> None:
+        self.window, self.probe = window, probe
+        self.first_rest, self.longest_rest = first_rest, longest_rest
+        self.drafted = deque[tuple[float, float]](maxlen=window)  # seconds, tokens a sequence
+        self.plain = deque[float](maxlen=window)  # seconds
+        self._rest, self._next_rest = 0, first_rest
+
+    def note(self, drafts: bool, seconds: float, tokens: float) -> None:
+        if drafts:
+            self.drafted.append((seconds, tokens))
         else:
-            self._plain.append(seconds)
+            self.plain.append(seconds)
 
-    def _drafts(self, state: State) -> bool | None:
-        """Whether the text's last cycle drafted; None: it was not asked of this proposer."""
-        drafts, length = state.memory.get(self, (None, 0))
-        return drafts if state.cycle and length + len(state.cycle.tokens) == len(state.tokens) else None
-
-    def _rests(self) -> bool:
+    def rests(self) -> bool:
         """Whether this cycle is to be a plain step."""
         needed = self.window if self._next_rest == self.first_rest else max(1, self.window // 4)
-        if self._rest == 0 and len(self._drafted) >= needed:
-            if not self._plain:
+        if self._rest == 0 and len(self.drafted) >= needed:
+            if not self.plain:
                 self._rest = self.probe
             elif self.pays:
                 self._next_rest = self.first_rest
             else:
                 self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, self.longest_rest)
-                self._drafted.clear()
+                self.drafted.clear()
         self._rest, rests = max(0, self._rest - 1), self._rest > 0
         return rests
 
     @property
     def pays(self) -> bool:
         """Whether the last cycles emitted nearly the tokens that plain steps would have in that time."""
-        seconds, tokens = zip(*self._drafted, strict=True)
-        return fmean(tokens) * median(self._plain) >= _NEARLY * median(seconds)
+        seconds, tokens = zip(*self.drafted, strict=True)
+        return fmean(tokens) * median(self.plain) >= _NEARLY * median(seconds)

@@ -99,11 +99,10 @@ class Server:
             raise Refused(f"{count} texts are asked for; at most {most} may be at once.", param="n")
         self.open += self._refuse_when_full(count, most)
         try:
-            states = await asyncio.to_thread(self._states, asked)
+            written = _Writing(self, asked, await asyncio.to_thread(self._states, asked))
         except BaseException:
             self.open -= count
             raise
-        written = _Writing(self, asked, states)
         if not asked.stream:
             return JSONResponse(await written.whole(request))
         events = written.stream(request)

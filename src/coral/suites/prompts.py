@@ -1,4 +1,4 @@
-"""Benchmark prompts: the suites that ship with the package, any other is read from a JSONL file or from the
+"""Benchmark prompts: some suites ship with the package, any other is read from a JSONL file or from the
 held-out prompts of a prepared data directory.
 """
 

@@ -3,8 +3,8 @@
     python benchmarks/batched.py [--target MODEL --drafter DRAFTER --batch 1,2,4,8,16 --rounds 3]
 
 Prompts are the first of the three suites, greedy, past end tokens, so that every text has the same length.
-Each batch is written plain and with the drafter in turn, `--rounds` times; ratios are medians. Texts
-that differ from those written alone end the run with an error.
+Each batch is written plain and with the drafter in turn, `--rounds` times; ratios are medians of rounds.
+Texts that differ from those written alone end the run with an error.
 """
 
 from __future__ import annotations

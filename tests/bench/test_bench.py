@@ -61,8 +61,8 @@ def tiny_target() -> Target:
 
 def test_suites_hold_prompts_and_nothing_else() -> None:
     """Stops a truncated suite, and shipping reference answers that a model could be trained or scored on."""
-    loaded = suites.load(suites.SUITES)
-    assert {name: len(prompts) for name, prompts in loaded.items()} == suites.SUITES
+    loaded = suites.load(suites.SHIPPED)
+    assert {name: len(prompts) for name, prompts in loaded.items()} == suites.SHIPPED
     assert all(len(prompt.turns) == 2 for prompt in loaded["mt_bench"])
     text = repr(loaded)
     assert "canonical_solution" not in text and "def check(" not in text and "####" not in text

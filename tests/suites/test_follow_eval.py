@@ -13,7 +13,7 @@ from coral.errors import CoralError
 from coral.json_file import parse
 from coral.suites import follow_eval
 from coral.suites.follow_eval import DIMENSIONS, LANGUAGES, Check, Item, holds, items, verdict
-from coral.suites.prompts import SUITES, load
+from coral.suites.prompts import SHIPPED, load
 
 WORDS = st.lists(st.from_regex(r"[a-z]{1,8}", fullmatch=True), min_size=1, max_size=8)
 HAN = st.text(st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF), min_size=1, max_size=12)
@@ -51,7 +51,7 @@ def test_every_dimension_is_there_in_both_languages() -> None:
     assert sorts.keys() == {(dimension, language) for dimension in DIMENSIONS for language in LANGUAGES}
     assert min(sorts.values()) >= 20
     for texts in ([item.id for item in items()], [item.prompt for item in items()]):
-        assert len(set(texts)) == len(items()) == SUITES[follow_eval.NAME]
+        assert len(set(texts)) == len(items()) == SHIPPED[follow_eval.NAME]
 
 
 def test_prompts_are_in_the_language_that_they_say() -> None:

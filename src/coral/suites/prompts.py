@@ -1,4 +1,4 @@
-"""Benchmark prompts: four suites ship with the package, any other is read from a JSONL file or from the
+"""Benchmark prompts: some suites ship with the package, any other is read from a JSONL file or from the
 held-out prompts of a prepared data directory.
 """
 
@@ -20,8 +20,9 @@ from coral.suites import follow_eval
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# name: number of prompts
-SUITES = {"mt_bench": 80, "humaneval": 164, "gsm8k": 1319, follow_eval.NAME: 224}
+# By name the number of prompts: what speed is measured on by default, and all that ship.
+SUITES = {"mt_bench": 80, "humaneval": 164, "gsm8k": 1319}
+SHIPPED = SUITES | {follow_eval.NAME: 224}
 
 # What Spec-Bench calls a category, by the suite that it reports: MT-bench's eight are one.
 SPEC_BENCH = dict.fromkeys(
@@ -69,7 +70,7 @@ def load(names: str | Iterable[str], limit: int | None = None) -> dict[str, list
         raise CoralError(f"limit is {limit}, but at least one prompt of each suite is needed.")
     wanted = _split(names)
     if not wanted:
-        raise CoralError(f"no suite was named; use some of {', '.join(SUITES)} or the path of a JSONL file.")
+        raise CoralError(f"no suite was named; use some of {', '.join(SHIPPED)} or the path of a JSONL file.")
     suites: dict[str, list[Prompt]] = {}
     for name in wanted:
         for key, prompts in _by_suite(name, _read(name)).items():
@@ -90,7 +91,7 @@ def check(
         CoralError: see `prepared.check`.
     """
     for name in _split(names):
-        if name not in SUITES and Path(name).is_dir():
+        if name not in SHIPPED and Path(name).is_dir():
             prepared.check(prepared.load(name).info, vocab_size, tokenizer)
 
 
@@ -128,8 +129,8 @@ def _split(names: str | Iterable[str]) -> list[str]:
 
 def _by_suite(name: str, prompts: list[Prompt]) -> dict[str, list[Prompt]]:
     """One suite, unless these are several of Spec-Bench's: then those, in the order of the file."""
-    if name in SUITES or Path(name).is_dir():
-        return {name if name in SUITES else HELD_OUT: prompts}
+    if name in SHIPPED or Path(name).is_dir():
+        return {name if name in SHIPPED else HELD_OUT: prompts}
     suites: dict[str | None, list[Prompt]] = {}
     for prompt in prompts:
         suites.setdefault(SPEC_BENCH.get(prompt.category), []).append(prompt)
@@ -139,7 +140,7 @@ def _by_suite(name: str, prompts: list[Prompt]) -> dict[str, list[Prompt]]:
 
 
 def _read(name: str) -> list[Prompt]:
-    if name not in SUITES and Path(name).is_dir():
+    if name not in SHIPPED and Path(name).is_dir():
         prompts = [
             # Named by its content, so that benches on different data are never taken for one.
             Prompt(f"{crc32(json.dumps(ids).encode()):08x}", "", (), tuple(ids))
@@ -150,14 +151,14 @@ def _read(name: str) -> list[Prompt]:
         return prompts
     if name == follow_eval.NAME:
         return [Prompt(item.id, item.dimension, (item.prompt,)) for item in follow_eval.items()]
-    if name in SUITES:
+    if name in SHIPPED:
         packed = files("coral.suites").joinpath("data", f"{name}.jsonl.gz").read_bytes()
         text = gzip.decompress(packed).decode("utf-8")
     else:
         path = Path(name)
         if not path.is_file():
             raise CoralError(
-                f"suite {name!r} is neither a file nor one of {', '.join(SUITES)}; "
+                f"suite {name!r} is neither a file nor one of {', '.join(SHIPPED)}; "
                 f"name one of these, a JSONL file or prepared data."
             )
         try:

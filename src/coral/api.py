@@ -121,14 +121,11 @@ class LLM:
         prompt: Prompt,
         *,
         max_new_tokens: int | None = 256,
-        temperature: float | None = 0.0,
-        top_k: int | None = 0,
-        top_p: float | None = 1.0,
-        seed: int | None = 0,
         stop: Stop = (),
         chat: bool = True,
         ignore_eos: bool = False,
         sequence_id: int = 0,
+        **drawn: float | None,
     ) -> State:
         """The state of a new text.
 
@@ -137,7 +134,8 @@ class LLM:
                 form that `prompt_forms.read` knows. Of the options, None is the default.
             max_new_tokens: the text also ends where the target's context does.
             stop: the text ends before this string, or any of these.
-            seed, sequence_id: the same two give the same text, whatever the machine, batch or drafter.
+            drawn: temperature (0, which is greedy), top_k (0: all), top_p (1), seed (0), see `Sampling`. The same
+                seed and sequence_id give the same text, whatever the machine, batch or drafter.
 
         Raises:
             CoralError: an empty prompt, one longer than the context, or an option out of range.
@@ -148,13 +146,13 @@ class LLM:
         length = self._check_length(tokens, max_new_tokens)
         if not isinstance(sequence_id, Integral):
             raise CoralError(f"sequence_id is {sequence_id!r}, but it must be a whole number.")
-        drawn: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        asked: dict[str, Any] = {name: value for name, value in drawn.items() if value is not None}
         return State.begin(
             self.target,
             tokens,
             length - len(tokens),
             self.tree_size.num_nodes,
-            sampling=Sampling(**{name: value for name, value in drawn.items() if value is not None}),
+            sampling=Sampling(**asked),
             sequence_id=int(sequence_id),
             eos_ids=frozenset() if ignore_eos else self._eos_ids(prompt, chat),
             stop=stop_at(self.tokenizer, strings) if strings else None,

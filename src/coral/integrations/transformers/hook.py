@@ -149,16 +149,9 @@ def _write(
             f"the texts may grow to {longest} tokens, but the model's context is {context}; ask for at most "
             f"max_new_tokens={context - width + min(padding)}."
         )
+    nodes, asked = pair.tree_size.num_nodes, {"sampling": sampling, "eos_ids": eos}
     states = [
-        State.begin(
-            pair.target,
-            prompt,
-            end - left - len(prompt),
-            pair.tree_size.num_nodes,
-            sampling=sampling,
-            sequence_id=row,
-            eos_ids=eos,
-        )
+        State.begin(pair.target, prompt, end - left - len(prompt), nodes, sequence_id=row, **asked)
         for row, (prompt, left) in enumerate(zip(prompts, padding, strict=True))
     ]
     if streamer is not None:

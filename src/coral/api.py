@@ -134,8 +134,8 @@ class LLM:
                 form that `prompt_forms.read` knows. Of the options, None is the default.
             max_new_tokens: the text also ends where the target's context does.
             stop: the text ends before this string, or any of these.
-            drawn: temperature (0, which is greedy), top_k (0: all), top_p (1), seed (0), see `Sampling`. The same
-                seed and sequence_id give the same text, whatever the machine, batch or drafter.
+            drawn: temperature (0, which is greedy), top_k (0: all), top_p (1), seed (0); see `Sampling`. With
+                one seed and sequence_id the text is the same, whatever the machine, batch or drafter.
 
         Raises:
             CoralError: an empty prompt, one longer than the context, or an option out of range.

@@ -290,6 +290,7 @@ def test_hf_assisted_counts_forwards_of_the_target(tmp_path: Path) -> None:
     assert len(write([0, 1, 0], Sampling(temperature=1.0), 0, 9).tokens) == 9
 
 
+@pytest.mark.slow
 def test_hf_assisted_in_a_bench(tmp_path: Path) -> None:
     """Stops rows of two assistants under one name, a text that nobody compared, and a wrong cost ratio."""
     target = confident(tmp_path / "assistant")

@@ -457,9 +457,8 @@ def test_ctrl_c_stops_an_answer_and_twice_leaves(coral, models: Path, monkeypatc
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize(
-    "encoding", ["ascii", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cp1252", "utf-8"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_output_that_is_not_utf8(toy: Path, encoding: str) -> None:
     """Stops a traceback in the middle of an answer, on a terminal that cannot show a character."""
     command = [

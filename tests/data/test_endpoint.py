@@ -299,6 +299,7 @@ step = st.sampled_from(
 plans = st.lists(st.tuples(st.integers(1, 3), st.lists(step, max_size=5)), min_size=1, max_size=10)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plans, st.integers(1, 5), st.integers(0, 3), st.booleans())
 def test_written_failed_and_skipped_are_the_input(

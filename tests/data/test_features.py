@@ -348,6 +348,7 @@ def test_a_broken_or_newer_manifest_is_refused(tmp_path):
         store(tmp_path / "features")
 
 
+@pytest.mark.slow
 def test_the_commands_work_together(coral, models, tmp_path):
     """Stops: a folder that `train` or `train-head` cannot read, and the options that reach nothing."""
     said = [

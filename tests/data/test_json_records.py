@@ -33,6 +33,7 @@ value = st.recursive(
 rows = st.lists(st.dictionaries(text, value, min_size=1, max_size=3), min_size=1, max_size=6)
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows, st.sampled_from(sorted(PACK)), st.sampled_from(ENCODINGS), st.booleans(),

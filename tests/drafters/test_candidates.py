@@ -65,6 +65,7 @@ def test_every_other_id_is_drawn_as_often_as_any():
     assert (others - expected).abs().max() < 5.5 * expected**0.5
 
 
+@pytest.mark.slow
 def test_normalisers_are_without_bias_and_slopes_nearly_so():
     """Stops weights that are forgotten, inverted or added to one of the two distributions only. The slope's
     bias is that of a ratio of means: it is small beside the spread of one draw and falls with the size.

@@ -204,6 +204,7 @@ def saved_drafter(tmp_path):
     return tmp_path / "d", target
 
 
+@pytest.mark.slow
 def test_a_trained_router_finds_the_targets_mass():
     """Stops a router that learns from the wrong rows: its recall would stay at that of chance."""
     target, data = training_target(), tiny_data(rows=24)

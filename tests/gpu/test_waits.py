@@ -30,6 +30,7 @@ def test_a_cycle_waits_for_nothing_else():
     assert [line.split(":")[0] for line in found.stdout.splitlines()] == ["Curious"], found.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampled", [Sampling(), Sampling(1.0, seed=3), Sampling(0.7, top_k=9, top_p=0.8)])
 def test_without_waits_the_same_is_written(sampled, monkeypatch):
     """Stops another path, text or count of levels where numbers may not be looked at."""

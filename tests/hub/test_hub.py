@@ -50,6 +50,7 @@ def files(hub: Hub, branch: str = "main") -> dict[str, bytes]:
     return repository.commits[repository.branches[branch]]
 
 
+@pytest.mark.slow
 def test_pushed_and_used(coral, hub: Hub, drafter: Path, models: Path, tmp_path: Path) -> None:
     """Stops a file that is lost or published by mistake, a revision that is not the one that was asked for,
     and heads or trees that are only found in a directory.
@@ -83,6 +84,7 @@ def test_pushed_and_used(coral, hub: Hub, drafter: Path, models: Path, tmp_path:
     assert heads.resolve(checkpoint.locate(REPO), "auto") == "in_context"
 
 
+@pytest.mark.slow
 def test_the_hub_is_asked_once(
     coral, hub: Hub, drafter: Path, models: Path, tmp_path: Path, monkeypatch
 ) -> None:
@@ -214,6 +216,7 @@ def metadata(card: str) -> dict[str, object]:
     return yaml.safe_load(card.split("---\n")[1])
 
 
+@pytest.mark.slow
 def test_the_card(coral, hub: Hub, drafter: Path, models: Path, tmp_path: Path) -> None:
     """Stops a card without the target, the commands or the numbers, and one that overwrites your own."""
     path = drafter / "coral" / "config.json"

@@ -256,6 +256,7 @@ def law(model: PreTrainedModel, prompt: list[int], options: dict[str, Any]) -> T
     return torch.stack([first[a] * following([*prompt, a]) for a in range(len(first))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAWS)
 def test_sampling_has_the_law_of_generate(name: str) -> None:
     """Stops a wrong temperature, a lost top-k or top-p, texts of a batch that share their noise, and seeds

@@ -142,6 +142,7 @@ def test_its_tensors_come_back(drafter: Path, target: Target, tmp_path: Path) ->
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_nothing_imports_vllm() -> None:
     """Stops an import of vLLM, which is not installed here, from any other part than the plug-in's model."""
     modules = "coral.integrations.vllm, coral.export.write, coral.cli.main"

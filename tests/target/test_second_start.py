@@ -155,6 +155,7 @@ def test_its_tokenizer_answers_as_the_whole_one(written: tuple[object, object]) 
     assert special == {i for i, token in whole.added_tokens_decoder.items() if token.special}
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_imported(place: Path, tmp_path: Path) -> None:
     """Stops the seconds that transformers and torch's compiler take to import before a first token."""
     program = (

@@ -65,6 +65,7 @@ def interrupted(output, config, environment):
     assert ("stopped at update 4" in said) == main and bool(said) == main
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])

@@ -60,7 +60,7 @@ def recordings(monkeypatch):
 def replaying(target, drafter, head=None):
     """The target and its proposer as they are on a GPU, but for the compiler."""
     fast = copy(target)
-    fast._forward = fast._forward.only((1, TREE_SIZE.num_nodes + 1))
+    fast._forward = fast.forward.only((1, TREE_SIZE.num_nodes + 1))
     fast._forward._decode = Replayed(fast._forward._forward_and_score, 5)
     proposer = Feature(drafter, fast, head)
     proposer._native, proposer._fixed = None, Replayed(proposer._fixed_step, 5)

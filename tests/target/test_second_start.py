@@ -104,10 +104,15 @@ def test_a_model_that_is_changed_is_not_what_was_written_down(place: Path) -> No
 
 def test_a_damaged_record_is_made_anew(place: Path) -> None:
     """Stops a start that fails for what it need not have."""
-    twice(place)
+    first, _ = twice(place)
+    ids = first.tokenizer("Hello").input_ids
     for record in second_start._root().glob("*/record.json"):
         record.write_text('{"facts":')
     assert isinstance(Target.load(place).source, Loaded)
+    for tokens in second_start._root().glob("*/tokenizer.json"):
+        tokens.write_text("{")
+    again = Target.load(place)
+    assert isinstance(again.source, Recorded) and again.tokenizer("Hello").input_ids == ids
 
 
 @given(text=st.text(max_size=40), special=st.booleans())

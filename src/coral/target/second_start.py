@@ -103,7 +103,10 @@ class Start:
         """The tokenizer that was written down; `load` loads the whole of it. None: there was none."""
         if record.tokenizer is None:
             return None
-        tokens = Tokenizer.from_file(str(self.path / "tokenizer.json"))
+        try:
+            tokens = Tokenizer.from_file(str(self.path / "tokenizer.json"))
+        except Exception:  # tokenizers raises nothing narrower; the file is gone or damaged
+            return load()
         return RecordedTokenizer(record.tokenizer, tokens, load)
 
     def write(self, target: Target) -> None:
@@ -146,8 +149,7 @@ class Recorded:
 
     def __init__(self, record: Record, load: Callable[[], Any]) -> None:
         self.facts, self.blueprint, self._load = record.facts, record.blueprint, load
-        self.dtype: torch.dtype = getattr(torch, record.dtype)
-        self.weights = Weights(Path(record.directory), self.dtype)
+        self.weights = Weights(Path(record.directory), getattr(torch, record.dtype))
         sizes = {name: size for name, (size, _) in record.files.items()}
         self.num_bytes = sum(sizes[name] for name in sizes if name.endswith(".safetensors"))
         (head,), bias = self.blueprint.head["weights"], self.blueprint.head["biases"]

@@ -22,9 +22,6 @@ from coral.target.ids import outer_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ATTENTION = ("sdpa", "eager", "coral_sdpa")
-"""Kernels that take an arbitrary mask; the last is `grouped_sdpa`'s."""
-
 
 class Loaded:
     """A model with its code.
@@ -39,8 +36,10 @@ class Loaded:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, freeze: bool
     ) -> None:
+        from coral.target.grouped_sdpa import GROUPED_SDPA  # transformers, which has this model, is imported
+
         check_supported(model.config)
-        if model.config._attn_implementation not in ATTENTION:
+        if model.config._attn_implementation not in ("sdpa", "eager", GROUPED_SDPA):
             raise CoralError(
                 f"attention {model.config._attn_implementation!r} takes no arbitrary mask, which trees need; "
                 f"load the model with attn_implementation='sdpa' or 'eager'."

@@ -35,6 +35,10 @@ def layers(config: Config) -> tuple[int, ...]:
     return ()
 
 
+def inner(target: Any, options: Config) -> tuple[int, ...]:
+    return ()
+
+
 def engine_config(config: Config, dtype: torch.dtype) -> None: ...
 
 

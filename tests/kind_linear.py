@@ -44,6 +44,10 @@ def layers(config: Config) -> tuple[int, ...]:
     return (-1,)
 
 
+def inner(target: Any, options: Options) -> tuple[int, ...]:
+    return ()
+
+
 def engine_config(config: Config, dtype: torch.dtype) -> None: ...
 
 

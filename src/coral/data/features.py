@@ -52,6 +52,9 @@ class FeatureBatch:
     """bool [B,L], True where a packed document starts; None when every row is one document."""
     features: Tensor
     """The target's feature of each token, [B,L,h], in the target's dtype or the one they were stored in."""
+    inner: Tensor | None
+    """States from within the target, [B,L,n*h]: side by side what enters each of n layers, see `Target.states`.
+    None where no layer was asked for."""
     embeddings: Tensor
     """The embedding of the token after each, [B,L,h] in the target's dtype (the last one stands for nothing,
     nor does a document's)."""
@@ -106,6 +109,7 @@ def feature_batch(
         loss_mask=loss_mask,
         document_starts=starts_given,
         features=features.to(target.device),
+        inner=None,
         embeddings=target.embed(input_ids.roll(-1, dims=1)),
     )
 

@@ -44,6 +44,12 @@ class Kind(Protocol):
         """The target states that it reads, see `Target.verify`."""
         ...
 
+    def inner(self, target: Any, options: Any) -> tuple[int, ...]:
+        """The layers of the target whose states training reads beside the features, see `FeatureBatch.inner`,
+        by `Options`. Raises CoralError for layers that the target does not have.
+        """
+        ...
+
     def engine_config(self, config: Any, dtype: torch.dtype) -> dict[str, Any] | None:
         """config.json beside its tensors, for other engines; None: none knows such a drafter."""
         ...

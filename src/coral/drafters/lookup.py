@@ -57,6 +57,10 @@ def layers(config: Config) -> tuple[int, ...]:
     return ()
 
 
+def inner(target: Any, options: Config) -> tuple[int, ...]:
+    return ()
+
+
 def engine_config(config: Config, dtype: torch.dtype) -> None:
     """No other engine reads it."""
 

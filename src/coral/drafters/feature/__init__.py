@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from coral.drafters.heads.store import Head
     from coral.target.target import Target
 
-__all__ = ["Config", "Drafter", "Options", "draft", "engine_config", "layers", "learner", "new", "proposer"]
+__all__ = ["Config", "Drafter", "Options", "draft", "engine_config", "inner", "layers", "learner", "new", "proposer"]
 
 
 def layers(config: Config) -> tuple[int, ...]:
     """The vector that enters the target's LM head, after the final norm."""
     return (-1,)
+
+
+def inner(target: Any, options: Options) -> tuple[int, ...]:
+    return ()
 
 
 def engine_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:

@@ -5,97 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import socket
 import string
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import openai
 import pytest
-import uvicorn
+from running import QUESTION, Server, until
 from tiny_tokenizer import tiny_tokenizer
 
 import coral as library
 from coral.api import LLM
-from coral.serving.http import Limits, create_app
-from coral.serving.openai import Refused, Text, read_chat
-from coral.serving.worker import Worker
-from coral.tree import TreeSize
-
-LIMITS = Limits(queue=40, body=20_000, longest=24)
-QUESTION = [{"role": "user", "content": "the thing in an era"}]
-
-
-class Server:
-    """A server of its own thread on a free port."""
-
-    def __init__(self, load: Any, *, keys: tuple[str, ...] = (), limits: Limits = LIMITS, at_once: int = 8):
-        self.worker = Worker(load, at_once)
-        app = create_app(self.worker, "tiny", keys, limits)
-        self.http, self.socket = app.state.server, socket.socket()
-        self.socket.bind(("127.0.0.1", 0))
-        self.address = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        self.uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-        self.thread = threading.Thread(target=self.uvicorn.run, args=([self.socket],))
-
-    def __enter__(self) -> Server:
-        self.thread.start()
-        until(lambda: self.uvicorn.started)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.uvicorn.should_exit = True
-        self.thread.join()
-
-    def ready(self) -> Server:
-        until(lambda: self.worker.llm is not None)
-        return self
-
-    def client(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0, **options)
-
-    @property
-    def is_idle(self) -> bool:
-        status = self.worker.status
-        return self.http.open == status.running == status.waiting == 0 and not self.worker._listeners
-
-
-def until(true: Any) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-@pytest.fixture(scope="module")
-def llm(models: Path) -> LLM:
-    return library.load(models / "target", models / "drafter", tree=TreeSize(2, 3, 5), fallback=False)
-
-
-class Slow:
-    """A proposer that takes its time, as a real model does."""
-
-    def __init__(self, proposer: Any) -> None:
-        self.proposer, self.layers = proposer, proposer.layers
-
-    def propose(self, *args: Any) -> Any:
-        time.sleep(0.02)
-        return self.proposer.propose(*args)
-
-
-@pytest.fixture(scope="module")
-def slow(llm: LLM) -> LLM:
-    return LLM(llm.target, Slow(llm.proposer), llm.tree_size)
-
-
-@pytest.fixture(scope="module")
-def server(llm: LLM) -> Iterator[Server]:
-    with Server(lambda: llm) as running:
-        yield running.ready()
+from coral.serving.answer import Text
+from coral.serving.http import Limits
+from coral.serving.openai import Refused, read_chat
 
 
 def test_greedy_text_is_that_of_generate(server: Server, llm: LLM) -> None:
@@ -213,7 +138,7 @@ def test_text_that_may_become_a_stop_string_is_held_back() -> None:
             count = draw.randrange(1, 4)
             now, ids = ids[:count], ids[count:]
             cycle = library.Cycle(now, 0, 0, 0, 0, False)
-            shown += text.push(cycle, "" if ids else "length")
+            shown += text.push(cycle, "" if ids else "length").text
             assert not any(string in shown for string in stop)
         assert shown == said[: min([said.find(s) for s in stop if s in said], default=len(said))]
 
@@ -335,8 +260,11 @@ BAD: dict[str, tuple[Any, int]] = {
     "top_p": ({"prompt": "a", "top_p": 0}, 400),
     "tiny temperature": ({"prompt": "a", "temperature": 1e-40}, 400),
     "empty stop": ({"prompt": "a", "stop": ""}, 400),
-    "logprobs": ({"prompt": "a", "logprobs": 0}, 400),
-    "echo": ({"prompt": "a", "echo": True}, 400),
+    "many logprobs": ({"prompt": "a", "logprobs": 21}, 400),
+    "logprobs of a chat": ({"prompt": "a", "logprobs": True}, 400),
+    "more than may be written": ({"prompt": "a", "min_tokens": 17}, 400),
+    "echo as text": ({"prompt": "a", "echo": "yes"}, 400),
+    "ours unknown": ({"prompt": "a", "coral": {"speed": 2}}, 400),
     "bias": ({"prompt": "a", "logit_bias": {"1": 2}}, 400),
     "penalty": ({"prompt": "a", "presence_penalty": 0.5}, 400),
     "tools": ({"prompt": "a", "tools": [{}]}, 400),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import string
 import threading
 from pathlib import Path
@@ -235,6 +236,24 @@ def test_facts(server: Server, llm: LLM) -> None:
     assert chat == llm.encode(QUESTION)
     text = httpx.post(f"{server.address}/detokenize", json={"tokens": ids["tokens"][1:]}).json()
     assert text == {"prompt": "the an"}
+
+
+def test_the_page_needs_nothing_from_elsewhere(server: Server) -> None:
+    """Stops a page that is blank offline, that others may frame, or whose fields no screen reader can name.
+    checks/page_check.py uses it in a browser.
+    """
+    answer = httpx.get(f"{server.address}/")
+    page = answer.text
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)|https?://|@import|innerHTML""", page)
+    for field in re.findall(r"<(?:input|textarea)[^>]*>", page):
+        name = re.search(r'id="(\w+)"', field)
+        within = "</label>" not in page[: page.index(field)].rpartition("<label")[2]
+        assert within or (name and f'for="{name[1]}"' in page)
+    assert (
+        '<html lang="en">' in page and "width=device-width" in page and "prefers-color-scheme: dark" in page
+    )
 
 
 BAD: dict[str, tuple[Any, int]] = {

@@ -11,10 +11,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
@@ -31,6 +32,13 @@ from coral.serving.writing import Writing, going_on, refusal
 if TYPE_CHECKING:
     from coral.api import LLM
 
+_PAGE = Path(__file__).with_name("page.html")
+_PAGE_ALONE = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
+}
+"""The page speaks to this server alone, and stands in no other page."""
 _UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
           405: "invalid_request_error", 500: "internal_error"}  # fmt: skip
@@ -195,6 +203,10 @@ def create_app(worker: Worker, name: str, keys: Sequence[str] = (), limits: Limi
 
 def _add_facts(app: FastAPI, server: Server) -> None:
     """The routes that say how the server is."""
+
+    @app.get("/")
+    async def page() -> Response:
+        return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers=_PAGE_ALONE)
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:

@@ -4,10 +4,10 @@
     coral serve --port 8000 &
     .venv-clients/bin/python checks/page_check.py http://127.0.0.1:8000 --pictures DIRECTORY
 
-A prompt is written side by side, plain and CORAL: both texts must be the same, accepted tokens marked on one side
-alone, and nothing may be fetched from elsewhere or end in an error of the console. Contrasts are computed from
-what is shown, all that can be used has a name and is reached by the keyboard, and nothing is wider than a phone.
-Pictures are taken of a desktop and a phone, light and dark.
+A prompt is written side by side, plain and CORAL: both texts must be the same, accepted tokens marked on one
+side alone, and nothing may be fetched from elsewhere or end in an error of the console. Contrasts are computed
+from what is shown, all that can be used has a name and is reached by the keyboard, and nothing is wider than a
+phone. Pictures are taken of a desktop and a phone, light and dark.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ CONTRASTS = """() => {
     const [a, b] = [light(getComputedStyle(e).color), light(behind(e))].sort((x, y) => y - x);
     return [(a + .05) / (b + .05), e.localName + " " + e.textContent.slice(0, 30)]; });
 }"""
-UNNAMED = """() => [...document.querySelectorAll("button, input, textarea, summary, [tabindex]")].filter((e) =>
-  !(e.labels?.length || e.ariaLabel || (e.localName.match(/button|summary/) && e.textContent.trim())))
+UNNAMED = """() => [...document.querySelectorAll("button, input, textarea, summary, [tabindex]")]
+  .filter((e) => !(e.labels?.length || e.ariaLabel || (e.localName.match(/button|summary/) && e.textContent.trim())))
   .map((e) => e.outerHTML)"""
 
 

@@ -5,9 +5,9 @@
     .venv-clients/bin/python checks/page_check.py http://127.0.0.1:8000 --pictures DIRECTORY
 
 A prompt is written side by side, plain and CORAL: both texts must be the same, accepted tokens marked on one
-side alone, and nothing may be fetched from elsewhere or end in an error of the console. Contrasts are computed
-from what is shown, all that can be used has a name and is reached by the keyboard, and nothing is wider than a
-phone. Pictures are taken of a desktop and a phone, light and dark.
+side alone, and nothing may be fetched from elsewhere or end in an error of the console. Contrasts are
+computed from what is shown, all that can be used has a name and is reached by the keyboard, and nothing is
+wider than a phone. Pictures are taken of a desktop and a phone, light and dark.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CONTRASTS = """() => {
     return [(a + .05) / (b + .05), e.localName + " " + e.textContent.slice(0, 30)]; });
 }"""
 UNNAMED = """() => [...document.querySelectorAll("button, input, textarea, summary, [tabindex]")]
-  .filter((e) => !(e.labels?.length || e.ariaLabel || (e.localName.match(/button|summary/) && e.textContent.trim())))
+  .filter((e) => !e.labels?.length && !e.ariaLabel && !e.textContent.trim())
   .map((e) => e.outerHTML)"""
 
 

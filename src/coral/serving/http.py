@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from coral.decoding.log_probs import LogProbs
 from coral.decoding.state import State
@@ -92,10 +93,13 @@ class Server:
         self.authorise(request)
         _ = self.llm
         body = bytearray()
-        async for piece in request.stream():
-            body += piece
-            if len(body) > self.limits.body:
-                raise Refused(f"the body is longer than {self.limits.body} bytes.", 413)
+        try:
+            async for piece in request.stream():
+                body += piece
+                if len(body) > self.limits.body:
+                    raise Refused(f"the body is longer than {self.limits.body} bytes.", 413)
+        except ClientDisconnect as error:
+            raise Refused("the client has gone.", 499) from error
         try:
             return json.loads(body.decode("utf-8"))
         except (ValueError, RecursionError) as error:

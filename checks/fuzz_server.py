@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import httpx2 as httpx
@@ -150,7 +150,7 @@ def main() -> int:
 
 def fuzz(server: OwnServer, count: int, seed: int) -> list[str]:
     """Fire, eight at a time; what went wrong."""
-    faults, counts, memory = list[str](), Counter[str](), 0
+    faults, counts, held = list[str](), Counter[str](), list[float]()
     with httpx.Client(base_url=server.url, timeout=10) as client, ThreadPoolExecutor(8) as pool:
         first = _control(client)
         coming = shots(seed)
@@ -165,16 +165,15 @@ def fuzz(server: OwnServer, count: int, seed: int) -> list[str]:
                     faults.append(f"{shot.kind} {shot.path} {shot.body[:300]!r}: {said}")
             if control.result() != first:
                 faults.append(f"the control's text changed: {control.result()!r}, not {first!r}")
-            if number + 100 >= count // 4 and not memory:
-                memory = server.memory
+            held.append(server.memory / 2**20)
     if not server.is_idle(10):
         faults.append("places are still taken 10 s after the last request")
     if "Traceback" in (log := server.log.read_text(errors="replace")):
         faults.append(log[log.index("Traceback") :][:5000][-1500:])
-    grown = (server.memory - memory) / 2**20
-    print(f"{sum(counts.values())} requests, seed {seed}; memory {grown:+.1f} MiB since the first quarter")
+    grown = median(held[-len(held) // 4 :]) - median(held[len(held) // 2 : -len(held) // 4] or held)
+    print(f"{sum(counts.values())} requests, seed {seed}; MiB every hundred:", *(f"{m:.0f}" for m in held))
     print(*(f"  {count:5} {what}" for what, count in sorted(counts.items())), sep="\n", flush=True)
-    return faults + ([f"memory grew by {grown:.0f} MiB"] if grown > 64 else [])
+    return faults + ([f"the last quarter held {grown:.0f} MiB more than the third"] if grown > 32 else [])
 
 
 def _control(client: httpx.Client) -> str:

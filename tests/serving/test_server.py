@@ -79,6 +79,16 @@ def test_chunks_come_in_the_order_that_clients_expect(server: Server, llm: LLM, 
         assert drafting["num_draft_tokens"] >= drafting["num_accepted_draft_tokens"] >= 0
 
 
+def test_usage_may_come_with_every_chunk(server: Server) -> None:
+    """Stops guidellm and vLLM's bench, which count tokens by it."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    stream = server.client().completions.create(
+        model="tiny", prompt="the an", stream=True, stream_options=options, max_tokens=10, temperature=0
+    )
+    counts = [chunk.usage.completion_tokens for chunk in stream]
+    assert counts == sorted(counts) and counts[0] < counts[-1] == 10 and counts[-2:] == [10, 10]
+
+
 def test_openai_client_streams(server: Server, llm: LLM) -> None:
     """Stops chunks that the most used client cannot read."""
     stream = server.client().completions.create(
@@ -344,6 +354,24 @@ def test_an_answer_may_be_sent_back_as_clients_do() -> None:
     assert asked.options["max_new_tokens"] == 9
     with pytest.raises(Refused, match="messages"):
         read_chat({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 9)
+
+
+def test_regenerate_takes_its_answers_from_here(coral, server: Server, llm: LLM, tmp_path: Path) -> None:
+    """Stops answers that our own client cannot read, or that are not the target's."""
+    source, output = tmp_path / "source.jsonl", tmp_path / "output.jsonl"
+    turns = [{"role": "user", "content": "the an"}, {"role": "assistant", "content": "-"}]
+    records = [
+        {"messages": [{**turns[0], "content": f"the an {i}"}, turns[1]] * (1 + i % 2)} for i in range(9)
+    ]
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    command = ("data", "regenerate", source, "--output", output, "--endpoint", f"{server.address}/v1")
+    result = coral(*command, "--max-new-tokens", 6, "--temperature", 0)
+    assert result.code == 0 and "9 records = 9 written + 0 skipped + 0 failed" in result.out, result.err
+    for line in output.read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        for end in range(1, len(messages), 2):
+            assert messages[end]["content"] == llm.generate(messages[:end], max_new_tokens=6)
+    until(lambda: server.is_idle)
 
 
 def test_serve_without_its_extra_says_how_to_get_it(coral, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,7 +183,8 @@ class Answer:
         self, index: int, said: dict[str, Any], piece: Piece | None = None, finish: str | None = None
     ) -> dict[str, Any]:
         choice = {"index": index, **said, **self._beside(self.texts[index], piece, finish)}
-        usage = {"usage": None} if self.asked.include_usage else {}
+        now = self.usage if self.asked.continuous_usage else None
+        usage = {"usage": now} if self.asked.include_usage else {}
         return {**self._head, "object": self._chunk, "choices": [choice], **usage}
 
     def _beside(self, text: Text, piece: Piece | None, finish: str | None) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class _Strict(BaseModel):
 
 class _StreamOptions(_Strict):
     include_usage: bool = False
-    continuous_usage_stats: Literal[False] = False
+    continuous_usage_stats: bool = False
 
 
 class _Ours(_Strict):
@@ -142,6 +142,7 @@ class Asked:
     options: dict[str, Any]
     stream: bool
     include_usage: bool
+    continuous_usage: bool = False
     least: int = 0
     echo: bool = False
     log_probs: int | None = None
@@ -236,6 +237,7 @@ def _asked(asked: Any, chat: bool, prompts: list[Any], limit: int) -> Asked:
         options,
         asked.stream,
         asked.stream_options.include_usage,
+        asked.stream_options.include_usage and asked.stream_options.continuous_usage_stats,
         least=asked.min_tokens,
         drafting=asked.coral.drafting,
         marks=asked.coral.mark,

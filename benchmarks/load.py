@@ -5,8 +5,8 @@
 So many clients each send a prompt of the suites, read the answer as it streams, and send the next. Plain and
 drafted texts are of two processes of one server, asked in turn, so that both meet the same machine and no
 prompt finds its keys and values from the other's turn; every text must be the same both ways. Other servers
-answer the same requests in the same run. A chunk may bring several tokens: each counts as an even share of the
-wait for it.
+answer the same requests in the same run. A chunk may bring several tokens: each counts as an even share of
+the wait for it.
 """
 
 from __future__ import annotations

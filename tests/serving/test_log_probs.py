@@ -115,7 +115,7 @@ def test_log_probs_are_those_of_alone(server: Server, llm: LLM) -> None:
     """Stops numbers, or a text, that change with what is beside: a reused prefix hides its rows."""
     asked = {"prompt": PROMPT + " an the" * 20, "max_tokens": 8, "seed": 2, "logprobs": 1, "echo": True}
     alone = post(server, "completions", **asked)["choices"][0]
-    several = post(server, "completions", **asked | {"n": 4})["choices"]
+    several = post(server, "completions", **asked | {"prompt": [asked["prompt"]] * 4})["choices"]
     assert len({choice["text"] for choice in several}) > 1
     for name in ("text_offset", "tokens"):
         assert several[0]["logprobs"][name] == alone["logprobs"][name]

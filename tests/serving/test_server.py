@@ -7,15 +7,18 @@ import json
 import logging
 import random
 import re
+import sys
 import threading
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import fuzz_server
 import httpx2 as httpx
 import openai
+import psutil
 import pytest
 from running import QUESTION, Server, until
 from tiny_tokenizer import tiny_tokenizer
@@ -338,6 +341,7 @@ BAD: dict[str, tuple[Any, int]] = {
     "many logprobs": ({"prompt": "a", "logprobs": 21}, 400),
     "logprobs of a chat": ({"prompt": "a", "logprobs": True}, 400),
     "more than may be written": ({"prompt": "a", "min_tokens": 17}, 400),
+    "scored many times": ({"prompt": "a", "echo": True, "logprobs": 1, "n": 2}, 400),
     "echo as text": ({"prompt": "a", "echo": "yes"}, 400),
     "ours unknown": ({"prompt": "a", "coral": {"speed": 2}}, 400),
     "bias": ({"prompt": "a", "logit_bias": {"1": 2}}, 400),
@@ -385,6 +389,20 @@ def test_fuzzed_requests_leave_nothing_behind(server: Server) -> None:
     logging.getLogger("uvicorn").removeHandler(heard)
     assert not heard.tracebacks
     assert {"200", "400", "404", "405", "413", "gone"} == {*statuses}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="another system counts memory otherwise")
+def test_a_thousand_requests_leave_no_memory_behind(server: Server) -> None:
+    """Stops what is kept of each request: the last hundred hold what the first did."""
+    held, process = [], psutil.Process()
+    with httpx.Client(base_url=server.address, timeout=60) as client:
+        for number in range(1100):
+            body = {"prompt": f"the {number}", "max_tokens": 2, "logprobs": 1, "n": 1 + number % 2}
+            client.post("/v1/completions", json=body).raise_for_status()
+            held.append(process.memory_info().rss / 2**20)
+    until(lambda: server.is_idle)
+    assert fmean(held[-100:]) - fmean(held[100:200]) < 4
 
 
 def test_an_answer_may_be_sent_back_as_clients_do() -> None:

@@ -172,6 +172,8 @@ def read_completion(body: Any, longest: int) -> Asked:
         prompts = [prompts]
     if not prompts:
         raise Refused("prompt holds nothing; give a text, token ids, or several of them.", param="prompt")
+    if asked.echo and asked.logprobs is not None and asked.n > 1:
+        raise Refused("echo with logprobs says the same of a prompt n times; use n: 1.", param="n")
     read = _asked(asked, False, prompts, asked.max_tokens or min(16, longest))
     return replace(read, echo=asked.echo, log_probs=asked.logprobs)
 

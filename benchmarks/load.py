@@ -66,6 +66,9 @@ def main() -> int:
     parser.add_argument("output", type=Path)
     parser.add_argument("--clients", default="1,4,8,16,32")
     parser.add_argument("--tokens", type=int, default=48, help="of each answer; ends are ignored")
+    parser.add_argument(
+        "--each", type=int, default=2, help="requests of a client in a round; 8 at least in all"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--other", action="append", default=[], help="NAME=URL of a server that runs")
     parser.add_argument("--only-other", action="store_true", help="leave coral serve out")
@@ -101,7 +104,7 @@ async def measure(
             await load(client, url, bodies[name], ["Say yes.", "Say no."], 2, Cell())
         for count in map(int, options.clients.split(",")):
             for _ in range(options.rounds):
-                prompts = [*islice(every, max(8, 2 * count))]  # new ones, which no cache has
+                prompts = [*islice(every, max(8, options.each * count))]  # new ones, which no cache has
                 for name, (url, _) in servers.items():
                     cell = cells.setdefault(name, {}).setdefault(count, Cell())
                     await load(client, url, bodies[name], prompts, count, cell)

@@ -15,8 +15,7 @@ import argparse
 import asyncio
 import json
 import os
-import platform
-import subprocess
+import shlex
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle, islice
@@ -26,9 +25,9 @@ from time import perf_counter
 from typing import Any
 
 import httpx2 as httpx
-import torch
 from own_server import own_server
 
+from coral.bench.environment import commit, environment
 from coral.suites import prompts as suites
 
 SUITES = "mt_bench,humaneval,gsm8k"
@@ -74,8 +73,8 @@ def main() -> int:
     parser.add_argument("--only-other", action="store_true", help="leave coral serve out")
     parser.add_argument("--dtype", default="bfloat16")
     options, serve = parser.parse_known_args()
-    servers = dict(other.split("=", 1) for other in options.other)
-    cells: dict[str, dict[int, Cell]] = {}
+    options.others = servers = dict(other.split("=", 1) for other in options.other)
+    before, cells = os.getloadavg()[0], dict[str, dict[int, Cell]]()
     if options.only_other:
         asyncio.run(measure(options, {name: (url, {}) for name, url in servers.items()}, cells))
     else:
@@ -84,7 +83,7 @@ def main() -> int:
             ours = {"plain": (one.url, {"coral": {"drafting": False}}), "CORAL": (two.url, dict[str, Any]())}
             others = {name: (url, dict[str, Any]()) for name, url in servers.items()}
             asyncio.run(measure(options, {**ours, **others}, cells))
-    write(options, cells)
+    write(options, cells, before)
     return 0
 
 
@@ -149,7 +148,7 @@ async def ask(client: httpx.AsyncClient, url: str, body: dict[str, Any], number:
     cell.texts[number] = text
 
 
-def write(options: argparse.Namespace, cells: dict[str, dict[int, Cell]]) -> None:
+def write(options: argparse.Namespace, cells: dict[str, dict[int, Cell]], before: float) -> None:
     """results.json and results.md; ends with an error if a text of ours depends on drafting."""
     rows = {name: {count: cell.row() for count, cell in of.items()} for name, of in cells.items()}
     options.output.mkdir(parents=True, exist_ok=True)
@@ -174,10 +173,14 @@ def write(options: argparse.Namespace, cells: dict[str, dict[int, Cell]]) -> Non
         pairs = [(cells["plain"][n].texts, cells["CORAL"][n].texts) for n in counts]
         differ = sum(a[i] != b[i] for a, b in pairs for i in a)
         lines += ["", f"{sum(len(a) for a, _ in pairs) - differ} texts the same both ways, {differ} not."]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    facts = f"Load average at the end {os.getloadavg()[0]:.1f}; torch {torch.__version__}; {machine}."
-    command = f"`PYTHONPATH=checks python {' '.join(sys.argv)}` at commit `{commit.stdout.strip()}`."
+    here = environment()
+    features = ", ".join(name for name, has in here["cpu_features"].items() if has)
+    machine = f"{here['hardware']} ({features}), {here['threads']} threads, torch {here['torch']}"
+    facts = (
+        f"{machine}; load average {before:.1f} before and {os.getloadavg()[0]:.1f} behind. Prompts of {SUITES}, "
+        f"greedy, {options.tokens} tokens each, {options.dtype}. Tau: tokens a forward, plain steps included."
+    )
+    command = f"`PYTHONPATH=checks python {shlex.join(sys.argv)}` at commit `{commit()}`."
     lines += ["", facts, "", command]
     (options.output / "results.md").write_text("\n".join(lines) + "\n")
     seen = {

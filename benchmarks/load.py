@@ -5,8 +5,8 @@
 So many clients each send a prompt of the suites, read the answer as it streams, and send the next. Plain and
 drafted texts are of two processes of one server, asked in turn, so that both meet the same machine and no
 prompt finds its keys and values from the other's turn; every text must be the same both ways. Other servers
-answer the same requests in the same run. A chunk may bring several tokens: each counts as an even share of
-the wait for it.
+answer the same requests in the same run; one that caches prompts must be started anew. A chunk may bring
+several tokens: each counts as an even share of the wait for it.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def write(options: argparse.Namespace, cells: dict[str, dict[int, Cell]], before
     features = ", ".join(name for name, has in here["cpu_features"].items() if has)
     machine = f"{here['hardware']} ({features}), {here['threads']} threads, torch {here['torch']}"
     facts = (
-        f"{machine}; load average {before:.1f} before and {os.getloadavg()[0]:.1f} behind. Prompts of {SUITES}, "
+        f"{machine}; load average {before:.1f} before, {os.getloadavg()[0]:.1f} behind. Prompts of {SUITES}, "
         f"greedy, {options.tokens} tokens each, {options.dtype}. Tau: tokens a forward, plain steps included."
     )
     command = f"`PYTHONPATH=checks python {shlex.join(sys.argv)}` at commit `{commit()}`."

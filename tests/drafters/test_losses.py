@@ -8,9 +8,9 @@ import torch
 from tiny_training import tiny_drafter
 from torch.nn.functional import linear, smooth_l1_loss
 
-from coral.drafters.feature.drafted import trained_rows
-from coral.drafters.feature.losses import FrozenHead, LossConfig, Wanted, draft_losses
-from coral.drafters.feature.unroll import unroll
+from coral.drafters.recurrent.drafted import trained_rows
+from coral.drafters.recurrent.losses import FrozenHead, LossConfig, Wanted, draft_losses
+from coral.drafters.recurrent.unroll import unroll
 
 S, R, H, V = 3, 13, 8, 31
 CONFIG = LossConfig(regression=0.9, divergence_weight=0.3, top_k_weight=0.7, top_k=4, step_decay=0.8)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_training import tiny_drafter
 
-from coral.drafters.feature import causal
-from coral.drafters.feature.drafted import trained_rows
-from coral.drafters.feature.unroll import offsets_in_document, unroll, unrolled_attention
+from coral.drafters.recurrent import causal
+from coral.drafters.recurrent.drafted import trained_rows
+from coral.drafters.recurrent.unroll import offsets_in_document, unroll, unrolled_attention
 
 B, L, STEPS = 2, 9, 4
 

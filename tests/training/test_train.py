@@ -12,9 +12,9 @@ from rich.console import Console
 from tiny_training import a_batch, tiny_data, tiny_drafter, tiny_target
 
 from coral.drafters import checkpoint, tuned
-from coral.drafters.feature.alignment import AlignmentConfig
-from coral.drafters.feature.losses import LossConfig
 from coral.drafters.heads import store as heads
+from coral.drafters.recurrent.alignment import AlignmentConfig
+from coral.drafters.recurrent.losses import LossConfig
 from coral.errors import CoralError
 from coral.target.record import TargetRecord
 from coral.training.loop import train

@@ -13,9 +13,9 @@ from coral.drafters.feature.network import DrafterConfig as Config
 if TYPE_CHECKING:
     from coral.data.features import FeatureBatch
     from coral.decoding.cycle import Proposer
-    from coral.drafters.feature.drafted import Drafted
     from coral.drafters.feature.learn import Learner
     from coral.drafters.heads.store import Head
+    from coral.drafters.recurrent.drafted import Drafted
     from coral.target.target import Target
 
 __all__ = ["Config", "Drafter", "Options", "draft", "engine_config", "inner", "layers", "learner", "new", "proposer"]
@@ -75,7 +75,7 @@ def learner(drafter: Drafter, config: Any) -> Learner:
 
 
 def draft(drafter: Drafter, batch: FeatureBatch, steps: int) -> Drafted:
-    from coral.drafters.feature.drafted import draft
+    from coral.drafters.recurrent.drafted import draft
 
     return draft(drafter, batch, steps)
 

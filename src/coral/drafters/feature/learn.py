@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from coral.data.features import FeatureBatch
-from coral.drafters.feature import candidates
-from coral.drafters.feature.alignment import alignment_loss
-from coral.drafters.feature.drafted import draft, trained_rows
 from coral.drafters.feature.learning_options import Options
-from coral.drafters.feature.losses import FrozenHead, Wanted, draft_losses, rows_at_a_time
 from coral.drafters.feature.network import Drafter
 from coral.drafters.kinds import Outcome
+from coral.drafters.recurrent import candidates
+from coral.drafters.recurrent.alignment import alignment_loss
+from coral.drafters.recurrent.drafted import draft, trained_rows
+from coral.drafters.recurrent.losses import FrozenHead, Wanted, draft_losses, rows_at_a_time
 
 
 class Learner(nn.Module):

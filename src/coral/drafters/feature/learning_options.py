@@ -5,8 +5,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from coral.drafters.feature.alignment import AlignmentConfig
-from coral.drafters.feature.losses import LossConfig
+from coral.drafters.recurrent.alignment import AlignmentConfig
+from coral.drafters.recurrent.losses import LossConfig
 from coral.errors import CoralError
 
 

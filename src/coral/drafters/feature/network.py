@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coral.cache import Layer
-from coral.drafters.feature.llama import RMSNorm, Rotary, rotate
+from coral.drafters.recurrent.llama import RMSNorm, Rotary, rotate
 from coral.errors import CoralError
 from coral.json_file import Positive, Size
 from coral.target.attention import attend

@@ -16,11 +16,11 @@ from torch.nn.functional import pad
 from coral.cache import KVCache, Layer, pack
 from coral.decoding.state import State
 from coral.device import upload
-from coral.drafters.feature.growth import Growth, Rows
 from coral.drafters.feature.native_drafting import NativeDrafter
 from coral.drafters.feature.network import Drafter
 from coral.drafters.heads.full import FullHead
 from coral.drafters.heads.store import Head
+from coral.drafters.recurrent.growth import Growth, Rows
 from coral.gpu.compiled import compiled, fix, fixed_layers
 from coral.target.target import Target
 from coral.tree import DraftTree, TreeSize

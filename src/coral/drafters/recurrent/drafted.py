@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from coral.data.features import FeatureBatch
 from coral.drafters.feature.network import Drafter
-from coral.drafters.feature.unroll import offsets_in_document, unroll
+from coral.drafters.recurrent.unroll import offsets_in_document, unroll
 
 
 class Drafted(NamedTuple):

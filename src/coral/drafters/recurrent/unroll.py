@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from coral.drafters.feature.causal import causal_attention
 from coral.drafters.feature.network import Drafter, DraftLayer
+from coral.drafters.recurrent.causal import causal_attention
 
 Kept = list[tuple[list[Tensor], list[Tensor]]]
 """For each layer the keys and the values of the steps so far, each [B,K,L,d]."""

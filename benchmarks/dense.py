@@ -172,6 +172,7 @@ def setting(case: Case, device: torch.device) -> tuple[Drafter, FeatureBatch, Te
             loss_mask=torch.ones(shape[:2], dtype=torch.bool),
             document_starts=None,
             features=torch.randn(shape),
+            inner=None,
             embeddings=torch.randn(shape),
         )
         return drafter, batch, torch.randn(case.vocab, shape[-1]).mul_(0.1)

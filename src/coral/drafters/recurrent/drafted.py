@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from coral.data.features import FeatureBatch
-from coral.drafters.feature.network import Drafter
+from coral.drafters.recurrent.step import Network
 from coral.drafters.recurrent.unroll import offsets_in_document, unroll
 
 
@@ -50,7 +50,7 @@ def trained_rows(loss_mask: Tensor, document_starts: Tensor | None, steps: int) 
 
 
 def draft(
-    drafter: Drafter,
+    drafter: Network,
     batch: FeatureBatch,
     steps: int,
     *,

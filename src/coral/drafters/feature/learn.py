@@ -13,7 +13,8 @@ from coral.drafters.kinds import Outcome
 from coral.drafters.recurrent import candidates
 from coral.drafters.recurrent.alignment import alignment_loss
 from coral.drafters.recurrent.drafted import draft, trained_rows
-from coral.drafters.recurrent.losses import FrozenHead, Wanted, draft_losses, rows_at_a_time
+from coral.drafters.recurrent.losses import Wanted, draft_losses, rows_at_a_time
+from coral.drafters.recurrent.target_law import FrozenHead
 
 
 class Learner(nn.Module):

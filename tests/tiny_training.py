@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from coral.data.features import FeatureBatch, feature_batch
 from coral.drafters.feature.network import Drafter, DrafterConfig
 
 
@@ -88,8 +87,3 @@ def tiny_info(rows: int = 24) -> dict[str, Any]:
         "dropped": {},
         "dropped_notes": [],
     }
-
-
-def a_batch(target: Any = None) -> FeatureBatch:
-    """What a new drafter's weights are balanced with."""
-    return feature_batch(target or tiny_target(), tiny_data().dataset, [0])

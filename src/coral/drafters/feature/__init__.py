@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from coral.drafters.feature.learning_options import Options
 from coral.drafters.feature.network import Drafter
@@ -51,7 +53,9 @@ def engine_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     return config.for_engines(architecture, config.num_layers, dtype)
 
 
-def new(target: Any, options: Options, batch: FeatureBatch, seed: int) -> Drafter:
+def new(
+    target: Any, options: Options, batch: FeatureBatch, seed: int, counts: Callable[[], Tensor]
+) -> Drafter:
     from coral.drafters.feature.begin import new_drafter
 
     return new_drafter(target, options.drafter, batch, seed)

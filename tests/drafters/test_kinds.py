@@ -67,7 +67,9 @@ def test_every_kind_of_drafter_says_what_the_library_asks(toys: None) -> None:
         found = kinds.find(kind)
         assert missing(found, kinds.Kind) == [] and found.Drafter.kind == kind
         assert found.Options() == found.Options()  # all have defaults
-    with pytest.raises(CoralError, match="'medusa' of drafters is not known; use feature, eagle3, lookup, echo"):
+    with pytest.raises(
+        CoralError, match="'medusa' of drafters is not known; use feature, eagle3, lookup, echo"
+    ):
         kinds.find("medusa")
 
 

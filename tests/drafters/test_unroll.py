@@ -50,7 +50,7 @@ def packed_starts():
 def propose_chains(drafter, embeddings, features, steps):
     """What decoding computes from every prefix: {(row, step): draft feature}, one document [n,h]."""
     drafted = {}
-    cache = GrowingCache(drafter.config.num_layers)
+    cache = GrowingCache(len(drafter.layers))
     for last in range(len(features)):  # the last committed row: its feature is the target's
         cache.keep(last)
         fed = features[last]

@@ -184,8 +184,8 @@ def learn(learner, batch, target):
 
 
 def test_a_new_drafter_starts_from_the_targets_head_and_sees_all_three_states():
-    """Stops a head of other ids than d2t says, a final norm that a family counts from one, a state that drowns
-    the others.
+    """Stops a head of other ids than d2t says, a final norm that a family counts from one, a state that
+    drowns the others.
     """
     for family in FAMILIES:
         target = deep_target(family)

@@ -81,9 +81,8 @@ def test_the_layer_is_that_of_the_published_code():
 
     feature = drafter.fc.weight @ state
     row = torch.cat([normed(embedding, layer.input_layernorm), normed(feature, layer.hidden_norm)])
-    value = (
-        (attention.v_proj.weight @ row).view(2, -1).repeat_interleave(2, 0).flatten()
-    )  # one key: all of it
+    value = attention.v_proj.weight @ row  # the one key has all the weight
+    value = value.view(2, -1).repeat_interleave(2, 0).flatten()
     x = feature + attention.o_proj.weight @ value
     y, mlp = normed(x, layer.post_attention_layernorm), layer.mlp
     gate = mlp.gate_proj.weight @ y
@@ -166,9 +165,7 @@ OPTIONS = Options(
 
 
 def a_batch(target, rows=(0, 1, 2, 3)):
-    batch = feature_batch(target, tiny_data().dataset, rows)
-    states = target.model(batch.input_ids, output_hidden_states=True).hidden_states
-    return replace(batch, inner=torch.cat([states[layer] for layer in (1, 2, 3)], -1))
+    return feature_batch(target, tiny_data().dataset, rows, (1, 2, 3))
 
 
 def a_learner(target, options=OPTIONS, **changes):

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from coral.data.features import Rows, feature_batch, frequencies
 from coral.data.rows_digest import digest_of
-from coral.data.shards import refuse_other_target
+from coral.data.shards import refuse_other_target, with_inner
 from coral.device import has_fast_bfloat16
 from coral.drafters import checkpoint, kinds
 from coral.errors import CoralError
@@ -45,6 +45,8 @@ def begin(target: TrainTarget, data: Data, output: Path, config: TrainConfig, re
     if len(dataset) == 0:
         raise CoralError("the prepared data holds no rows; prepare it from other conversations.")
     refuse_other_target(dataset, target)
+    inner = kinds.find(config.kind).inner(target, config)
+    dataset = with_inner(dataset, inner)
     accelerator = parallel.new_accelerator(
         target.device, log_with=trackers.make(config.reports.tracker, output) or None
     )
@@ -63,6 +65,7 @@ def begin(target: TrainTarget, data: Data, output: Path, config: TrainConfig, re
         target=target,
         record=record,
         dataset=dataset,
+        inner=inner,
         digest=digest,
         output=output,
         config=config,
@@ -82,9 +85,10 @@ def begin(target: TrainTarget, data: Data, output: Path, config: TrainConfig, re
 
 def new_drafter(target: TrainTarget, config: TrainConfig, dataset: Rows) -> Any:
     """A drafter of the config's kind before its first update; see `kinds.Kind.new`."""
-    batch, seed = feature_batch(target, dataset, [0]), random_generator(config.seed, 0).initial_seed()
+    kind, seed = kinds.find(config.kind), random_generator(config.seed, 0).initial_seed()
+    batch = feature_batch(target, dataset, [0], kind.inner(target, config))
     counts = partial(frequencies, dataset, target.vocab_size)
-    return kinds.find(config.kind).new(target, config, batch, seed, counts)
+    return kind.new(target, config, batch, seed, counts)
 
 
 def _resumed_drafter(target: TrainTarget, config: TrainConfig, output: Path) -> Any:

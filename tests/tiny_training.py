@@ -19,7 +19,7 @@ class TinyTarget:
         self.vocab_size, self.hidden_size = model.config.vocab_size, model.config.hidden_size
         self.head_weight, self.head_bias = model.lm_head.weight, None
         self.device = model.lm_head.weight.device
-        self.facts = SimpleNamespace(num_layers=model.config.num_hidden_layers)
+        self.facts = SimpleNamespace(family="llama", num_layers=model.config.num_hidden_layers)
         self.tokenizer, self.eos_ids = None, frozenset({2})
 
     @torch.no_grad()
@@ -42,13 +42,15 @@ class TinyTarget:
         return self.model.get_input_embeddings()(ids)
 
 
-def tiny_target(vocab_size: int = 31, hidden_size: int = 16, seed: int = 0) -> TinyTarget:
+def tiny_target(
+    vocab_size: int = 31, hidden_size: int = 16, seed: int = 0, num_layers: int = 2
+) -> TinyTarget:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=6,

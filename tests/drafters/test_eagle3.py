@@ -2,17 +2,23 @@
 one kind only.
 """
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from test_train import interrupt_at_first, metrics, run, weights
 from test_unroll import STEPS, B, L, packed_starts, propose_chains, random_inputs
 from tiny import prompt_of, tiny_model, write
-from tiny_training import tiny_data
+from tiny_pair import save_target
+from tiny_training import tiny_data, tiny_target
 
+import coral
+from coral.bench.acceptance import acceptance
 from coral.data.features import feature_batch
 from coral.decoding.sampling import Sampling
-from coral.drafters import kinds
+from coral.drafters import checkpoint, kinds
 from coral.drafters.eagle3.fused_learn import FusedLearner
 from coral.drafters.eagle3.fused_network import FusedConfig, FusedDrafter
 from coral.drafters.eagle3.fused_options import FusedLoss, FusedOptions, Options
@@ -20,7 +26,12 @@ from coral.drafters.eagle3.fused_propose import Fused
 from coral.drafters.recurrent.alignment import AlignmentConfig
 from coral.drafters.recurrent.unroll import unroll
 from coral.errors import CoralError
+from coral.export import write as write_export
+from coral.hub.card import card
+from coral.target.record import TargetRecord
 from coral.target.target import Target
+from coral.training.recipe import Limits, OptimiserConfig, Reports, config_type
+from coral.training.start import new_drafter
 from coral.tree import TreeSize
 
 SLIDING = ["sliding_attention", "full_attention"] * 2
@@ -248,3 +259,79 @@ def test_candidates_stand_for_all_ids():
         gradients.append(learner.drafter.lm_head.weight.grad / draws)
     exact, mean = gradients
     assert (mean - exact).norm() < 0.15 * exact.norm()
+
+
+CONFIG = config_type("eagle3")(
+    steps=3,
+    batch_size=3,
+    accumulate=2,
+    drafter=OPTIONS.drafter,
+    loss=FusedLoss(candidates=24, aligned_top=9),
+    alignment=AlignmentConfig(kind="csra", max_rows=8, target_view=True),
+    optimiser=OptimiserConfig(learning_rate=5e-3, matrices="muon"),
+    limits=Limits(updates=8),
+    reports=Reports(log_every=1, acceptance_every=4),
+)
+
+
+def test_a_run_is_stopped_resumed_and_loaded(tmp_path):
+    """Stops a draft vocabulary, a head or moments that a resumed run makes anew, and a checkpoint of integers
+    that cannot be read, or is read as weights.
+    """
+    target = tiny_target(num_layers=4)
+    outcome, _ = run(tmp_path / "whole", CONFIG, target)
+    run(tmp_path / "parts", CONFIG, target, acceptance=interrupt_at_first)
+    assert outcome.update == 8 and checkpoint.load(tmp_path / "parts").ids.shape == (20,)
+    run(tmp_path / "parts", CONFIG, target)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert whole["d2t"].dtype == torch.int64 and whole["t2d"].dtype == torch.bool
+    assert whole["lm_head.weight"].dtype == torch.float32
+    line = metrics(tmp_path / "whole")[-1]
+    assert 0.3 < line["covered"] < 1 and len(line["accuracy"]) == 3
+    half = checkpoint.load(tmp_path / "whole", target, dtype=torch.bfloat16)
+    assert half.ids.equal(checkpoint.load(tmp_path / "whole").ids) and half.fc.weight.dtype == torch.bfloat16
+    told = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert told["architectures"] == ["LlamaForCausalLMEagle3"] and told["draft_vocab_size"] == 20
+    assert told["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]
+    started = replace(OPTIONS.drafter, init_drafter=str(tmp_path / "whole"))
+    again = new_drafter(target, replace(CONFIG, drafter=started), tiny_data().dataset)
+    assert again.state_dict()["lm_head.weight"].equal(whole["lm_head.weight"])
+    with pytest.raises(CoralError, match="its draft_vocab_size is 20, but 21 is asked for"):
+        odd = replace(CONFIG, drafter=replace(started, draft_vocab_size=21))
+        new_drafter(target, odd, tiny_data().dataset)
+    tensors = {**whole, "d2t": whole["d2t"].float()}
+    save_file(tensors, tmp_path / "whole" / "model.safetensors")
+    with pytest.raises(CoralError, match=r"d2t is stored as torch\.float32"):
+        checkpoint.load(tmp_path / "whole")
+
+
+def test_an_engines_file_holds_the_published_names(tmp_path):
+    """Stops a tensor that vLLM, SGLang or SafeAILab's code would look for in vain."""
+    config = FusedConfig.for_target(deep_target().config, layers=(1, 2, 3), draft_vocab_size=31)
+    layer = {f"midlayer.{name}.weight" for name in (
+        "input_layernorm", "hidden_norm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj",
+        "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}  # fmt: skip
+    published = layer | {"fc.weight", "norm.weight", "lm_head.weight"}
+    assert FusedDrafter(config).state_dict().keys() == published  # d2t and t2d only where ids are left out
+    few = FusedDrafter(replace(config, draft_vocab_size=20, fc_norm=True))
+    assert few.state_dict().keys() - published == {"d2t", "t2d", *(f"fc_norm.{i}.weight" for i in range(3))}
+    assert few.midlayer.self_attn.q_proj.weight.shape == (16, 32) and few.fc.weight.shape == (16, 48)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_library_decodes_with_its_directory(tmp_path, temperature):
+    """Stops a loader, lookup beside it or a fallback that takes every drafter for one of features."""
+    save_target(tmp_path / "target", num_hidden_layers=4)
+    target = Target.load(tmp_path / "target")
+    drafter = fused_drafter(target, target.vocab_size - 40)
+    checkpoint.save(drafter, tmp_path / "drafter", target=TargetRecord.of(target))
+    options = {"temperature": temperature, "max_new_tokens": 40, "ignore_eos": True}
+    expected = coral.load(tmp_path / "target").generate("a coral reef", **options)
+    for source, fallback in ((tmp_path / "drafter", True), (f"{tmp_path / 'drafter'}+ngram", False)):
+        pair = coral.load(tmp_path / "target", source, fallback=fallback)
+        assert pair.generate("a coral reef", **options) == expected
+    found = acceptance(target, checkpoint.load(tmp_path / "drafter"), [[5, 6, 7]], 8)
+    assert found.keys() == {"chain", "tree"}
+    assert write_export.lacks("vllm", checkpoint.read_config(tmp_path / "drafter"))
+    assert "a small network that proposes tokens" in card(tmp_path / "drafter", "me/eagle3")

@@ -136,7 +136,7 @@ def test_a_head_is_not_asked_of_a_drafter_without_one(toys: None, target: Path) 
     loaded, prompts = coral.Target.load(target), [[5, 6, 7]]
     found = acceptance(loaded, checkpoint.load(directory), prompts, 8)
     assert set(found) == {"chain", "tree"}
-    with pytest.raises(CoralError, match="kind 'echo' have no LM head; use this one as it is"):
+    with pytest.raises(CoralError, match="kind 'echo' take no other LM head; use this one as it is"):
         make_static(directory, loaded, tiny_data().dataset)
 
 

@@ -122,8 +122,18 @@ class Drafts(Protocol):
 
 
 @runtime_checkable
+class ReadsWeights(Protocol):
+    """A `Proposer` whose draft steps read weights; the bench compares them with the target's."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that one draft step reads, those of an LM head included."""
+        ...
+
+
+@runtime_checkable
 class DraftsByHead(Protocol):
-    """A `Proposer` whose drafter has an LM head; the bench looks at both."""
+    """A `Proposer` whose drafter has an LM head that was made for it; the bench looks at both."""
 
     drafter: nn.Module
     target: Target

@@ -28,6 +28,10 @@ class Feature(Grower):
         self.head = head or FullHead(target)
         self._native = NativeDrafter.of(drafter, target)
 
+    @property
+    def num_bytes(self) -> int:
+        return super().num_bytes + self.head.num_bytes
+
     def topk(
         self, features: Tensor, k: int, states: Sequence[State], scores: Tensor
     ) -> tuple[Tensor, Tensor]:

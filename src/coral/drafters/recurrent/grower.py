@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from coral.cache import KVCache, Layer, pack
 from coral.decoding.state import State
 from coral.device import upload
+from coral.drafters.kinds import num_bytes
 from coral.drafters.recurrent.growth import Growth, Rows
 from coral.gpu.compiled import compiled, fix, fixed_layers
 from coral.target.target import Target
@@ -53,6 +54,11 @@ class Grower:
     def __init__(self, drafter: Any, target: Target, coupled: bool = True) -> None:
         self.drafter, self.target, self.coupled = drafter.eval(), target, coupled
         self._fixed: Callable[..., Tensor] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """See `kinds.ReadsWeights`."""
+        return num_bytes(self.drafter)
 
     def read(self, states: Tensor) -> Tensor:
         """The features [n, h] that a draft step reads of the target's states [n, len(layers) * h]."""

@@ -54,12 +54,12 @@ class FeatureBatch:
     """bool [B,L], True where a packed document starts; None when every row is one document."""
     features: Tensor
     """The target's feature of each token, [B,L,h], in the target's dtype or the one they were stored in."""
-    inner: Tensor | None
-    """States from within the target, [B,L,n*h]: side by side what enters each of n layers, see
-    `Target.states`. None where no layer was asked for."""
     embeddings: Tensor
     """The embedding of the token after each, [B,L,h] in the target's dtype (the last one stands for nothing,
     nor does a document's)."""
+    inner: Tensor | None = None
+    """States from within the target, [B,L,n*h]: side by side what enters each of n layers, see
+    `Target.states`. None where no layer was asked for."""
 
 
 def feature_batch(

@@ -3,14 +3,16 @@ one kind only.
 """
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_distributed import FSDP, in_two_processes
 from test_train import interrupt_at_first, metrics, run, weights
 from test_unroll import STEPS, B, L, packed_starts, propose_chains, random_inputs
-from tiny import prompt_of, tiny_model, write
+from tiny import Recorder, prompt_of, tiny_model, write
 from tiny_pair import save_target
 from tiny_training import tiny_data, tiny_target
 
@@ -335,3 +337,39 @@ def test_the_library_decodes_with_its_directory(tmp_path, temperature):
     assert found.keys() == {"chain", "tree"}
     assert write_export.lacks("vllm", checkpoint.read_config(tmp_path / "drafter"))
     assert "a small network that proposes tokens" in card(tmp_path / "drafter", "me/eagle3")
+
+
+TOGETHER = replace(CONFIG, batch_size=2, optimiser=OptimiserConfig(learning_rate=5e-3))
+
+
+def half_of_it(output, environment):
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    run(output, replace(TOGETHER, train_head=output.name != "frozen"), tiny_target(num_layers=4))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name, environment", [("ddp", {}), ("frozen", {}), ("fsdp2", FSDP)], ids=str)
+def test_two_processes_learn_what_one_does(tmp_path, monkeypatch, name, environment):
+    """Stops a head whose gradient is not exchanged or stays on its shard, and ids that processes average."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    alone = replace(TOGETHER, accumulate=4, train_head=name != "frozen")
+    in_two_processes(half_of_it, tmp_path / name, environment)
+    run(tmp_path / "one", alone, tiny_target(num_layers=4))
+    ours, theirs = weights(tmp_path / name), weights(tmp_path / "one")
+    for key in theirs:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_steps_draft_the_same(traced):
+    """Stops padding rows that are attended to, and a draft step that is traced with states, not features."""
+    target, size = deep_target(), TreeSize(top_k=3, max_depth=3, num_nodes=6)
+    fast = target.on("graphs", (1, 7))
+    drafter = fused_drafter(target)
+    eager, padded = Recorder(Fused(drafter, target)), Recorder(Fused(drafter, fast))
+    for sampling in (Sampling(), Sampling(1.0, seed=3)):
+        for one, proposer in ((target, eager), (fast, padded)):
+            text = write(one, proposer, [prompt_of(9)], 24, sampling, size).texts
+            assert text == write(target, None, [prompt_of(9)], 24, sampling).texts
+    assert padded.trees == eager.trees

@@ -1,7 +1,7 @@
 """The checkpoint: one directory on disk, the only thing that training and decoding share.
 
 The top level is what other engines read, if any knows the kind: `model.safetensors` with exactly the tensors
-of the drafter and `config.json`, for the kind `feature` in the plain EAGLE layout of vLLM and SGLang. What
+of the drafter and `config.json`, in the plain EAGLE or EAGLE-3 layout of vLLM and SGLang. What
 those engines do not know lies in `coral/config.json`: the kind of drafter, the target states that it reads,
 the target it belongs to, the drafter's options, and the recipe and measurements it came from.
 `custom_generate/` lets transformers' `generate` draft with the directory; nothing here reads it.

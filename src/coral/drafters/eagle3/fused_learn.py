@@ -54,7 +54,7 @@ class FusedLearner(UnrollLearner):
         scored = self._scored(drafted.features, tokens, head, generator)
         wanted = Wanted(drafted.features, drafted.valid, scored.tokens, drafted.before)
         losses = draft_losses(normed, wanted, scored.head, config.loss, config.head_chunk, scored.own)
-        if not config.train_head:
+        if not (config.train_head and (config.loss.divergence_weight or config.loss.top_k_weight)):
             total = losses.total + 0 * drafter.lm_head.weight.sum()  # every process must have a gradient
             losses = replace(losses, total=total)
         aligned = normed if config.aligned == "normed" else drafted.drafts

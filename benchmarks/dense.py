@@ -5,9 +5,9 @@
 Dense is how multi-step training is published (HASS, arXiv 2408.15766): at step s the keys of all steps are
 concatenated, S*L wide under a dense mask, with key/value heads repeated; target and drafter logits of the
 whole batch are made in float32, and all losses are log_softmax and autograd. It is written here from that
-description, masks as `coral.drafters.feature.unroll` does (the published mask is not exact), and adds CORAL's
-alignment loss, for which the graphs of all steps must be alive at once. `check` shows that both compute the
-same loss and gradients.
+description, masks as `coral.drafters.recurrent.unroll` does (the published mask is not exact), and adds the
+alignment loss of CORAL, for which the graphs of all steps must be alive at once. `check` shows that both
+compute the same loss and gradients.
 
 There is no target model here: features, embeddings and the frozen LM head are random, and every token is
 trained. Drafter sizes are those of the toy target. Each case runs in its own process. Memory is the
@@ -41,10 +41,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from coral.data.features import FeatureBatch
-from coral.drafters.feature.alignment import alignment_loss
-from coral.drafters.feature.drafted import trained_rows
 from coral.drafters.feature.learn import Learner
 from coral.drafters.feature.network import Drafter, DrafterConfig
+from coral.drafters.recurrent.alignment import alignment_loss
+from coral.drafters.recurrent.drafted import trained_rows
 from coral.native.memory import keep_freed_memory
 from coral.target.default import TOY
 from coral.training.recipe import TrainConfig, load_recipe
@@ -172,6 +172,7 @@ def setting(case: Case, device: torch.device) -> tuple[Drafter, FeatureBatch, Te
             loss_mask=torch.ones(shape[:2], dtype=torch.bool),
             document_starts=None,
             features=torch.randn(shape),
+            inner=None,
             embeddings=torch.randn(shape),
         )
         return drafter, batch, torch.randn(case.vocab, shape[-1]).mul_(0.1)

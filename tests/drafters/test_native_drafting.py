@@ -94,7 +94,7 @@ def test_trees_are_those_of_levels(head, options, monkeypatch):
     rows that a later cycle does not find; rows of a long prompt that are read twice or not at all; and a half
     of fc that is rounded away beside the other.
     """
-    monkeypatch.setattr("coral.drafters.feature.propose._POOL", 12)
+    monkeypatch.setattr("coral.drafters.recurrent.grower.Grower.pool", 12)
     target, drafter = pair(**options)
     for sampling in (Sampling(), Sampling(0.8, seed=9)):
         for tree_size in TREE_SIZES:

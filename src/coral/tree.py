@@ -103,6 +103,11 @@ class DraftTree:
         """The tree of plain decoding: one node."""
         return cls([token], [-1], [0.0], levels=0)
 
+    @classmethod
+    def chain(cls, tokens: list[int]) -> DraftTree:
+        """A tree without branches: each token is the only child of the one before it."""
+        return cls(tokens, [*range(-1, len(tokens) - 1)], [0.0] * len(tokens), levels=len(tokens) - 1)
+
     @property
     def device(self) -> torch.device:
         tokens = self._parts[0]

@@ -13,6 +13,7 @@ from tiny import Target, new_state, prompt_of, random_drafter, tiny_model, tiny_
 
 from coral.decoding.cycle import generate
 from coral.decoding.fallback import Fallback
+from coral.decoding.log_probs import LogProbs, Scored
 from coral.decoding.merged import Merged
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
@@ -198,6 +199,28 @@ def test_row_bytes_are_those_of_the_caches() -> None:
     assert engine_of("native", "drafter", memory=1e9)._row_bytes > 2 * 2 * 2 * 16 * 4 + 32 * 4
     state = new_state(target, prompt_of(4), 2)
     assert state.cache.row_bytes == 0
+
+
+def test_log_probs_are_bit_for_bit_those_of_alone() -> None:
+    """Stops numbers that depend on the rows beside, and a prompt that is scored by another one's rows."""
+
+    def scored(count: int) -> list[list[Scored]]:
+        engine, states = engine_of("native", "drafter", chunk=7), []
+        for number in range(count):
+            states.append(begin(engine.target, number))
+            states[-1].log_probs = LogProbs(3, prompt=number % 2 == 0)
+            states[-1].drafts = number % 3 > 0
+        run(engine, states)
+        assert all(state.written == alone("native", number) for number, state in enumerate(states))
+        return [state.log_probs.take() for state in states]
+
+    together = scored(6)
+    for number in range(6):
+        assert together[: number + 1] == scored(number + 1)
+    lengths = [
+        len(alone("native", n)) + (n % 2 == 0) * (len(PROMPTS[n % len(PROMPTS)]) - 1) for n in range(6)
+    ]
+    assert [*map(len, together)] == lengths
 
 
 @pytest.mark.parametrize(("live", "nodes"), [(1, 10), (2, 10), (3, 9), (8, 3), (16, 1), (17, 0), (64, 0)])

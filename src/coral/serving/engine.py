@@ -14,7 +14,7 @@ from itertools import chain
 
 from coral.cache import KVCache
 from coral.decoding.cycle import Proposer, cycle
-from coral.decoding.plain import Plain
+from coral.decoding.plain import Plain, Willing
 from coral.decoding.state import Cycle, State
 from coral.errors import CoralError
 from coral.target.ids import check_ids
@@ -128,7 +128,7 @@ class Engine:
         if not (live := self._live):
             return []
         proposer, tree_size = self._drafting(len(live))
-        events = [*zip(live, cycle(self.target, proposer, live, tree_size), strict=True)]
+        events = [*zip(live, cycle(self.target, Willing(proposer), live, tree_size), strict=True)]
         self._live = [state for state in live if not state.done]
         for state in live:
             if state.done:
@@ -202,7 +202,9 @@ class Engine:
 def _without_scores(state: State) -> State:
     """A text as a source of rows: its keys and values, and no logits or tables of a drafter."""
     memory = {proposer: cache for proposer, cache in state.memory.items() if isinstance(cache, KVCache)}
-    return replace(state, tokens=[*state.tokens], memory=memory, tree=None, logits=None, stop=None)
+    return replace(
+        state, tokens=[*state.tokens], memory=memory, tree=None, logits=None, stop=None, log_probs=None
+    )
 
 
 def _row_bytes(target: Target, proposer: Proposer) -> float:

@@ -17,7 +17,7 @@ from coral.cache import KVCache, Layer, pack
 from coral.decoding.state import State
 from coral.device import upload
 from coral.drafters.feature.growth import Growth, Rows
-from coral.drafters.feature.native_drafting import NativeDrafter
+from coral.drafters.feature.native_drafting import NativeDrafter, Seed
 from coral.drafters.feature.network import Drafter
 from coral.drafters.heads.full import FullHead
 from coral.drafters.heads.store import Head
@@ -60,15 +60,17 @@ class Feature:
 
     @torch.inference_mode()
     def propose(self, states: Sequence[State], tree_size: TreeSize) -> list[DraftTree]:
-        trees = [self._at_once(state, tree_size) for state in states]
-        rest = [state for state, tree in zip(states, trees, strict=True) if tree is None]
+        seeds = [self._seed(state, tree_size) for state in states]
+        native = [seed for seed in seeds if seed is not None]
+        at_once = iter(self._native.grow(native) if self._native and native else ())
+        rest = [state for state, seed in zip(states, seeds, strict=True) if seed is None]
         grown = iter(self._level_by_level(rest, tree_size))
         for state in states:
             state.has_read()
-        return [next(grown) if tree is None else tree for tree in trees]
+        return [next(at_once if seed else grown) for seed in seeds]
 
-    def _at_once(self, state: State, tree_size: TreeSize) -> DraftTree | None:
-        """The tree of one sequence in one call; None where that cannot be done."""
+    def _seed(self, state: State, tree_size: TreeSize) -> Seed | None:
+        """What the tree of a sequence grows from in one call with others; None where that cannot be done."""
         sampling, tree_size = state.sampling, tree_size.within(state.remaining)
         pool = _POOL if self.coupled and sampling.temperature > 0 else 0
         if (
@@ -79,7 +81,7 @@ class Feature:
             or (table := self.head.table(state)) is None
         ):
             return None
-        return self._native.grow(state, self._cache(state, tree_size), table, tree_size, pool)
+        return Seed(state, self._cache(state, tree_size), table, tree_size, pool)
 
     def _level_by_level(self, states: Sequence[State], tree_size: TreeSize) -> list[DraftTree]:
         """The trees of several sequences, which share a forward a level."""

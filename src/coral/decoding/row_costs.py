@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import pairwise
+from math import exp
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
@@ -53,12 +54,11 @@ Table = Annotated[dict[int, Seconds], Field(min_length=2)]
 class Promise(NamedTuple):
     """What a cycle of one text is expected to bring and to take.
 
-    tokens: that it emits. nodes: of its draft tree. levels: how likely each level is drafted.
+    tokens: that it emits. widths: nodes of its draft tree at each depth from 1 on; none: nothing is drafted.
     """
 
     tokens: float
-    nodes: float
-    levels: Sequence[float]
+    widths: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -72,23 +72,24 @@ class RowCosts:
     forward: Table
     step: Table
 
-    def seconds(self, live: int, promise: Promise, top_k: int) -> float:
-        """A cycle of so many texts that draft alike; a level is drafted if one of them drafts it."""
-        if not promise.levels:
+    def seconds(self, live: int, promise: Promise) -> float:
+        """A cycle of so many texts that draft alike. A level is drafted from the nodes of the one before, but
+        for those of the last depth.
+        """
+        if not promise.widths:
             return at(self.forward, live)
-        total = at(self.forward, live * (1 + promise.nodes)) + at(self.step, live * _FIRST)
-        for share in promise.levels[1:]:
-            anyone = 1 - (1 - share) ** live
-            if anyone > 0:
-                total += anyone * at(self.step, top_k * live * share / anyone)
+        total = at(self.forward, live * (1 + sum(promise.widths))) + at(self.step, live * _FIRST)
+        for width in filter(None, promise.widths[:-1]):
+            drafted = 1 - exp(-live * width)  # as if texts had nodes there by chance
+            total += drafted * at(self.step, live * width / drafted)
         return total
 
-    def speed(self, live: int, promise: Promise, top_k: int) -> float:
+    def speed(self, live: int, promise: Promise) -> float:
         """Tokens a second of all of them."""
-        return live * promise.tokens / self.seconds(live, promise, top_k)
+        return live * promise.tokens / self.seconds(live, promise)
 
 
-PLAIN = Promise(1.0, 0.0, ())
+PLAIN = Promise(1.0, ())
 ASSUMED = RowCosts(
     {1: 1.0, 2: 1.02, 4: 1.06, 8: 1.35, 16: 2.3, 32: 4.3, 64: 8.3},
     {1: 0.04, 4: 0.13, 16: 0.4},

@@ -210,7 +210,10 @@ struct Growth {
   int64_t next_slot = 0, depth = 0;
   bool done = false;
 
-  // The frontier's children become nodes, and the best top_k of them the next frontier.
+  // Whether a node is too unlikely to be kept; so is then all that could grow from it.
+  bool too_unlikely(int64_t node) const { return nodes[node].score < std::log(job.min_gain); }
+
+  // The frontier's children become nodes, and the best top_k of them the next frontier, as far as they are kept.
   void add() {
     const int64_t old = nodes.size();
     std::vector<int64_t> order, above;  // above: rows of the frontier
@@ -223,10 +226,9 @@ struct Growth {
     const auto better = [&](int64_t a, int64_t b) { return nodes[old + a].score > nodes[old + b].score; };
     std::stable_sort(order.begin(), order.end(), better);
     order.resize(count);
+    while (!order.empty() && too_unlikely(old + order.back())) order.pop_back();
     std::sort(order.begin(), order.end());
-    double reached = 0;
-    for (int64_t i : order) reached += std::exp(nodes[old + i].score);
-    done = ++depth >= text.max_depth || count == 0 || (job.min_gain > 0 && reached < job.min_gain);
+    done = ++depth >= text.max_depth || order.empty();
     if (done) return;
     std::vector<Row> next;
     frontier.clear(), parents.clear();
@@ -236,7 +238,7 @@ struct Growth {
       next.back().seen.push_back(next.back().slot);
       frontier.push_back(old + i), parents.push_back(above[i]);
     }
-    rows.swap(next), found.assign(count, {});
+    rows.swap(next), found.assign(order.size(), {});
   }
 
   // The best nodes in the total order of tree.py, none too unlikely, renumbered, parents first.
@@ -246,7 +248,7 @@ struct Growth {
     const auto better = [&](int64_t a, int64_t b) { return nodes[a].score > nodes[b].score; };
     std::stable_sort(order.begin(), order.end(), better);
     order.resize(std::min<int64_t>(text.num_nodes, order.size()));
-    while (!order.empty() && nodes[order.back()].score < std::log(job.min_gain)) order.pop_back();
+    while (!order.empty() && too_unlikely(order.back())) order.pop_back();
     std::sort(order.begin(), order.end());
     text.size = order.size() + 1, text.depth = depth;
     text.tree_ids[0] = text.ids[text.num_rows - 1], text.tree_parents[0] = -1, text.tree_scores[0] = 0;

@@ -64,6 +64,8 @@ def test_costs_are_measured_once_and_kept(measuring: Path, monkeypatch: pytest.M
     assert not row_costs.entries()
     row_costs.of(target, proposer)
     assert len(row_costs.entries()) == 2
+    row_costs.note(target, proposer, FREE)
+    assert row_costs.of(target, proposer) == FREE
     row_costs.clear()
     assert not measuring.exists()
 

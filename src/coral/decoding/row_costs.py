@@ -110,31 +110,47 @@ def of(target: Target, proposer: Proposer | None = None) -> RowCosts:
 
     proposer: the drafter's own; without it its cost is assumed.
     """
-    machine = device_name(target.device), torch.get_num_threads()
-    rows = target.precision, target.backend, target.facts.num_layers, *target.head_weight.shape
-    model = *machine, target.name, *rows
-    forward = _kept(f"{model}", lambda: _forward(target))
+    forward = _kept(_name(target), lambda: _forward(target))
     if forward is None:
         return ASSUMED
     step = None
     if proposer is not None:
-        drafter, head = getattr(proposer, "drafter", None), getattr(proposer, "head", None)
-        config = getattr(drafter, "config", None), type(head).__name__, getattr(head, "num_bytes", 0)
-        step = _kept(f"{model} {type(proposer).__name__} {config}", lambda: _step(target, proposer))
+        step = _kept(_name(target, proposer), lambda: _step(target, proposer))
     return RowCosts(forward, step or {n: forward[1] * share for n, share in ASSUMED.step.items()})
+
+
+def note(target: Target, proposer: Proposer, costs: RowCosts) -> None:
+    """Keep what was measured elsewhere, in seconds."""
+    _keep(Kept(_name(target), costs.forward))
+    _keep(Kept(_name(target, proposer), costs.step))
+
+
+def _name(target: Target, proposer: Proposer | None = None) -> str:
+    """What times depend on: the machine, and the sizes of the target, or of what drafts for it."""
+    machine = f"{device_name(target.device)}, {torch.get_num_threads()} threads"
+    sizes = f"{target.facts.num_layers} layers, head {' x '.join(map(str, target.head_weight.shape))}"
+    model = f"{machine}, {target.name}, {target.precision}, {target.backend}, {sizes}"
+    if proposer is None:
+        return model
+    drafter, head = getattr(proposer, "drafter", None), getattr(proposer, "head", None)
+    config, read = getattr(drafter, "config", None), getattr(head, "num_bytes", 0)
+    return f"{model}: {type(proposer).__name__} {config}, {type(head).__name__} of {read} bytes"
 
 
 def _kept(name: str, measure: Callable[[], Table | None]) -> Table | None:
     """The table of this name, from the disk or measured; None: it cannot be measured now."""
-    path = root() / f"{sha256(name.encode()).hexdigest()[:24]}.json"
     with suppress(CoralError):  # there is none, or it is damaged
-        kept = json_file.read(path, Kept, "")
+        kept = json_file.read(_path(name), Kept, "")
         if kept.name == name:
             return kept.seconds
-    if SECONDS > 0 and (table := measure()) is not None:
-        keep(path, Kept(name, table))
-        return table
-    return None
+    table = measure() if SECONDS > 0 else None
+    if table is not None:
+        _keep(Kept(name, table))
+    return table
+
+
+def _path(name: str) -> Path:
+    return root() / f"{sha256(name.encode()).hexdigest()[:24]}.json"
 
 
 @dataclass(frozen=True)
@@ -155,10 +171,10 @@ def entries() -> list[Kept]:
     return found
 
 
-def keep(path: Path, kept: Kept) -> None:
+def _keep(kept: Kept) -> None:
     """Write a table down. A disk that refuses is no error."""
     with suppress(CoralError):
-        atomic_text(path, json.dumps(asdict(kept)) + "\n")
+        atomic_text(_path(kept.name), json.dumps(asdict(kept)) + "\n")
 
 
 def root() -> Path:

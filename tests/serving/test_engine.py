@@ -16,6 +16,7 @@ from coral.decoding.cycle import generate
 from coral.decoding.fallback import Fallback
 from coral.decoding.merged import Merged
 from coral.decoding.plain import Plain
+from coral.decoding.row_costs import ASSUMED
 from coral.decoding.sampling import Sampling
 from coral.drafters.feature.propose import Feature
 from coral.drafters.heads.in_context import InContextHead
@@ -36,7 +37,7 @@ PROPOSERS = {
     "fallback, in context, merged": lambda target: Fallback(
         Merged(Feature(drafter(target), target, InContextHead(target, 12)), NGram(2))
     ),
-    "fallback": lambda target: Fallback(Feature(drafter(target), target)),
+    "fallback": lambda target: Fallback(Feature(drafter(target), target), lambda: ASSUMED),
 }
 
 

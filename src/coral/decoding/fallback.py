@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from coral.decoding.cycle import Proposer
 from coral.decoding.promises import Promises
-from coral.decoding.row_costs import ASSUMED, RowCosts
+from coral.decoding.row_costs import RowCosts
 from coral.decoding.state import State
 from coral.tree import DraftTree, TreeSize
 
@@ -42,11 +42,12 @@ class Asked(NamedTuple):
 class Fallback:
     """Lets `proposer` draft, and takes plain steps for a while where that was slower than they are.
 
-    What plain steps leave unread the proposer reads when it drafts again. Each rest is twice
-    as long as the last, until drafting pays.
+    What plain steps leave unread the proposer reads when it drafts again. Each rest is twice as long as the
+    last, until drafting pays.
 
     Args:
-        costs: called once, when several sequences come together for the first time.
+        costs: called once, when several sequences come together for the first time; None: their trees are not
+            cut down, as on a GPU, where rows cost little and to look at a tree is to wait.
         window: cycles that are judged together; a quarter of them where drafting did not pay the last time.
         probe: plain steps taken to learn what one costs.
         first_rest, longest_rest: in plain steps.
@@ -55,7 +56,7 @@ class Fallback:
     def __init__(
         self,
         proposer: Proposer,
-        costs: Callable[[], RowCosts] = lambda: ASSUMED,
+        costs: Callable[[], RowCosts] | None = None,
         window: int = 8,
         probe: int = 2,
         first_rest: int = 16,
@@ -69,7 +70,7 @@ class Fallback:
     def propose(self, states: Sequence[State], tree_size: TreeSize) -> list[DraftTree]:
         self._learn(states)
         live, record, promising = len(states), self.records[len(states)], True
-        if live > 1:
+        if live > 1 and self.costs is not None:
             tree_size, promising = self.promises.best(self.costs, live, tree_size)
         drafts = not record.rests(promising)
         for state in states:
@@ -79,8 +80,8 @@ class Fallback:
         return [DraftTree.root(state.tokens[-1]) for state in states]
 
     @cached_property
-    def costs(self) -> RowCosts:
-        return self._ask_costs()
+    def costs(self) -> RowCosts | None:
+        return self._ask_costs and self._ask_costs()
 
     def _learn(self, states: Sequence[State]) -> None:
         """Note what the last cycle took and brought, if one that was asked of this proposer was shared by all
@@ -97,7 +98,7 @@ class Fallback:
             cycles, (record, _, min_gain) = [state.cycle for state, _ in shared if state.cycle], shared[0][1]
             seconds, tokens = fmean(cycle.seconds for cycle in cycles), fmean(len(c.tokens) for c in cycles)
             record.note(min_gain is not None, seconds, tokens, len(cycles))
-        for state, (_, _, min_gain) in islice(shared, _NOTED):
+        for state, (_, _, min_gain) in islice(shared, _NOTED if self._ask_costs else 0):
             if min_gain is not None and state.tree is not None and state.cycle:
                 self.promises.note(state.tree, state.cycle.num_accepted, min_gain)
 

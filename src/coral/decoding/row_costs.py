@@ -201,8 +201,10 @@ def _forward(target: Target) -> Table | None:
 def _step(target: Target, proposer: Proposer) -> Table | None:
     """Seconds of draft steps, as `_forward`."""
     prefix = [target.vocab_size // 2] * _PREFIX
-    drafted = draft_times(target, proposer, prefix, Sampling(), TOP_KS, 3)
-    times = _fastest(drafted)
+    one, other = (_fastest(draft_times(target, proposer, prefix, Sampling(), TOP_KS, 2)) for _ in range(2))
+    if not _alike(one, other):
+        return None
+    times = {size: min(one[size], other[size]) for size in one}
     return {k: max(0.0, times[k, DEEP] - times[k, 1]) / (DEEP - 1) for k in TOP_KS}
 
 
@@ -261,5 +263,5 @@ def _fastest(times: Mapping[_Size, list[float]]) -> dict[_Size, float]:
     return {n: min(seconds) for n, seconds in times.items()}
 
 
-def _alike(one: Mapping[int, float], other: Mapping[int, float]) -> bool:
+def _alike(one: Mapping[_Size, float], other: Mapping[_Size, float]) -> bool:
     return all(max(one[n], other[n]) <= _ALIKE * min(one[n], other[n]) for n in one)

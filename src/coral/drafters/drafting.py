@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coral.device import has_queue
 from coral.drafters.default_tree import default_tree
 from coral.errors import CoralError
 from coral.tree import LOOKUP_NODES, TreeSize
@@ -125,7 +126,8 @@ class Drafting:
         drafts = _lookup(target) if self.source is None else self._of_source(target)
         merges = self.source is not None and self.lookup
         proposer = Merged(drafts, _lookup(target)) if merges else drafts
-        return Fallback(proposer, partial(row_costs.of, target, drafts)) if self.fallback else proposer
+        costs = None if has_queue(target.device) else partial(row_costs.of, target, drafts)
+        return Fallback(proposer, costs) if self.fallback else proposer
 
     def _of_source(self, target: Target) -> Proposer:
         from coral.drafters import checkpoint, kinds

@@ -65,7 +65,7 @@ def measure(part: str, hidden: int, length: int) -> float:
         ids = torch.arange(length)[None] % 32000
         starts = torch.arange(length)[None] % DOCUMENT == 0 if part != "document" else None
         if part in ("document", "packed", "packed-mask"):
-            target.features(ids, starts)
+            target.states(ids, starts)
             return
         features, embeddings = torch.randn(2, 1, length, hidden)
         batch = FeatureBatch([0], ids, torch.ones_like(ids, dtype=torch.bool), starts, features, embeddings)

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=${1:-$HOME/.cache/coral/shipped}
-target=$(.venv/bin/python -c 'from coral import models; print(models.fetch())')
+target=$(.venv/bin/python -c 'from coral.target.default import fetch; print(fetch())')
 mkdir -p "$work"
 
 # The target's own answers to prompts of eleven public sets (shipped/LICENSES.md), half greedy, half at temperature

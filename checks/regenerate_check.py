@@ -186,7 +186,7 @@ def agreement(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> tuple
                 counts[2] += 1
             else:
                 ids = torch.tensor([[*chat.prompt(messages[:i]), *x[:first]]])
-                logits = target.head(target.features(ids)[:, -1])[0]
+                logits = target.head(target.states(ids)[:, -1])[0]
                 counts[1 if abs(float(logits[x[first]] - logits[y[first]])) < NEAR else 2] += 1
             break
         counts[2] += not there

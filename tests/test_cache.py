@@ -67,7 +67,7 @@ def test_keep_leaves_what_a_prefill_would(kind):
             take(target, [state], [tree], [path])
             assert_cache_is_fresh(target, state)
             assert (state.unread.start, state.unread_tokens) == (7, state.tokens[8:])
-            expected = target.features(torch.tensor([state.tokens]))[0, 7:-1]
+            expected = target.states(torch.tensor([state.tokens]))[0, 7:-1]
             torch.testing.assert_close(state.unread.features, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -124,5 +124,5 @@ def test_logits_of_a_node_are_those_of_its_root_path(tree):
     assert logits.shape == (len(tree), V)
     for node in range(len(tree)):
         line = [*prompt, *tree.tokens[root_path(tree, node)].tolist()]
-        expected = target.head(target.features(torch.tensor([line])))[0, -1]
+        expected = target.head(target.states(torch.tensor([line])))[0, -1]
         torch.testing.assert_close(logits[node], expected, rtol=1e-4, atol=1e-4)

@@ -22,15 +22,20 @@ class TinyTarget:
         self.device = model.lm_head.weight.device
 
     @torch.no_grad()
-    def features(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
+    def states(
+        self, input_ids: Tensor, document_starts: Tensor | None = None, layers: tuple[int, ...] = (-1,)
+    ) -> Tensor:
         if document_starts is None:
-            return self.model.model(input_ids).last_hidden_state
-        features = []  # document by document, row by row
+            output = self.model.model(input_ids, output_hidden_states=True)
+            features = output.last_hidden_state
+            return torch.cat([features if i == -1 else output.hidden_states[i] for i in layers], -1)
+        states = []  # document by document, row by row
         for ids, starts in zip(input_ids, document_starts, strict=True):
             begins = [0, *(int(i) for i in starts.nonzero() if i)]
             sizes = [b - a for a, b in zip(begins, [*begins[1:], len(ids)], strict=True)]
-            features.append(torch.cat([self.features(part[None])[0] for part in ids.split(sizes)]))
-        return torch.stack(features)
+            parts = ids.split(sizes)
+            states.append(torch.cat([self.states(part[None], None, layers)[0] for part in parts]))
+        return torch.stack(states)
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(ids)

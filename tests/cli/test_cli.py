@@ -49,8 +49,8 @@ OPTIONS = {
         "--trust-remote-code",
     },
     "data features": {
-        "--output", "--target", "--store", "--shard-rows", "--batch-size", "--shard", "--dtype", "--device",
-        "--revision", "--trust-remote-code",
+        "--output", "--target", "--layers", "--store", "--shard-rows", "--batch-size", "--shard", "--dtype",
+        "--device", "--revision", "--trust-remote-code",
     },
     "train": {
         "--data", "--output", "--target", "--recipe", "--set", "--minutes", "--updates", "--resume",
@@ -276,7 +276,7 @@ def test_heads_without_a_router(
     assert "above the hidden size" in coral(*command, "--kind", "low_rank", "--rank", 4000).err
     made = coral(*command, "--kind", "static", "--size", 12)
     assert "static head: 12 ids" in made.out
-    (token_map,) = re.findall(r"token map for SGLang .*: (.*)", made.out)
+    (token_map,) = re.findall(r"token map for SGLang .*: (.*): ", made.out)
     ids = torch.load(token_map, weights_only=True)
     assert [*map(type, ids)] == [int] * 12 and len({*ids}) == 12 and EOT in ids
     loaded = heads.load(drafter, Target.load(models / "target"))

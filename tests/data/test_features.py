@@ -28,8 +28,11 @@ def data(rows=24, seed=0):
 
 
 def store(output, rows=24, seed=0, target=None, **options):
-    options = {"shard_rows": 5, "batch_size": 2, **options}
-    return write_shards.store(target or tiny_target(), data(rows, seed), output, **options)
+    form = {name: options.pop(name) for name in ("layers", "dtype") if name in options}
+    form = shards.Form(**{"shard_rows": options.pop("shard_rows", 5), **form})
+    return write_shards.store(
+        target or tiny_target(), data(rows, seed), output, form, **{"batch_size": 2, **options}
+    )
 
 
 def contents(directory):
@@ -46,10 +49,10 @@ class WithoutLayers:
     def __new__(cls):
         target = tiny_target()
 
-        def features(*_):
+        def states(*_):
             raise AssertionError("the target ran, although its features are stored")
 
-        target.features = features
+        target.states = states
         return target
 
 
@@ -78,9 +81,9 @@ def test_the_same_features_give_the_same_weights(tmp_path):
     store(tmp_path / "features", dtype="float32")
     rows = shards.load(tmp_path / "features").dataset
     for row, example in enumerate(data().dataset):
-        own = feature_batch(target, [example], [0]).features[0]
-        torch.testing.assert_close(rows[row]["features"], own, rtol=1e-5, atol=1e-6)
-        examples.append({**example, "features": rows[row]["features"]})
+        own = feature_batch(target, [example], [0]).features
+        torch.testing.assert_close(rows[row]["states"], own, rtol=1e-5, atol=1e-6)
+        examples.append({**example, "states": rows[row]["states"]})
     run(tmp_path / "a", data=SimpleNamespace(dataset=rows))
     run(tmp_path / "b", data=SimpleNamespace(dataset=examples))
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
@@ -112,7 +115,28 @@ def test_bfloat16_is_the_live_feature_rounded(tmp_path):
             length = len(stored[row]["input_ids"])
             expected = live.features[i, :length].bfloat16()
             assert torch.equal(back.features[i, :length], expected.float())
-            assert stored[row]["features"].dtype == torch.bfloat16
+            assert stored[row]["states"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "fp8"])
+def test_states_from_within_the_target_come_back(tmp_path, dtype):
+    """Stops: states of another layer or in another order, and states that nobody asked for."""
+    target, live = tiny_target(), data(6).dataset
+    stored = store(tmp_path / "features", rows=6, layers=(1, 0), dtype=dtype)
+    for joined in (False, True):
+        for inner in ((0,), (0, 1)):
+            own = feature_batch(target, live, [4, 2], inner, joined=joined)
+            back = feature_batch(target, shards.with_inner(stored, inner), [4, 2], inner, joined=joined)
+            close = {"rtol": 1e-5, "atol": 1e-6} if dtype == "float32" else {"rtol": 0.07, "atol": 1e-2}
+            for row in range(len(own.inner)):
+                there = back.features[row].abs().sum(-1) > 0  # the padding is zeros
+                assert back.inner.shape == own.inner.shape and there.sum() > 5
+                torch.testing.assert_close(back.inner[row, there], own.inner[row, there].float(), **close)
+                torch.testing.assert_close(back.features[row, there], own.features[row, there], **close)
+    assert feature_batch(target, shards.with_inner(stored, ()), [0]).inner is None
+    assert shards.load(tmp_path / "features").dataset.form.layers == (1, 0)
+    with pytest.raises(CoralError, match=r"no states of layer 5; store them with .* --layers 5,1`"):
+        shards.with_inner(stored, (5, 1))
 
 
 def test_packed_rows_are_cut_and_keep_their_documents(tmp_path):
@@ -123,9 +147,9 @@ def test_packed_rows_are_cut_and_keep_their_documents(tmp_path):
     mask = [i in (3, 7, 8) for i in range(12)]
     row = {"input_ids": ids, "loss_mask": mask, "document_starts": [0, 5]}
     packed = PreparedData([row, {**row, "document_starts": [0], "loss_mask": [False] * 12}], [], {})
-    stored = write_shards.store(target, packed, tmp_path / "features", dtype="float32")
-    assert stored[0]["features"].shape == (9, 16) and stored[0]["document_starts"].tolist() == [0, 5]
-    assert stored[1]["features"].shape == (0, 16)  # nothing is trained on
+    stored = write_shards.store(target, packed, tmp_path / "features", shards.Form("float32"))
+    assert stored[0]["states"].shape == (1, 9, 16) and stored[0]["document_starts"].tolist() == [0, 5]
+    assert stored[1]["states"].shape == (1, 0, 16)  # nothing is trained on
     live, back = (feature_batch(target, dataset, [0]) for dataset in (packed.dataset, stored))
     torch.testing.assert_close(live.features, back.features, rtol=1e-5, atol=1e-6)
     assert torch.equal(live.document_starts, back.document_starts)
@@ -137,7 +161,7 @@ def test_one_row_is_read_at_a_time(tmp_path):
     """Stops: a reader that loads whole shards, and an iteration that never ends."""
     stored = store(tmp_path / "features", rows=7)
     assert len(list(stored)) == 7
-    assert torch.equal(stored[-1]["features"], stored[6]["features"])
+    assert torch.equal(stored[-1]["states"], stored[6]["states"])
     with safe_open(stored.shard(1), "pt") as shard:
         assert len(shard.keys()) == 2 * 4  # rows 5 and 6
 
@@ -148,11 +172,11 @@ def test_a_stopped_job_goes_on(tmp_path, monkeypatch):
     read = []
     real = write_shards.feature_batch
 
-    def interrupted(target, dataset, rows, **options):
+    def interrupted(target, dataset, rows, *layers, **options):
         read.extend(rows)
         if len(read) == 14:  # in the middle of the third shard
             raise KeyboardInterrupt
-        return real(target, dataset, rows, **options)
+        return real(target, dataset, rows, *layers, **options)
 
     monkeypatch.setattr(write_shards, "feature_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -220,7 +244,7 @@ def test_parts_in_directories_of_their_own_are_one(tmp_path):
     whole, merged = (shards.load(tmp_path / name) for name in ("one", "all"))
     assert (merged.held_out_prompts, merged.info) == (whole.held_out_prompts, whole.info)
     for row in range(24):
-        assert torch.equal(merged.dataset[row]["features"], whole.dataset[row]["features"])
+        assert torch.equal(merged.dataset[row]["states"], whole.dataset[row]["states"])
     run(tmp_path / "o", replace(CONFIG, limits=Limits(updates=1)), data=merged)
     shutil.rmtree(tmp_path / "all" / "node-1")
     with pytest.raises(CoralError, match=r"all lacks 2 of its 5 shards.*-00001.*-00004.*\(of --shard 1/3\)"):
@@ -263,8 +287,8 @@ def test_training_from_fp8(tmp_path):
         store(tmp_path / name, dtype=dtype, target=target)
     rows, near = (shards.load(tmp_path / name).dataset for name in ("exact", "fp8"))
     for row in range(24):
-        error = (near[row]["features"] - rows[row]["features"]).norm() / rows[row]["features"].norm()
-        assert 0.005 < error < 0.04 and near[row]["features"].dtype == torch.float32
+        error = (near[row]["states"] - rows[row]["states"]).norm() / rows[row]["states"].norm()
+        assert 0.005 < error < 0.04 and near[row]["states"].dtype == torch.float32
     sizes = [sum(map(len, shard_contents(path).values())) for path in (exact, tmp_path / "fp8")]
     tokens = sum(len(row["input_ids"]) for row in near)
     assert sizes[0] - sizes[1] == pytest.approx(tokens * (64 * 3 - 4), rel=0.05)
@@ -276,6 +300,7 @@ def test_training_from_fp8(tmp_path):
     [
         ({"target": tiny_target(seed=7)}, "those of the target tiny, but tiny has other weights"),
         ({"target": tiny_target(hidden_size=20)}, "those of the target tiny"),
+        ({"layers": (1,)}, r"begun with layers .., here it is .1."),
         ({"rows": 23}, "features of other data \\(24 rows, here are 23"),
         ({"seed": 1}, "features of other data"),
         ({"dtype": "float32"}, "begun with dtype bfloat16, here it is float32"),
@@ -367,6 +392,7 @@ def test_the_commands_work_together(coral, models, tmp_path):
         assert " to write (all parts: " in result.err or " to write, " in result.err
         assert " free: " in result.err
     assert "write it as I/N" in coral(*command, "--shard", "2").err
+    assert "write numbers from 0 to 1" in coral(*command, "--layers", "1,2").err
     assert "other weights" in coral(*command[:4], models / "other", *command[5:], "--shard-rows", 2).err
     common = ("--data", tmp_path / "features", "--target", target, "--updates", 2)
     result = coral("train", *common, "--output", tmp_path / "drafter")

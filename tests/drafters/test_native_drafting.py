@@ -68,7 +68,7 @@ def draft(target, proposer, tree_size, sampling, accepted, length=20):
     ids = prompt_of(length + 3 * accepted, 67)
     state = State(ids[:length], 150, target.new_cache(160), sampling, sequence_id=5)
     state.prefill(target, (-1,))
-    features = target.features(torch.tensor([ids]))[0]
+    features = target.states(torch.tensor([ids]))[0]
     trees = [proposer.propose([state], tree_size)[0]]
     for _ in range(3):
         n = len(state.tokens)

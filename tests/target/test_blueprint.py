@@ -72,8 +72,8 @@ def test_a_forward_stands_without_the_model(kind):
     results = []
     for forward in (fast._native, alone):
         cache = target.new_cache(30)
-        features = forward.read(cache, prompt_of(9))
-        results.append([features, *forward.verify([cache], [random_tree(7)], True)])
+        features = forward.read(cache, prompt_of(9), (-1,))
+        results.append([features, *forward.verify([cache], [random_tree(7)], (-1,))])
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 

@@ -1,6 +1,7 @@
 """Every supported family writes what Hugging Face writes; the others are refused with the reason."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_feature_is_the_input_of_the_head(kind, attention, monkeypatch):
     target, prompt = tiny_target(kind, attention), prompt_of(20)
     ids = torch.tensor([prompt, prompt_of(20, seed=1)])
     logits = tiny_model(kind, "eager" if attention == "eager" else "sdpa")(ids).logits
-    torch.testing.assert_close(target.head(target.features(ids)), logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(target.head(target.states(ids)), logits, rtol=1e-4, atol=1e-4)
     read = new_state(target, prompt)
     read.prefill(target, (-1,))
     torch.testing.assert_close(target.head(read.unread.features), logits[0, :-1], rtol=1e-4, atol=1e-4)
@@ -113,9 +114,26 @@ def test_packed_documents_do_not_see_each_other(kind, monkeypatch):
     documents = [prompt_of(11), prompt_of(3, seed=1), prompt_of(9, seed=2)]
     starts = torch.zeros(1, 23, dtype=torch.bool)
     starts[0, [0, 11, 14]] = True
-    packed = target.features(torch.tensor([[token for document in documents for token in document]]), starts)
-    alone = torch.cat([target.features(torch.tensor([document])) for document in documents], 1)
+    rows = torch.tensor([[token for document in documents for token in document]])
+    packed = target.states(rows, starts, (1, -1, 0))
+    alone = [target.states(torch.tensor([document]), None, (1, -1, 0)) for document in documents]
+    alone = torch.cat(alone, 1)
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_states_of_other_layers_are_not_kept():
+    """Stops a training batch that holds what enters each of a large target's layers for the sake of three."""
+    target = Target(tiny_model("llama", GROUPED_SDPA, num_hidden_layers=12))
+    alive: list[weakref.ref[torch.Tensor]] = []
+    for layer in target.decoder.layers:
+        layer.register_forward_pre_hook(lambda _, args: alive.append(weakref.ref(args[0])))
+    held: list[int] = []
+    target.decoder.norm.register_forward_pre_hook(
+        lambda *_: held.append(sum(state() is not None for state in alive[:-1]))
+    )
+    target.states(torch.tensor([prompt_of(9)]), None, (2, 6, 9))
+    assert len(alive) == 12 and held == [4]  # with the embeddings, which the model holds
 
 
 @torch.no_grad()
@@ -125,7 +143,7 @@ def test_a_window_that_the_model_does_not_know_is_none(kind):
     model = tiny_model(kind, GROUPED_SDPA, sliding_window=7)
     ids = torch.tensor([prompt_of(20)])
     logits = tiny_model(kind)(ids).logits
-    torch.testing.assert_close(Target(model).head(Target(model).features(ids)), logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(Target(model).head(Target(model).states(ids)), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_drafter_reads_the_embedding_as_the_target_does():
@@ -144,7 +162,7 @@ def test_loaded_models_of_either_kernel(attention):
     target, loaded = tiny_target("llama", attention), Target.load(tiny_model("llama"))
     ids = torch.tensor([prompt_of(20)])
     starts = torch.arange(20)[None] == 7
-    torch.testing.assert_close(target.features(ids, starts), loaded.features(ids, starts))
+    torch.testing.assert_close(target.states(ids, starts), loaded.states(ids, starts))
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("phi3-longrope", 34), ("llama-dynamic", 96), ("llama", 96)])

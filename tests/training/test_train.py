@@ -111,7 +111,7 @@ def test_a_new_drafter_sees_tokens_as_well_as_features(scale, monkeypatch):
     target.model.model.norm.weight.data.mul_(5)
     drafter = new_drafter(target, CONFIG, a_batch(target))
     ids = torch.arange(31)[None]
-    embeddings, features = target.embed(ids), target.features(ids)
+    embeddings, features = target.embed(ids), target.states(ids)
     assert embeddings.std() < features.std() / 300
     token, feature = (
         drafter.inputs(a, b).square().mean()
@@ -157,14 +157,14 @@ class Poisoned:
 
     def __new__(cls):
         target = tiny_target()
-        clean = target.features
+        clean = target.states
 
-        def features(input_ids, document_starts=None):
-            found = clean(input_ids, document_starts)
+        def states(input_ids, document_starts=None, layers=(-1,)):
+            found = clean(input_ids, document_starts, layers)
             found[input_ids[:, 0] == 0] = float("nan")
             return found
 
-        target.features = features
+        target.states = states
         return target
 
 

@@ -218,6 +218,13 @@ def features(
     data: Annotated[Path, typer.Argument(help="Directory that `coral data prepare` wrote.")],
     output: Annotated[Path, typer.Option(help="Directory to write; a stopped run goes on there.")],
     target: options.Target = None,
+    layers: Annotated[
+        str,
+        typer.Option(
+            help="Store what enters these layers of the target, too, for example 2,15,27, as drafters of "
+            "kind eagle3 read it. Each needs as much disk as the features."
+        ),
+    ] = "",
     store: Annotated[
         str, typer.Option(help="Stored as bfloat16, float32 or fp8 (half the disk).")
     ] = "bfloat16",
@@ -240,6 +247,7 @@ def features(
         from rich.console import Console
 
         from coral.data import prepared
+        from coral.data.shards import Form
         from coral.data.write_shards import store as run
 
     rows = prepared.load(data)
@@ -248,8 +256,7 @@ def features(
         loaded,
         rows,
         output,
-        dtype=store,
-        shard_rows=shard_rows,
+        Form(store, shard_rows, options.read_layers(layers, loaded)),
         batch_size=batch_size,
         part=options.read_part(shard),
         console=Console(stderr=True),

@@ -119,6 +119,20 @@ def read_part(part: str) -> tuple[int, int]:
     return int(number), int(parts)
 
 
+def read_layers(layers: str, target: Target_) -> tuple[int, ...]:
+    """What --layers says: layers of the target, from 0.
+
+    Raises:
+        CoralError: it cannot be read, or the target has no such layer.
+    """
+    numbers, count = [*filter(None, layers.split(","))], target.facts.num_layers
+    if any(not number.strip().isdecimal() or int(number) >= count for number in numbers):
+        raise CoralError(
+            f"cannot read --layers {layers!r}; write numbers from 0 to {count - 1} with commas between them."
+        )
+    return tuple(dict.fromkeys(map(int, numbers)))
+
+
 def read_drafters(items: list[str]) -> dict[str, str]:
     """What --drafter says, given any number of times: what `coral generate` takes, perhaps as NAME=DRAFTER.
 

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from coral.cli import options
 from coral.errors import CoralError
 from coral.progress import spinner
-
-_OPTIONS = {  # which kind reads which option
-    "routed": ("groups", "active", "grouping", "core", "updates"),
-    "static": ("size",),
-    "low_rank": ("rank", "rescored", "batches", "updates"),
-}
 
 
 def train_head(
@@ -30,16 +23,21 @@ def train_head(
             "writes most. low_rank: two thin matrices, which need no training."
         ),
     ] = "routed",
-    groups: Annotated[int, typer.Option(help="routed: groups of ids.", min=2)] = 16,
+    groups: Annotated[int | None, typer.Option(help="routed: groups of ids. Default: 16.", min=2)] = None,
     active: Annotated[
-        int, typer.Option(help="routed: groups multiplied for each level of the tree.", min=1)
-    ] = 4,
+        int | None,
+        typer.Option(help="routed: groups multiplied for each level of the tree. Default: 4.", min=1),
+    ] = None,
     grouping: Annotated[
-        str, typer.Option(help="routed: kmeans (similar ids), frequency (bands) or contiguous.")
-    ] = "kmeans",
+        str | None,
+        typer.Option(help="routed: kmeans (similar ids, default), frequency (bands) or contiguous."),
+    ] = None,
     core: Annotated[
-        int, typer.Option(help="routed: most frequent ids that are always multiplied, in no group.", min=0)
-    ] = 0,
+        int | None,
+        typer.Option(
+            help="routed: most frequent ids that are always multiplied, in no group. Default: 0.", min=0
+        ),
+    ] = None,
     updates: Annotated[
         int | None,
         typer.Option(
@@ -55,11 +53,15 @@ def train_head(
         int | None, typer.Option(help="low_rank: rank. Default: an eighth of the hidden size.", min=2)
     ] = None,
     rescored: Annotated[
-        int, typer.Option(help="low_rank: likeliest ids that are scored again by their real rows.", min=0)
-    ] = 32,
+        int | None,
+        typer.Option(
+            help="low_rank: likeliest ids that are scored again by their real rows. Default: 32.", min=0
+        ),
+    ] = None,
     batches: Annotated[
-        int, typer.Option(help="low_rank: batches that show where draft features lie.", min=1)
-    ] = 50,
+        int | None,
+        typer.Option(help="low_rank: batches that show where draft features lie. Default: 50.", min=1),
+    ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     seed: options.Seed = 0,
@@ -75,46 +77,24 @@ def train_head(
 
         from coral.data import shards
         from coral.drafters import checkpoint
-        from coral.training import heads
-        from coral.training.factors import TUNING
-        from coral.training.head_loop import HeadConfig
+        from coral.training.heads import MAKERS
 
-    _refuse_options_of_others(context, kind)
-    if kind == "routed" and updates == 0:
-        raise CoralError("a router that is not trained is of no use; ask for at least one of --updates.")
+    if kind not in MAKERS:
+        raise CoralError(f"kind {kind!r} is not known; use {', '.join(MAKERS)}.")
+    maker, given = MAKERS[kind], _given(context, {name for each in MAKERS.values() for name in each.takes})
+    for name in given.keys() - maker.takes - {"seed"}:
+        others = " or ".join(other for other, each in MAKERS.items() if name in each.takes)
+        raise CoralError(f"--{name} belongs to --kind {others}; leave it out with --kind {kind}.")
+    made_of = maker.given(**{name: value for name, value in given.items() if name in maker.takes})
     directory = checkpoint.own_directory(drafter)
     rows = shards.load(data)
     loaded = options.load_target(target, dtype, device, revision, trust_remote_code, rows, reads_much=True)
-    given, console = (directory, loaded, rows.dataset), Console(stderr=True)
-    match kind:
-        case "static":
-            static = heads.make_static(*given, size)
-            share = f"{len(static.ids)} ids, which are {static.share:.2%} of what the target wrote"
-            print(f"static head: {share}: {directory}")
-            print(f"token map for SGLang (--speculative-token-map): {static.token_map}")
-        case "routed":
-            wanted = heads.RoutedOptions(groups, active, grouping, core)
-            config = HeadConfig(updates=updates or 300, seed=seed)
-            routed = heads.make_routed(*given, wanted, config, console)
-            what = f"{active} of {groups} groups"
-            what += f" beside a core of {routed.core} ids" if routed.core else ""
-            recall = " ".join(f"{part:.1%}" for part in routed.recall)
-            print(f"routed head: {what}, recall by draft step {recall}: {directory}")
-        case "low_rank":
-            tuning = replace(TUNING, updates=updates or 0, seed=seed)
-            factors = heads.LowRankOptions(rank, rescored, batches)
-            rank = heads.make_low_rank(*given, factors, tuning, console)
-            what = f"rank {rank} of {loaded.hidden_size}, {rescored} ids rescored"
-            what += f", tuned in {updates} updates" if updates else ""
-            print(f"low-rank head: {what}: {directory}")
+    report = maker.make(directory, loaded, rows.dataset, made_of, Console(stderr=True))
+    print(f"{kind.replace('_', '-')} head: {report}: {directory}")
 
 
-def _refuse_options_of_others(context: typer.Context, kind: str) -> None:
-    """Raise CoralError for an unknown kind of head, or an option that only another kind reads."""
-    if kind not in _OPTIONS:
-        raise CoralError(f"kind {kind!r} is not known; use {', '.join(_OPTIONS)}.")
-    for other, names in _OPTIONS.items():
-        for name in set(names) - set(_OPTIONS[kind]):
-            source = context.get_parameter_source(name)
-            if source is not None and source.name != "DEFAULT":
-                raise CoralError(f"--{name} belongs to --kind {other}; leave it out with --kind {kind}.")
+def _given(context: typer.Context, names: set[str]) -> dict[str, Any]:
+    """Which of the options of these names the command line has, and what it says."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    there = [name for name, source in sources.items() if source is not None and source.name != "DEFAULT"]
+    return {name: context.params[name] for name in there}

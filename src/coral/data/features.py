@@ -21,14 +21,16 @@ class FeatureSource(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def features(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor: ...
+    def states(
+        self, input_ids: Tensor, document_starts: Tensor | None = None, layers: tuple[int, ...] = (-1,)
+    ) -> Tensor: ...
 
     def embed(self, ids: Tensor) -> Tensor: ...
 
 
 class Rows(Protocol):
-    """Prepared rows: a mapping with input_ids, loss_mask, document_starts and perhaps features for each
-    index.
+    """Prepared rows: a mapping with input_ids, loss_mask, document_starts for each index, and perhaps
+    `states`, features and then what enters each layer that is asked for, [n+1,L,h].
     """
 
     def __len__(self) -> int: ...
@@ -52,22 +54,28 @@ class FeatureBatch:
     """bool [B,L], True where a packed document starts; None when every row is one document."""
     features: Tensor
     """The target's feature of each token, [B,L,h], in the target's dtype or the one they were stored in."""
-    inner: Tensor | None
-    """States from within the target, [B,L,n*h]: side by side what enters each of n layers, see `Target.states`.
-    None where no layer was asked for."""
     embeddings: Tensor
     """The embedding of the token after each, [B,L,h] in the target's dtype (the last one stands for nothing,
     nor does a document's)."""
+    inner: Tensor | None = None
+    """States from within the target, [B,L,n*h]: side by side what enters each of n layers, see
+    `Target.states`. None where no layer was asked for."""
 
 
 def feature_batch(
-    target: FeatureSource, dataset: Rows, rows: Sequence[int], *, joined: bool = False
+    target: FeatureSource,
+    dataset: Rows,
+    rows: Sequence[int],
+    inner: tuple[int, ...] = (),
+    *,
+    joined: bool = False,
 ) -> FeatureBatch:
     """Read rows of prepared data, each cut after its last trained token, with the target's features.
 
     The target runs on rows that do not hold their features. Where they do, the padding's features are zeros.
 
     Args:
+        inner: the layers whose incoming states are wanted, too; a dataset that holds states holds these.
         joined: put the rows one after the other, as packed documents: nothing is padded, so a CPU computes
             nothing in vain. A GPU, which is faster at few large rows than at many short ones, pads.
 
@@ -81,8 +89,8 @@ def feature_batch(
     input_ids = torch.zeros(shape, dtype=torch.int64)
     loss_mask = torch.zeros(shape, dtype=torch.bool)
     document_starts = torch.zeros(shape, dtype=torch.bool)
-    stored = examples[0].get("features")
-    features = torch.zeros(0) if stored is None else torch.zeros(*shape, stored.shape[1], dtype=stored.dtype)
+    stored = examples[0].get("states")
+    states = torch.zeros(0) if stored is None else stored.new_zeros(*shape, len(stored) * stored.shape[2])
     i = begin = 0
     for example, length in zip(examples, lengths, strict=True):
         place = i, slice(begin, begin + length)
@@ -91,7 +99,7 @@ def feature_batch(
         starts = torch.as_tensor(example["document_starts"])
         document_starts[i, begin + starts[starts < length].long()] = True
         if stored is not None:
-            features[place] = example["features"][:length]
+            states[place] = example["states"][:, :length].transpose(0, 1).flatten(1)
         i, begin = (i, begin + length) if joined else (i + 1, 0)
     if int(input_ids.max()) >= target.vocab_size:
         raise CoralError(
@@ -102,14 +110,16 @@ def feature_batch(
     input_ids, loss_mask = input_ids.to(target.device), loss_mask.to(target.device)
     starts_given = document_starts.to(target.device) if packed else None
     if stored is None:
-        features = target.features(input_ids, starts_given)
+        states = target.states(input_ids, starts_given, (-1, *inner))
+    states = states.to(target.device)
+    width = states.shape[-1] // (1 + len(inner))
     return FeatureBatch(
         rows=list(rows),
         input_ids=input_ids,
         loss_mask=loss_mask,
         document_starts=starts_given,
-        features=features.to(target.device),
-        inner=None,
+        features=states[..., :width],
+        inner=states[..., width:] if inner else None,
         embeddings=target.embed(input_ids.roll(-1, dims=1)),
     )
 

@@ -3,8 +3,9 @@
 DIR/features.json                        of which data and target, which dtype, rows per shard; with the
                                          prepared data's own info and held-out prompts
 DIR/features-00001-of-00042.safetensors  for each of its rows `{row}.input_ids` int32 [L], `.loss_mask` bool
-                                         [L], `.document_starts` int32, `.features` [L,h], up to the last
-                                         trained token; in fp8 `.quantised` [L,h] and `.scales` [L] instead
+                                         [L], `.document_starts` int32, `.features` [L,h] and `.layer2` [L,h],
+                                         what enters that layer, up to the last trained token; in fp8 beside
+                                         each its `.scales` [L]
 
 A shard is written aside and renamed, so whatever is there is whole, and the same command goes on. Several
 processes may each write their part of the shards into one directory, or each into its own, on whatever node:
@@ -12,7 +13,7 @@ the directory above those is then read as one.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,6 +38,19 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "fp8": fp8.DTYPE
 
 
 @dataclass(frozen=True)
+class Form:
+    """How features are stored."""
+
+    dtype: str = "bfloat16"
+    """Key of `DTYPES`. Features of a bfloat16 target lose nothing in bfloat16 and float32, those of any
+    target a few percent in fp8 (see `coral.data.fp8`)."""
+    shard_rows: int = 64
+    """Rows in each shard but the last; a shard stands in memory twice while it is written."""
+    layers: tuple[int, ...] = ()
+    """What enters these layers of the target is stored, too."""
+
+
+@dataclass(frozen=True)
 class StoredRows:
     """Rows of prepared data with their features, each read from its shard when it is asked for."""
 
@@ -44,32 +58,33 @@ class StoredRows:
     target: TargetRecord
     count: int
     """Rows in all shards together."""
-    shard_rows: int
-    """Rows in each shard but the last."""
-    dtype: str
-    """Key of `DTYPES`."""
+    form: Form
     folders: tuple[Path, ...]
     """Where shards are looked for: the directory, or those in it."""
+    inner: tuple[int, ...] = ()
+    """Whose states rows are read with."""
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int, /) -> dict[str, Tensor]:
         index = range(self.count)[index]  # an IndexError ends an iteration
-        path = self.shard(index // self.shard_rows)
+        path = self.shard(index // self.form.shard_rows)
         try:
             with safe_open(path, "pt") as shard:
                 row = {name: shard.get_tensor(f"{index}.{name}") for name in _FIELDS}
-                if self.dtype != "fp8":
-                    return row | {"features": shard.get_tensor(f"{index}.features")}
-                quantised, scales = (shard.get_tensor(f"{index}.{name}") for name in ("quantised", "scales"))
-                return row | {"features": fp8.restore(quantised, scales)}
+                names = [f"{index}.{state_name(layer)}" for layer in (-1, *self.inner)]
+                states = [shard.get_tensor(name) for name in names]
+                if self.form.dtype == "fp8":
+                    scales = [shard.get_tensor(f"{name}.scales") for name in names]
+                    states = [*map(fp8.restore, states, scales)]
+                return row | {"states": torch.stack(states)}
         except (OSError, SafetensorError) as error:
             raise CoralError(f"{path} cannot be read ({error}); {_AGAIN}") from error
 
     @property
     def num_shards(self) -> int:
-        return math.ceil(self.count / self.shard_rows)
+        return math.ceil(self.count / self.form.shard_rows)
 
     def shard(self, number: int) -> Path:
         """The file of the shard of this number, from 0, whether it is there or not."""
@@ -87,8 +102,8 @@ class StoredRows:
 
     def rows_of(self, number: int) -> range:
         """The rows that the shard of this number holds."""
-        first = number * self.shard_rows
-        return range(first, min(first + self.shard_rows, self.count))
+        first = number * self.form.shard_rows
+        return range(first, min(first + self.form.shard_rows, self.count))
 
 
 @dataclass(frozen=True)
@@ -106,6 +121,28 @@ class _Manifest:
     info: prepared.Info
     held_out_prompts: list[list[Id]]
     parts: Size = 1
+    layers: list[Annotated[int, Field(ge=0, le=10**4)]] = field(default_factory=list)
+
+
+def with_inner(dataset: Rows, layers: tuple[int, ...]) -> Rows:
+    """These rows with the states of `layers`, where they hold states.
+
+    Raises:
+        CoralError: they hold none of such a layer.
+    """
+    if not isinstance(dataset, StoredRows):
+        return dataset
+    if absent := {*layers} - {*dataset.form.layers}:
+        raise CoralError(
+            f"{dataset.directory} holds no states of layer {', '.join(map(str, sorted(absent)))}; store them "
+            f"with `coral data features --layers {','.join(map(str, layers))}`, or train on prepared data."
+        )
+    return replace(dataset, inner=layers)
+
+
+def state_name(layer: int) -> str:
+    """What a shard calls the states of a layer, see `Target.verify`."""
+    return "features" if layer == -1 else f"layer{layer}"
 
 
 def load(source: str | Path) -> PreparedData:
@@ -126,9 +163,8 @@ def load(source: str | Path) -> PreparedData:
     for folder in folders[1:]:
         refuse_other(folder, manifest, "move it elsewhere, or name one of the directories in it.")
     record = TargetRecord(**manifest["target"])
-    stored = StoredRows(
-        directory, record, manifest["rows"], manifest["shard_rows"], manifest["dtype"], tuple(folders)
-    )
+    form = Form(manifest["dtype"], manifest["shard_rows"], tuple(manifest.get("layers", ())))
+    stored = StoredRows(directory, record, manifest["rows"], form, tuple(folders))
     if missing := stored.missing():
         n = manifest.get("parts", 1)
         parts = ", ".join(f"{part}/{n}" for part in sorted({part_of(k, n) for k in missing}))
@@ -183,11 +219,11 @@ def refuse_other(directory: Path, manifest: dict[str, Any], advice: str) -> None
             f"{directory} holds features of other data ({before['rows']} rows, here are {manifest['rows']}, "
             f"or other tokens); {advice}"
         )
-    for key in ("dtype", "computed_in", "shard_rows"):
-        if before[key] != manifest[key]:
+    for key in ("dtype", "computed_in", "shard_rows", "layers"):
+        if (begun := before.get(key, [])) != manifest.get(key, []):
             raise CoralError(
-                f"the features in {directory} were begun with {key} {before[key]}, here it is "
-                f"{manifest[key]}; {advice}"
+                f"the features in {directory} were begun with {key} {begun}, here it is "
+                f"{manifest.get(key, [])}; {advice}"
             )
 
 

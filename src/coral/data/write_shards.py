@@ -16,7 +16,16 @@ from coral.data import fp8
 from coral.data.features import FeatureSource, Rows, feature_batch, used_length
 from coral.data.prepared import PreparedData
 from coral.data.rows_digest import RowsDigest
-from coral.data.shards import DTYPES, FORMAT_VERSION, MANIFEST, StoredRows, part_of, refuse_other
+from coral.data.shards import (
+    DTYPES,
+    FORMAT_VERSION,
+    MANIFEST,
+    Form,
+    StoredRows,
+    part_of,
+    refuse_other,
+    state_name,
+)
 from coral.errors import CoralError
 from coral.files import atomic_bytes, atomic_text
 from coral.locks import locked
@@ -34,9 +43,8 @@ def store(
     target: ShardTarget,
     data: PreparedData,
     output: str | Path,
+    form: Form | None = None,
     *,
-    dtype: str = "bfloat16",
-    shard_rows: int = 64,
     batch_size: int = 8,
     part: tuple[int, int] = (1, 1),
     console: Console | None = None,
@@ -44,9 +52,6 @@ def store(
     """Write the features of all rows of `data` into the directory `output`, going on where a run was stopped.
 
     Args:
-        dtype: what is stored, "bfloat16", "float32" or "fp8"; features of a bfloat16 target lose nothing in
-            the first two, those of any target a few percent in fp8 (see `coral.data.fp8`).
-        shard_rows: rows in a file, which stands in memory twice while it is written.
         batch_size: rows that the target reads at once.
         part: (i, n) writes the i-th of n parts of the shards, so that n processes share the work, in one
             output or each in its own.
@@ -57,39 +62,37 @@ def store(
             other settings, another process that writes the same part, or a disk that is too small, which is
             said before anything is computed.
     """
-    output, (i, n) = Path(output), part
-    if dtype not in DTYPES:
-        raise CoralError(f"features cannot be stored as {dtype!r}; use {', '.join(DTYPES)}.")
-    if min(shard_rows, batch_size) < 1 or not 1 <= i <= n:
+    output, (i, n), form = Path(output), part, form or Form()
+    if form.dtype not in DTYPES:
+        raise CoralError(f"features cannot be stored as {form.dtype!r}; use {', '.join(DTYPES)}.")
+    if min(form.shard_rows, batch_size) < 1 or not 1 <= i <= n:
         raise CoralError(f"shard_rows and batch_size must be at least 1, and part {i}/{n} within 1/{n}.")
     if len(data.dataset) == 0:
         raise CoralError("the prepared data holds no rows; prepare it from other conversations.")
     _refuse_foreign(output)
     with locked(output.with_name(f"{output.name}.{i}-of-{n}")):  # other parts may be written beside this one
-        return _store(target, data, output, dtype, shard_rows, batch_size, part, console)
+        stored = StoredRows(output, TargetRecord.of(target), len(data.dataset), form, (output,))
+        return _store(target, data, stored, batch_size, part, console)
 
 
 def _store(
     target: ShardTarget,
     data: PreparedData,
-    output: Path,
-    dtype: str,
-    shard_rows: int,
+    stored: StoredRows,
     batch_size: int,
     part: tuple[int, int],
     console: Console | None,
 ) -> StoredRows:
-    i, n = part
-    per_token = target.hidden_size * DTYPES[dtype].itemsize + 4 * (dtype == "fp8")
-    fingerprint, sizes = _measure(data.dataset, per_token, console)
-    stored = StoredRows(output, TargetRecord.of(target), len(sizes), shard_rows, dtype, (output,))
+    (i, n), output, form = part, stored.directory, stored.form
+    per_state = target.hidden_size * DTYPES[form.dtype].itemsize + 4 * (form.dtype == "fp8")
+    fingerprint, sizes = _measure(data.dataset, per_state * (1 + len(form.layers)), console)
     manifest = {
         "format_version": FORMAT_VERSION,
         "data": fingerprint,
         "rows": len(sizes),
-        "shard_rows": shard_rows,
         "parts": n,
-        "dtype": dtype,
+        **asdict(form),
+        "layers": [*form.layers],
         "computed_in": str(target.head_weight.dtype).removeprefix("torch."),
         "target": asdict(stored.target),
         "info": data.info,
@@ -111,13 +114,13 @@ def _store(
             tensors: dict[str, Tensor] = {}
             for start in range(0, len(stored.rows_of(k)), batch_size):
                 rows = stored.rows_of(k)[start : start + batch_size]
-                tensors |= _tensors(target, data.dataset, rows, dtype)
+                tensors |= _tensors(target, data.dataset, rows, form)
                 advance(len(rows))
             atomic_bytes(stored.shard(k), serialise(tensors))
     return stored
 
 
-def _measure(dataset: Rows, bytes_per_feature: int, console: Console | None) -> tuple[str, list[int]]:
+def _measure(dataset: Rows, bytes_per_token: int, console: Console | None) -> tuple[str, list[int]]:
     """A fingerprint of the rows' content, and how many bytes each will need on disk."""
     digest, sizes = RowsDigest(), []
     with bar(console, "measuring", len(dataset)) as advance:
@@ -125,14 +128,15 @@ def _measure(dataset: Rows, bytes_per_feature: int, console: Console | None) -> 
             row = dataset[index]
             digest.add(row)
             length, starts = used_length(row["loss_mask"]), len(row["document_starts"])
-            sizes.append(length * (bytes_per_feature + 4 + 1) + 4 * starts + _HEADER)
+            sizes.append(length * (bytes_per_token + 4 + 1) + 4 * starts + _HEADER)
             advance()
     return str(digest), sizes
 
 
-def _tensors(target: ShardTarget, dataset: Rows, rows: range, dtype: str) -> dict[str, Tensor]:
+def _tensors(target: ShardTarget, dataset: Rows, rows: range, form: Form) -> dict[str, Tensor]:
     """The tensors of these rows as a shard holds them, on the CPU."""
-    batch = feature_batch(target, dataset, rows, joined=target.device.type == "cpu")
+    batch = feature_batch(target, dataset, rows, form.layers, joined=target.device.type == "cpu")
+    states = batch.features if batch.inner is None else torch.cat([batch.features, batch.inner], -1)
     tensors: dict[str, Tensor] = {}
     i = begin = 0
     for row in rows:
@@ -143,13 +147,15 @@ def _tensors(target: ShardTarget, dataset: Rows, rows: range, dtype: str) -> dic
             f"{row}.loss_mask": batch.loss_mask[place].cpu(),
             f"{row}.document_starts": torch.as_tensor(dataset[row]["document_starts"], dtype=torch.int32),
         }
-        features = batch.features[place]
+        parts = states[place].split(target.hidden_size, -1)
+        for layer, state in zip((-1, *form.layers), parts, strict=True):
+            name = f"{row}.{state_name(layer)}"
+            if form.dtype == "fp8":
+                quantised, scales = fp8.quantise(state)
+                tensors |= {name: quantised.cpu(), f"{name}.scales": scales.cpu()}
+            else:
+                tensors[name] = state.to("cpu", DTYPES[form.dtype])
         i, begin = (i, begin + length) if len(batch.input_ids) < len(rows) else (i + 1, 0)
-        if dtype == "fp8":
-            quantised, scales = fp8.quantise(features)
-            tensors |= {f"{row}.quantised": quantised.cpu(), f"{row}.scales": scales.cpu()}
-        else:
-            tensors[f"{row}.features"] = features.to("cpu", DTYPES[dtype])
     return {name: tensor.clone() for name, tensor in tensors.items()}  # not views of the padded batch
 
 

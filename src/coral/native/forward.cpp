@@ -61,6 +61,9 @@ struct Job {
   int64_t num_sequences;
   const Sequence* sequences;
   void *features, *logits;  // [n, h]; [n, V] or none
+  int64_t num_taps;
+  const int64_t* taps;  // layers, each as often as it is wanted
+  void* entering;       // what enters these layers, [n, num_taps * h]
 };
 
 // Rows times some inputs of some panels, into `to` [n, outputs].
@@ -191,6 +194,7 @@ struct Forward {
       wait_for_all();
       for (int64_t l = 0; l < job.num_layers; l++) {
         const Layer& layer = job.layers[l];
+        keep_entering(l, rows);
         normalised_product(layer.input_norm, layer.qkv, qkv.get(), 1, [&](int64_t r, int64_t j, int64_t count) {
           store(result(layer.qkv, &qkv[r * width], j, count), &qkv[r * width + j], count);
         });
@@ -223,6 +227,16 @@ struct Forward {
       for (int64_t r = rows.begin; r < rows.end; r++)
         for (int64_t c = 0; c < h; c += kLanes)
           store(normalised(&x[r * h + c], job.norm + c, scale_of(&x[r * h], h, job.eps)), features + r * h + c);
+    }
+  }
+
+  // The rows before a layer, where they are wanted; they change behind the next barrier.
+  void keep_entering(int64_t l, Range rows) const {
+    for (int64_t tap = 0; tap < job.num_taps; tap++) {
+      if (job.taps[tap] != l) continue;
+      for (int64_t r = rows.begin; r < rows.end; r++)
+        for (int64_t c = 0; c < h; c += kLanes)
+          store(load(&x[r * h + c]), static_cast<T*>(job.entering) + (r * job.num_taps + tap) * h + c);
     }
   }
 

@@ -5,7 +5,8 @@ Shapes: B sequences, N packed rows, V vocabulary, h hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,6 @@ from coral.device import upload
 from coral.gpu.compiled import compiled, fix, fixed_layers
 from coral.target.families import alike
 from coral.target.grouped_sdpa import GROUPED_SDPA
-from coral.target.native import is_simple
 
 if TYPE_CHECKING:
     from coral.tree import DraftTree
@@ -60,21 +60,21 @@ class ModelForward:
         chosen.sizes = tuple(sorted({*sizes}))
         return chosen
 
-    def features(self, input_ids: Tensor, document_starts: Tensor | None) -> Tensor:
-        """See `Target.features`."""
+    def states(self, input_ids: Tensor, document_starts: Tensor | None, layers: tuple[int, ...]) -> Tensor:
+        """See `Target.states`."""
         rows = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
         if document_starts is None and (self.window is None or len(rows[0]) <= self.window):
-            return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state.to(self.device)
+            return self._run(input_ids, None, None, None, layers)[1]
         starts = torch.zeros_like(rows)
         if document_starts is not None:
             starts = torch.where(document_starts, rows, 0).cummax(-1).values
         positions = rows - starts
         if self.config._attn_implementation != GROUPED_SDPA:
             allowed = (starts[:, :, None] == starts[:, None, :]) & (rows[:, :, None] >= rows[:, None, :])
-            return self._forward(input_ids, positions, allowed, positions, cache=None)[0]
+            return self._forward(input_ids, positions, allowed, positions, None, layers)[1]
         near = starts if self.window is None else torch.maximum(starts, rows - self.window + 1)
         mask = self._for_layers(starts[:, None, None], near[:, None, None])
-        return self._run(input_ids, positions, mask, cache=None)[0]
+        return self._run(input_ids, positions, mask, None, layers)[1]
 
     def read(self, cache: KVCache, tokens: Sequence[int], layers: tuple[int, ...]) -> Tensor | None:
         """See `Target.read`."""
@@ -85,7 +85,7 @@ class ModelForward:
         _, states = self._forward(
             ids, positions[None], allowed[None], key_positions[None], cache.layers, layers
         )
-        return None if states is None else states[0]
+        return states[0] if layers else None
 
     def verify(
         self,
@@ -100,12 +100,12 @@ class ModelForward:
         new = [length + tree.depth for length, tree in zip(lengths, trees, strict=True)]
         positions = torch.cat(new)[None]
         mask, key_positions = pack_masks(lengths, [tree.mask for tree in trees], new)
-        size = self._size(caches, counts) if is_simple(layers) else None
+        size = self._size(caches, counts) if {*layers} <= {-1} else None
         if size is None:
             # In plain decoding one row sees everything, and a kernel without a mask is faster.
             allowed, cache = (None if counts == [1] else mask), pack(caches, counts)
             features, states = self._forward(ids, positions, allowed, key_positions, cache, layers, length)
-            return self.head(features[0]), None if states is None else states[0]
+            return self.head(features[0]), states[0] if layers else None
         allowed, slots, storage = fix(caches[0], size, mask)
         ids, positions = (F.pad(rows, (0, size - counts[0])) for rows in (ids, positions))
         key_positions = F.pad(key_positions, (0, allowed.shape[2] - key_positions.shape[1]))
@@ -128,7 +128,7 @@ class ModelForward:
         cache: Sequence[Layer] | None,
         layers: tuple[int, ...] = (),
         length: int = 0,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         """Features [B, N, h], and the states of `layers`; `allowed` [B, N, keys] bool says who attends to
         whom, before any window. None: the one row to all `length` rows.
         """
@@ -155,24 +155,24 @@ class ModelForward:
     def _run(
         self,
         ids: Tensor,
-        positions: Tensor,
+        positions: Tensor | None,
         mask: Any,
         cache: Sequence[Layer] | None,
         layers: tuple[int, ...] = (),
-    ) -> tuple[Tensor, Tensor | None]:
-        output = self.decoder(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=None if cache is None else their_cache(cache),
-            use_cache=cache is not None,
-            **({} if is_simple(layers) else {"output_hidden_states": True}),
-        )
-        features = output.last_hidden_state.to(self.device)
-        states = [
-            features if layer == -1 else output.hidden_states[layer].to(self.device) for layer in layers
-        ]
-        return features, torch.cat(states, -1) if len(states) > 1 else next(iter(states), None)
+    ) -> tuple[Tensor, Tensor]:
+        """Features [B, N, h] and the states of `layers`, [B, N, len(layers) * h]; no others are kept."""
+        inner, nothing = {*layers} - {-1}, dict[int, Tensor]()
+        with _entering(self.decoder.layers, inner) if inner else nullcontext(nothing) as states:
+            output = self.decoder(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=None if cache is None else their_cache(cache),
+                use_cache=cache is not None,
+            )
+        states[-1] = features = output.last_hidden_state.to(self.device)
+        wanted = [states[layer].to(self.device) for layer in layers]
+        return features, wanted[0] if len(wanted) == 1 else torch.cat([features[..., :0], *wanted], -1)
 
     def _forward_and_score(
         self,
@@ -192,6 +192,25 @@ class ModelForward:
             return allowed[:, None]
         zero = torch.zeros((), dtype=self.head.weight.dtype, device=allowed.device)
         return torch.where(allowed, zero, torch.finfo(self.head.weight.dtype).min)[:, None]
+
+
+@contextmanager
+def _entering(decoder_layers: Any, layers: set[int]) -> Iterator[dict[int, Tensor]]:
+    """Collects what enters these layers while the decoder runs."""
+    taken: dict[int, Tensor] = {}
+
+    def take(layer: int) -> Any:
+        def before(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            taken[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return decoder_layers[layer].register_forward_pre_hook(before, with_kwargs=True)
+
+    hooks = [*map(take, layers)]
+    try:
+        yield taken
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def their_cache(layers: Sequence[Layer]) -> Cache:

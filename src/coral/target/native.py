@@ -84,6 +84,8 @@ class _Job(Structure):
         ("tiles", c_bool),
         ("num_sequences", c_int64),
         *((name, c_void_p) for name in ("sequences", "features", "logits")),
+        ("num_taps", c_int64),
+        *((name, c_void_p) for name in ("taps", "entering")),
     )
 
 
@@ -247,25 +249,30 @@ class NativeForward:
         return cls(library, Blueprint.of(target), weights, target.dtype, target.blocks)
 
     def verify(
-        self, caches: Sequence[KVCache], trees: Sequence[DraftTree], wanted: bool
+        self, caches: Sequence[KVCache], trees: Sequence[DraftTree], layers: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits [N, V] and, if wanted, features [N, h] of all nodes, whose rows the caches take in."""
+        """Logits [N, V] and the states of all nodes, whose rows the caches take in; see `Target.verify`."""
         nodes = [tree.lists[:2] for tree in trees]
         logits = self._no_rows.new_empty(sum(map(len, trees)), self._vocab_size)
-        features = self._rows(caches, nodes, logits)
-        return logits, features if wanted else None
+        return logits, self._rows(caches, nodes, layers, logits)
 
-    def read(self, cache: KVCache, tokens: Sequence[int]) -> Tensor:
-        """Features [n, h] of tokens behind what the cache holds, which takes their rows."""
-        return self._rows([cache], [(tokens, range(-1, len(tokens) - 1))])
+    def read(self, cache: KVCache, tokens: Sequence[int], layers: tuple[int, ...]) -> Tensor | None:
+        """See `Target.read`."""
+        return self._rows([cache], [(tokens, range(-1, len(tokens) - 1))], layers)
 
     def _rows(
         self,
         caches: Sequence[KVCache],
         nodes: Sequence[tuple[Sequence[int], Sequence[int]]],
+        layers: tuple[int, ...],
         logits: Tensor | None = None,
-    ) -> Tensor:
-        """Features [n, h] of ids and parents, a tree of each sequence, and, where asked for, their logits."""
+    ) -> Tensor | None:
+        """States [n, len(layers) * h] of ids and parents, a tree of each sequence, and, where asked for,
+        their logits; None: no layers.
+        """
+        inner = [layer for layer in layers if layer != -1]
+        if inner and not 0 <= min(inner) <= max(inner) < len(self._layers):
+            raise IndexError(f"the model has {len(self._layers)} layers, of which {inner} are wanted")
         sequences = (_Sequence * len(caches))()
         numbers = [[(c_int64 * len(part))(*part) for part in tree] for tree in nodes]
         for sequence, cache, (ids, parents) in zip(sequences, caches, numbers, strict=True):
@@ -277,15 +284,23 @@ class NativeForward:
             sequence.length, sequence.count, sequence.capacity = cache.length, len(ids), cache.capacity
             sequence.ids, sequence.parents = addressof(ids), addressof(parents)
             sequence.storage = storage.data_ptr()
-        features = self._no_rows.new_empty(sum(len(ids) for ids, _ in nodes), self._job.hidden)
+        count, hidden = sum(len(ids) for ids, _ in nodes), self._job.hidden
+        features = self._no_rows.new_empty(count, hidden)
+        entering, taps = features.new_empty(count, len(inner) * hidden), (c_int64 * len(inner))(*inner)
         job = _Job.from_buffer_copy(self._job)
         job.threads = torch.get_num_threads()
         job.num_sequences, job.sequences = len(caches), addressof(sequences)
         job.features, job.logits = features.data_ptr(), None if logits is None else logits.data_ptr()
+        job.num_taps, job.taps, job.entering = len(inner), addressof(taps), entering.data_ptr()
         self._run(byref(job))
         for cache, sequence in zip(caches, sequences, strict=True):
             cache.set_length(sequence.length + sequence.count)
-        return features
+        if -1 not in layers:
+            return entering if layers else None
+        if not inner:
+            return features
+        states = iter(entering.split(hidden, -1))
+        return torch.cat([features if layer == -1 else next(states) for layer in layers], -1)
 
     def _rotate(self, length: int) -> None:
         """Have cos, sin [length, d] float32 of all positions, rounded as the model rounds them."""
@@ -299,8 +314,3 @@ class NativeForward:
         pairs = [_Rotation(*(t.data_ptr() for t in pair), pair[0].shape[1]) for pair in self._tables]
         self._rotations, self._rotated = (_Rotation * len(pairs))(*pairs), length
         self._job.rotations = addressof(self._rotations)
-
-
-def is_simple(layers: tuple[int, ...]) -> bool:
-    """Whether no state from within the model is wanted, which only transformers' code gives."""
-    return set(layers) <= {-1}

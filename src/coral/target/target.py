@@ -22,7 +22,7 @@ from coral.errors import CoralError
 from coral.gpu.graphs import steady
 from coral.target.gguf import cache as gguf
 from coral.target.gguf.blocks import Blocks
-from coral.target.native import NativeForward, is_simple, why_not_anywhere, why_not_native
+from coral.target.native import NativeForward, why_not_anywhere, why_not_native
 from coral.target.second_start import Recorded, Start
 from coral.target.source import Loaded
 
@@ -240,15 +240,18 @@ class Target:
         return F.linear(features, self.head_weight, self.head_bias)
 
     @torch.no_grad()
-    def features(self, input_ids: Tensor, document_starts: Tensor | None = None) -> Tensor:
-        """Features [B, L, h] of whole rows, in the model's dtype, without a cache, for training.
+    def states(
+        self, input_ids: Tensor, document_starts: Tensor | None = None, layers: tuple[int, ...] = (-1,)
+    ) -> Tensor:
+        """States [B, L, len(layers) * h] of whole rows, in the model's dtype, without a cache, for training.
 
         Args:
             input_ids: [B, L] int64.
             document_starts: [B, L] bool, True where a packed document begins; positions restart there and
                 attention does not look across. None: one document a row.
+            layers: as of `verify`.
         """
-        return self.forward.features(input_ids, document_starts)
+        return self.forward.states(input_ids, document_starts, layers)
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty KV cache with room for `capacity` rows or more (it grows when that is not enough)."""
@@ -266,9 +269,8 @@ class Target:
     @torch.inference_mode()
     def read(self, cache: KVCache, tokens: Sequence[int], layers: tuple[int, ...]) -> Tensor | None:
         """Read a piece of a prompt behind what the cache holds, without logits; its states as of `verify`."""
-        if self._native and is_simple(layers):
-            features = self._native.read(cache, tokens)
-            return features if layers else None
+        if self._native:
+            return self._native.read(cache, tokens, layers)
         return self.forward.read(cache, tokens, layers)
 
     @torch.inference_mode()
@@ -296,8 +298,8 @@ class Target:
                 f"a draft tree reaches position {last}, but the target's context is {self.context_length}; "
                 "rotary frequencies may change there; a proposer keeps to tree_size.within(state.remaining)."
             )
-        if self._native and is_simple(layers):
-            logits, states = self._native.verify(caches, trees, bool(layers))
+        if self._native:
+            logits, states = self._native.verify(caches, trees, layers)
         else:
             logits, states = self.forward.verify(caches, trees, layers, last + 1)
         return _split(logits, counts), [None] * len(counts) if states is None else [*_split(states, counts)]

@@ -63,6 +63,8 @@ class Run:
     target: TrainTarget
     record: TargetRecord
     dataset: Rows
+    inner: tuple[int, ...]
+    """The layers whose states batches hold; see `Kind.inner`."""
     digest: str
     """Of the data; see `coral.data.rows_digest`."""
     output: Path
@@ -120,7 +122,7 @@ class Run:
         rank, world, size = accelerator.process_index, accelerator.num_processes, config.batch_size
         numbers = range(rank, config.accumulate * world, world)  # of the update's batches: this process's
         parts, joined = [rows[n * size : (n + 1) * size] for n in numbers], target.device.type == "cpu"
-        batches = [feature_batch(target, self.dataset, part, joined=joined) for part in parts]
+        batches = [feature_batch(target, self.dataset, part, self.inner, joined=joined) for part in parts]
         trained = torch.stack([self.count(batch) for batch in batches]).sum()
         count = accelerator.reduce(trained.float()).clamp(min=1)
         loss = torch.zeros((), device=target.device)

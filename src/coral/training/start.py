@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from coral.data.features import FeatureBatch, Rows, feature_batch
 from coral.data.rows_digest import digest_of
-from coral.data.shards import refuse_other_target
+from coral.data.shards import refuse_other_target, with_inner
 from coral.device import has_fast_bfloat16
 from coral.drafters import checkpoint, kinds
 from coral.errors import CoralError
@@ -44,6 +44,8 @@ def begin(target: TrainTarget, data: Data, output: Path, config: TrainConfig, re
     if len(dataset) == 0:
         raise CoralError("the prepared data holds no rows; prepare it from other conversations.")
     refuse_other_target(dataset, target)
+    inner = kinds.find(config.kind).inner(target, config)
+    dataset = with_inner(dataset, inner)
     accelerator = parallel.new_accelerator(
         target.device, log_with=trackers.make(config.reports.tracker, output) or None
     )
@@ -54,7 +56,7 @@ def begin(target: TrainTarget, data: Data, output: Path, config: TrainConfig, re
     if resumed:
         drafter = _resumed_drafter(target, config, output)
     else:
-        drafter = new_drafter(target, config, feature_batch(target, dataset, [0]))
+        drafter = new_drafter(target, config, feature_batch(target, dataset, [0], inner))
     drafter = drafter.to(device=target.device, dtype=torch.float32).train().requires_grad_(True)
     learner = kinds.find(config.kind).learner(drafter, config)
     if learner is None:
@@ -65,6 +67,7 @@ def begin(target: TrainTarget, data: Data, output: Path, config: TrainConfig, re
         target=target,
         record=record,
         dataset=dataset,
+        inner=inner,
         digest=digest,
         output=output,
         config=config,

@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from coral.drafters.heads.store import Head
     from coral.target.target import Target
 
-__all__ = ["Config", "Drafter", "Options", "draft", "engine_config", "inner", "layers", "learner", "new", "proposer"]
+__all__ = [
+    "Config",
+    "Drafter",
+    "Options",
+    "draft",
+    "engine_config",
+    "inner",
+    "layers",
+    "learner",
+    "new",
+    "proposer",
+]
 
 
 def layers(config: Config) -> tuple[int, ...]:

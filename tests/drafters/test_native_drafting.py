@@ -147,7 +147,7 @@ def test_a_tree_is_the_same_whatever_grows_beside_it(head, dtype, monkeypatch):
     monkeypatch.setattr("coral.drafters.feature.propose._POOL", 12)
     target, drafter = pair(dtype, num_layers=2)
     ids = prompt_of(60, 67)
-    features, draw = target.features(torch.tensor([ids]))[0], random.Random(5)
+    features, draw = target.states(torch.tensor([ids]))[0], random.Random(5)
     for count in (1, 2, 3, 7, 16):
         for tree_size in TREE_SIZES:
             seed, found = draw.random(), []

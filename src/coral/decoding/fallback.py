@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from itertools import islice
 from math import sqrt
 from statistics import fmean, median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from coral.decoding.cycle import Proposer
 from coral.decoding.promises import Promises
@@ -26,6 +26,8 @@ _NEARLY = 0.1
 """The tokens of eight cycles of one text tell no finer what all will bring: without it a drafter that gains a
 little rests half of the time. Those of several texts do."""
 _NOTED = 4  # trees of a cycle that are learnt from; a batch has enough of them in time
+_AGAIN = 16  # trees
+_LONG = 64  # plain steps, at least, of a rest that costs tell to take
 
 
 class Asked(NamedTuple):
@@ -64,6 +66,7 @@ class Fallback:
     ) -> None:
         self.proposer, self.layers, self.promises = proposer, proposer.layers, Promises()
         self._ask_costs = costs
+        self._chosen = dict[int, tuple[Any, tuple[TreeSize, bool]]]()
         # By the number of sequences in a cycle.
         self.records = defaultdict[int, Record](partial(Record, window, probe, first_rest, longest_rest))
 
@@ -71,13 +74,21 @@ class Fallback:
         self._learn(states)
         live, record, promising = len(states), self.records[len(states)], True
         if live > 1 and self.costs is not None:
-            tree_size, promising = self.promises.best(self.costs, live, tree_size)
+            tree_size, promising = self._best(live, tree_size)
         drafts = not record.rests(promising)
         for state in states:
             state.memory[self] = Asked(record, len(state.tokens), tree_size.min_gain if drafts else None)
         if drafts:
             return self.proposer.propose(states, tree_size)
         return [DraftTree.root(state.tokens[-1]) for state in states]
+
+    def _best(self, live: int, tree_size: TreeSize) -> tuple[TreeSize, bool]:
+        """`Promises.best`, looked for again once more trees were learnt from."""
+        assert self.costs is not None
+        asked = live, tree_size, self.promises.noted // _AGAIN
+        if self._chosen.get(live, (None,))[0] != asked:
+            self._chosen[live] = asked, self.promises.best(self.costs, live, tree_size)
+        return self._chosen[live][1]
 
     @cached_property
     def costs(self) -> RowCosts | None:
@@ -131,7 +142,8 @@ class Record:
             elif promising and self.pays:
                 self._next_rest = self.first_rest
             else:
-                self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, self.longest_rest)
+                self._rest = self._next_rest if promising else max(self._next_rest, _LONG)
+                self._next_rest = min(2 * self._rest, self.longest_rest)
                 self.drafted.clear()
         self._rest, rests = max(0, self._rest - 1), self._rest > 0
         return rests

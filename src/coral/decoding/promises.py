@@ -39,10 +39,11 @@ class Promises:
 
     Attributes:
         kept: of the tokens that trees promise, those that are accepted.
+        noted: how many trees were learnt from.
     """
 
     def __init__(self) -> None:
-        self.kept = 1.0
+        self.kept, self.noted = 1.0, 0
         self._promised = self._accepted = 1.0
         self._means = {
             gain: [promised, *widths, *[0.0] * (_DEPTH - len(widths))]
@@ -53,6 +54,7 @@ class Promises:
         """Learn from a tree that grew with this `min_gain`, of which so many nodes were accepted."""
         depths, chances = tree.depth.tolist(), [*map(math.exp, tree.lists[2])]
         nodes = [*zip(depths, chances, strict=True)][1:]
+        self.noted += 1
         self._promised += _WEIGHT * (sum(chance for _, chance in nodes) - self._promised)
         self._accepted += _WEIGHT * (accepted - self._accepted)
         self.kept = min(1.0, self._accepted / self._promised)

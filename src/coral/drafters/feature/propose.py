@@ -60,14 +60,18 @@ class Feature:
 
     @torch.inference_mode()
     def propose(self, states: Sequence[State], tree_size: TreeSize) -> list[DraftTree]:
-        seeds = [self._seed(state, tree_size) for state in states]
+        trees = {state: DraftTree.root(state.tokens[-1]) for state in states}
+        # What has no room for a draft is left unread.
+        drafting = [state for state in states if tree_size.within(state.remaining).max_depth > 0]
+        seeds = [self._seed(state, tree_size) for state in drafting]
         native = [seed for seed in seeds if seed is not None]
-        at_once = iter(self._native.grow(native) if self._native and native else ())
-        rest = [state for state, seed in zip(states, seeds, strict=True) if seed is None]
-        grown = iter(self._level_by_level(rest, tree_size))
-        for state in states:
+        if self._native and native:
+            trees |= zip((seed.state for seed in native), self._native.grow(native), strict=True)
+        rest = [state for state, seed in zip(drafting, seeds, strict=True) if seed is None]
+        trees |= zip(rest, self._level_by_level(rest, tree_size), strict=True)
+        for state in drafting:
             state.has_read()
-        return [next(at_once if seed else grown) for seed in seeds]
+        return [trees[state] for state in states]
 
     def _seed(self, state: State, tree_size: TreeSize) -> Seed | None:
         """What the tree of a sequence grows from in one call with others; None where that cannot be done."""
@@ -76,7 +80,6 @@ class Feature:
         if (
             self._native is None
             or not state.unread.parts
-            or min(tree_size.max_depth, tree_size.num_nodes) == 0
             or (pool and sampling.filters)
             or (table := self.head.table(state)) is None
         ):

@@ -68,7 +68,7 @@ def cache(
         row_costs.clear()
     total = sum(entry.size for entry in found)
     if not clear:
+        print(f"{total / 1e9:.2f} GB of at most {kept.bound() / 1e9:g} (CORAL_CACHE_GB) in {kept.root()}")
         for costs in row_costs.entries():
             shown = ", ".join(f"{rows}: {1000 * seconds:.3g}" for rows, seconds in costs.seconds.items())
-            print(f"ms by rows, {costs.name}: {shown}")
-        print(f"{total / 1e9:.2f} GB of at most {kept.bound() / 1e9:g} (CORAL_CACHE_GB) in {kept.root()}")
+            print(f"milliseconds by rows, {costs.name}: {shown}")

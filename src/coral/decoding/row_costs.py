@@ -139,12 +139,13 @@ def _name(target: Target, proposer: Proposer | None = None) -> str:
 
 def _kept(name: str, measure: Callable[[], Table | None]) -> Table | None:
     """The table of this name, from the disk or measured; None: it cannot be measured now."""
+    if SECONDS == 0:
+        return None
     with suppress(CoralError):  # there is none, or it is damaged
         kept = json_file.read(_path(name), Kept, "")
         if kept.name == name:
             return kept.seconds
-    table = measure() if SECONDS > 0 else None
-    if table is not None:
+    if (table := measure()) is not None:
         _keep(Kept(name, table))
     return table
 

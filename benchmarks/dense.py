@@ -5,7 +5,7 @@
 Dense is how multi-step training is published (HASS, arXiv 2408.15766): at step s the keys of all steps are
 concatenated, S*L wide under a dense mask, with key/value heads repeated; target and drafter logits of the
 whole batch are made in float32, and all losses are log_softmax and autograd. It is written here from that
-description, masks as `coral.drafters.feature.unroll` does (the published mask is not exact), and adds CORAL's
+description, masks as `coral.drafters.recurrent.unroll` does (the published mask is not exact), and adds CORAL's
 alignment loss, for which the graphs of all steps must be alive at once. `check` shows that both compute the
 same loss and gradients.
 
@@ -41,8 +41,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from coral.data.features import FeatureBatch
-from coral.drafters.feature.alignment import alignment_loss
-from coral.drafters.feature.drafted import trained_rows
+from coral.drafters.recurrent.alignment import alignment_loss
+from coral.drafters.recurrent.drafted import trained_rows
 from coral.drafters.feature.learn import Learner
 from coral.drafters.feature.network import Drafter, DrafterConfig
 from coral.native.memory import keep_freed_memory
@@ -172,6 +172,7 @@ def setting(case: Case, device: torch.device) -> tuple[Drafter, FeatureBatch, Te
             loss_mask=torch.ones(shape[:2], dtype=torch.bool),
             document_starts=None,
             features=torch.randn(shape),
+            inner=None,
             embeddings=torch.randn(shape),
         )
         return drafter, batch, torch.randn(case.vocab, shape[-1]).mul_(0.1)

@@ -46,7 +46,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setattr("coral.target.forward.compiled", elsewhere)
-    monkeypatch.setattr("coral.drafters.feature.propose.compiled", elsewhere)
+    monkeypatch.setattr("coral.drafters.recurrent.grower.compiled", elsewhere)
 
 
 @pytest.fixture

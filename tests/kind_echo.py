@@ -42,7 +42,7 @@ def inner(target: Any, options: Config) -> tuple[int, ...]:
 def engine_config(config: Config, dtype: torch.dtype) -> None: ...
 
 
-def new(target: Any, options: Config, batch: Any, seed: int) -> Drafter:
+def new(target: Any, options: Config, batch: Any, seed: int, counts: Any) -> Drafter:
     return Drafter(Config(options.times))
 
 

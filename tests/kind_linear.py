@@ -51,7 +51,7 @@ def inner(target: Any, options: Options) -> tuple[int, ...]:
 def engine_config(config: Config, dtype: torch.dtype) -> None: ...
 
 
-def new(target: Any, options: Options, batch: Any, seed: int) -> Drafter:
+def new(target: Any, options: Options, batch: Any, seed: int, counts: Any) -> Drafter:
     drafter = Drafter(Config(target.hidden_size))
     torch.nn.init.eye_(drafter.matrix.weight).detach().mul_(options.scale)
     return drafter

@@ -93,7 +93,8 @@ MISTAKES = {
     REGENERATE.replace("{good_jsonl}", "/nowhere.jsonl"): "/nowhere.jsonl does not exist; name",
     TRAIN.replace("{data}", "/nowhere"): "/nowhere does not exist; make it with `coral data prepare`",
     TRAIN.replace("{data}", "{full}"): "is no prepared data directory",
-    TRAIN + "--recipe medusa": "there is no recipe 'medusa'; give one of coral, eagle2, hass, or a YAML file",
+    TRAIN
+    + "--recipe medusa": "there is no recipe 'medusa'; give one of coral, coral3, eagle2, eagle3, hass, or",
     BENCH.replace("{suite_jsonl}", "mtbench"): "'mtbench' is neither a file nor one of mt_bench, humaneval",
     BENCH.replace("{suite_jsonl}", "{not_a_suite_jsonl}"): "line 2 must hold",
     BENCH + "--drafter =": "cannot read --drafter '='; write it as DRAFTER or NAME=DRAFTER",

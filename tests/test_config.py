@@ -61,11 +61,15 @@ def test_files_that_are_not_configurations(tmp_path):
 def test_recipes_differ_where_their_papers_differ():
     """Stops: a recipe that names a method and trains another."""
     eagle2, hass, coral = (load_recipe(name) for name in ("eagle2", "hass", "coral"))
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {"eagle2", "hass", "coral"}
+    eagle3, coral3 = load_recipe("eagle3"), load_recipe("coral3")
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {"eagle2", "hass", "coral", "eagle3", "coral3"}
     assert (eagle2.steps, eagle2.loss.divergence_weight, eagle2.loss.top_k_weight) == (1, 0.1, 0.0)
     assert (hass.steps, hass.loss.top_k_weight, hass.alignment.kind) == (3, 1.0, "none")
     assert coral.loss == hass.loss and coral.alignment.kind == "csra"
-    with pytest.raises(CoralError, match="coral, eagle2, hass"):
+    assert eagle3.kind == coral3.kind == "eagle3" and eagle3.steps == coral3.steps == 7 and not eagle3.detach
+    assert eagle3.loss.step_decay == 0.8 and eagle3.loss.renormalised and eagle3.loss.regression == 0
+    assert eagle3.alignment.kind == "none" and coral3.alignment == coral.alignment
+    with pytest.raises(CoralError, match="coral, coral3, eagle2, eagle3, hass"):
         load_recipe("medusa")
     with pytest.raises(CoralError, match="steps must be at least 1"):
         load_recipe("coral", ["steps=0"])

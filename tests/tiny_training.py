@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from coral.data.features import FeatureBatch, feature_batch
 from coral.drafters.feature.network import Drafter, DrafterConfig
 
 
@@ -20,6 +19,8 @@ class TinyTarget:
         self.vocab_size, self.hidden_size = model.config.vocab_size, model.config.hidden_size
         self.head_weight, self.head_bias = model.lm_head.weight, None
         self.device = model.lm_head.weight.device
+        self.facts = SimpleNamespace(family="llama", num_layers=model.config.num_hidden_layers)
+        self.tokenizer, self.eos_ids = None, frozenset({2})
 
     @torch.no_grad()
     def states(
@@ -41,13 +42,15 @@ class TinyTarget:
         return self.model.get_input_embeddings()(ids)
 
 
-def tiny_target(vocab_size: int = 31, hidden_size: int = 16, seed: int = 0) -> TinyTarget:
+def tiny_target(
+    vocab_size: int = 31, hidden_size: int = 16, seed: int = 0, num_layers: int = 2
+) -> TinyTarget:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=6,
@@ -93,8 +96,3 @@ def tiny_info(rows: int = 24) -> dict[str, Any]:
         "dropped": {},
         "dropped_notes": [],
     }
-
-
-def a_batch(target: Any = None) -> FeatureBatch:
-    """What a new drafter's weights are balanced with."""
-    return feature_batch(target or tiny_target(), tiny_data().dataset, [0])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from coral.drafters.feature.alignment import AlignmentConfig, alignment_loss
+from coral.drafters.recurrent.alignment import AlignmentConfig, alignment_loss
 
 S, R, H = 3, 7, 8
 CONFIG = AlignmentConfig(kind="csra")

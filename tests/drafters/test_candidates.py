@@ -7,8 +7,9 @@ import torch
 from test_losses import CONFIG
 from torch.nn.functional import linear
 
-from coral.drafters.feature.candidates import choose
-from coral.drafters.feature.losses import FrozenHead, LossConfig, Wanted, draft_losses
+from coral.drafters.recurrent.candidates import choose
+from coral.drafters.recurrent.losses import LossConfig, Wanted, draft_losses
+from coral.drafters.recurrent.target_law import FrozenHead
 
 S, R, H, V = 2, 12, 8, 400
 

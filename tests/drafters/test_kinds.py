@@ -67,7 +67,9 @@ def test_every_kind_of_drafter_says_what_the_library_asks(toys: None) -> None:
         found = kinds.find(kind)
         assert missing(found, kinds.Kind) == [] and found.Drafter.kind == kind
         assert found.Options() == found.Options()  # all have defaults
-    with pytest.raises(CoralError, match="'medusa' of drafters is not known; use feature, lookup, echo"):
+    with pytest.raises(
+        CoralError, match="'medusa' of drafters is not known; use feature, eagle3, lookup, echo"
+    ):
         kinds.find("medusa")
 
 
@@ -134,7 +136,7 @@ def test_a_head_is_not_asked_of_a_drafter_without_one(toys: None, target: Path) 
     loaded, prompts = coral.Target.load(target), [[5, 6, 7]]
     found = acceptance(loaded, checkpoint.load(directory), prompts, 8)
     assert set(found) == {"chain", "tree"}
-    with pytest.raises(CoralError, match="kind 'echo' have no LM head; use this one as it is"):
+    with pytest.raises(CoralError, match="kind 'echo' take no other LM head; use this one as it is"):
         make_static(directory, loaded, tiny_data().dataset)
 
 

@@ -8,9 +8,10 @@ import torch
 from tiny_training import tiny_drafter
 from torch.nn.functional import linear, smooth_l1_loss
 
-from coral.drafters.feature.drafted import trained_rows
-from coral.drafters.feature.losses import FrozenHead, LossConfig, Wanted, draft_losses
-from coral.drafters.feature.unroll import unroll
+from coral.drafters.recurrent.drafted import trained_rows
+from coral.drafters.recurrent.losses import LossConfig, Wanted, draft_losses
+from coral.drafters.recurrent.target_law import FrozenHead, OwnHead
+from coral.drafters.recurrent.unroll import unroll
 
 S, R, H, V = 3, 13, 8, 31
 CONFIG = LossConfig(regression=0.9, divergence_weight=0.3, top_k_weight=0.7, top_k=4, step_decay=0.8)
@@ -150,3 +151,47 @@ def test_rows_that_decoding_would_not_reach_are_left_out(chunk):
 def test_training_equals_the_dense_formulation(options):
     """Stops: a loss of ours that drifts from the published one, which it is measured against."""
     dense_formulation.check(**options)
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+@pytest.mark.parametrize("renormalised", [False, True])
+@pytest.mark.parametrize("divergence", ["kl", "tv", "nla", "lk"])
+def test_a_head_of_the_drafters_own_learns_what_the_dense_formulas_say(divergence, renormalised, chunk):
+    """Stops a gradient of the head that is wrong, steps that count alike, mass outside its ids that is given
+    to those inside, a row that is to be left out and teaches.
+    """
+    drafts, features, valid, weight, bias = inputs(True)
+    generator = torch.Generator().manual_seed(1)
+    own = torch.randn(19, H, generator=generator).requires_grad_()
+    own_bias = torch.randn(19, generator=generator)
+    config = replace(CONFIG, divergence=divergence)
+    tokens, before = torch.arange(R) % V, torch.arange(R) - 1
+    head = OwnHead(own, own_bias, 19, renormalised)
+    losses = draft_losses(
+        drafts, Wanted(features, valid, tokens, before), FrozenHead(weight, bias, V), config, chunk, head
+    )
+    law = linear(features, weight, bias).softmax(-1)
+    p, kept = law[:, :19], valid
+    inside = law.argmax(-1) < 19
+    if renormalised:
+        p, kept = p / p.sum(-1, keepdim=True), valid & inside
+    log_q = linear(drafts, own, own_bias).log_softmax(-1)
+    cross_entropy, alpha = -(p * log_q).sum(-1), torch.minimum(p, log_q.exp()).sum(-1)
+    hold = (-3 * alpha).exp().detach()
+    compared = {
+        "kl": cross_entropy,
+        "tv": 1 - alpha,
+        "nla": -alpha.log(),
+        "lk": hold * cross_entropy + (1 - hold) * (1 - alpha),
+    }[divergence]
+    top, ids = p.topk(config.top_k)
+    top_k = -(top * log_q.gather(-1, ids.expand(S, -1, -1))).sum(-1)
+    distance = smooth_l1_loss(drafts, features.expand_as(drafts), reduction="none").mean(-1)
+    loss = config.regression * distance + config.divergence_weight * compared + config.top_k_weight * top_k
+    expected = (loss * kept).sum(1) * config.step_decay ** torch.arange(S)
+    torch.testing.assert_close(losses.total, expected)
+    torch.testing.assert_close(losses.covered, (law[:, :19].sum(-1) * valid[0]).sum())
+    assert losses.correct.equal(((log_q.argmax(-1) == p.argmax(-1)) & inside & valid).sum(1).float())
+    made = torch.autograd.grad(3 * losses.total.sum(), (drafts, own))
+    for gradient, wanted in zip(made, torch.autograd.grad(3 * expected.sum(), (drafts, own)), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)

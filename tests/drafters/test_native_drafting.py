@@ -95,7 +95,7 @@ def test_trees_are_those_of_levels(head, options, monkeypatch):
     rows that a later cycle does not find; rows of a long prompt that are read twice or not at all; and a half
     of fc that is rounded away beside the other.
     """
-    monkeypatch.setattr("coral.drafters.feature.propose._POOL", 12)
+    monkeypatch.setattr("coral.drafters.recurrent.grower.Grower.pool", 12)
     target, drafter = pair(**options)
     for sampling in (Sampling(), Sampling(0.8, seed=9)):
         for tree_size in TREE_SIZES:
@@ -144,7 +144,7 @@ def test_a_tree_is_the_same_whatever_grows_beside_it(head, dtype, monkeypatch):
     """Stops a row that reads another text's keys, features, head or noise, sums in another order beside other
     rows, and a text that ends its growth that ends or holds up another's.
     """
-    monkeypatch.setattr("coral.drafters.feature.propose._POOL", 12)
+    monkeypatch.setattr(Feature, "pool", 12)
     target, drafter = pair(dtype, num_layers=2)
     ids = prompt_of(60, 67)
     features, draw = target.states(torch.tensor([ids]))[0], random.Random(5)

@@ -11,11 +11,11 @@ from tiny_training import tiny_data, tiny_drafter
 from tiny_training import tiny_target as training_target
 
 from coral.data.features import feature_batch
-from coral.drafters.feature.drafted import draft
 from coral.drafters.heads.full import FullHead
 from coral.drafters.heads.in_context import InContextHead
 from coral.drafters.heads.low_rank import LowRankHead, factorise
 from coral.drafters.heads.static import StaticHead
+from coral.drafters.recurrent.drafted import draft
 from coral.training.factors import second_moment, tune
 from coral.training.head_loop import HeadConfig
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_training import tiny_drafter
 
-from coral.drafters.feature import causal
-from coral.drafters.feature.drafted import trained_rows
-from coral.drafters.feature.unroll import offsets_in_document, unroll, unrolled_attention
+from coral.drafters.recurrent import causal
+from coral.drafters.recurrent.drafted import trained_rows
+from coral.drafters.recurrent.unroll import offsets_in_document, unroll, unrolled_attention
 
 B, L, STEPS = 2, 9, 4
 
@@ -50,7 +50,7 @@ def packed_starts():
 def propose_chains(drafter, embeddings, features, steps):
     """What decoding computes from every prefix: {(row, step): draft feature}, one document [n,h]."""
     drafted = {}
-    cache = GrowingCache(drafter.config.num_layers)
+    cache = GrowingCache(len(drafter.layers))
     for last in range(len(features)):  # the last committed row: its feature is the target's
         cache.keep(last)
         fed = features[last]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_train import CONFIG, run, weights
-from tiny_training import a_batch, tiny_drafter, tiny_target
+from tiny_training import tiny_data, tiny_drafter, tiny_target
 
 from coral.drafters import checkpoint
 from coral.drafters.feature.learning_options import DrafterOptions
@@ -108,7 +108,7 @@ def test_a_trained_bias_of_fc_is_kept(tmp_path, claim):
     assert read.config.fc_bias and torch.equal(read.fc.bias, bias)
     checkpoint.save(read, tmp_path / "ours", target=TargetRecord.of(tiny_target()))
     config = replace(CONFIG, drafter=DrafterOptions(init_drafter=str(tmp_path / "ours")))
-    assert torch.equal(new_drafter(tiny_target(), config, a_batch()).fc.bias, bias.float())
+    assert torch.equal(new_drafter(tiny_target(), config, tiny_data().dataset).fc.bias, bias.float())
 
 
 def odd(**changes):
@@ -194,12 +194,12 @@ def test_training_starts_from_an_eagle_directory_that_was_taken_in(tmp_path):
     target, directory = tiny_target(), write(tmp_path / "e", kind="bin")
     config = replace(CONFIG, drafter=DrafterOptions(init_drafter=str(directory)), limits=Limits(updates=1))
     with pytest.raises(CoralError, match="coral import"):
-        new_drafter(target, config, a_batch(target))
+        new_drafter(target, config, tiny_data().dataset)
     source = eagle.read(directory, target).float()
     taken_in = DrafterOptions(init_drafter=str(tmp_path / "ours"))
     checkpoint.save(source, tmp_path / "ours", target=TargetRecord.of(target))
     config = replace(config, drafter=taken_in)
-    started = new_drafter(target, config, a_batch(target))
+    started = new_drafter(target, config, tiny_data().dataset)
     rows, positions = torch.randn(2, 1, 5, 16), torch.arange(5)[None]
     assert started.config == replace(source.config, intermediate_size=24)  # the target's own width
     torch.testing.assert_close(started(*rows, positions), source(*rows, positions), rtol=1e-4, atol=1e-5)
@@ -207,9 +207,11 @@ def test_training_starts_from_an_eagle_directory_that_was_taken_in(tmp_path):
     assert weights(tmp_path / "o")["layers.0.mlp.up_proj.weight"].shape == (24, 16)
     narrow = replace(config, drafter=replace(config.drafter, intermediate_size=8))
     with pytest.raises(CoralError, match="cannot start from a drafter"):
-        new_drafter(target, narrow, a_batch(target))
+        new_drafter(target, narrow, tiny_data().dataset)
     with pytest.raises(CoralError, match="there is no drafter directory"):
-        new_drafter(target, replace(CONFIG, drafter=DrafterOptions(init_drafter="/nowhere")), a_batch(target))
+        new_drafter(
+            target, replace(CONFIG, drafter=DrafterOptions(init_drafter="/nowhere")), tiny_data().dataset
+        )
 
 
 def test_the_layouts_that_others_write_are_read(tmp_path):

@@ -128,7 +128,7 @@ def main() -> None:
         patch("coral.decoding.cycle.read", read),
         patch("coral.target.forward.upload", uploaded),
         patch("coral.tree.upload", uploaded),
-        patch("coral.drafters.feature.propose.upload", uploaded),
+        patch("coral.drafters.recurrent.grower.upload", uploaded),
         patch("coral.drafters.heads.in_context.upload", uploaded),
     ):
         for kind in ("llama", "qwen2-sliding", "mistral-sliding", "phi3-sliding", "olmo2"):

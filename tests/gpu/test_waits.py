@@ -12,8 +12,8 @@ from coral import tree
 from coral.decoding import sampling
 from coral.decoding.plain import Plain
 from coral.decoding.sampling import Sampling
-from coral.drafters.feature import growth
 from coral.drafters.feature.propose import Feature
+from coral.drafters.recurrent import growth
 from coral.tree import TreeSize
 
 

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from tiny_training import a_batch, tiny_data, tiny_drafter, tiny_target
+from tiny_training import tiny_data, tiny_drafter, tiny_target
 
 from coral.drafters import checkpoint, tuned
-from coral.drafters.feature.alignment import AlignmentConfig
-from coral.drafters.feature.losses import LossConfig
 from coral.drafters.heads import store as heads
+from coral.drafters.recurrent.alignment import AlignmentConfig
+from coral.drafters.recurrent.losses import LossConfig
 from coral.errors import CoralError
 from coral.target.record import TargetRecord
 from coral.training.loop import train
@@ -109,7 +109,7 @@ def test_a_new_drafter_sees_tokens_as_well_as_features(scale, monkeypatch):
     target = tiny_target()
     target.model.get_input_embeddings().weight.data.mul_(0.01)
     target.model.model.norm.weight.data.mul_(5)
-    drafter = new_drafter(target, CONFIG, a_batch(target))
+    drafter = new_drafter(target, CONFIG, tiny_data().dataset)
     ids = torch.arange(31)[None]
     embeddings, features = target.embed(ids), target.states(ids)
     assert embeddings.std() < features.std() / 300

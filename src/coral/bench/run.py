@@ -37,7 +37,7 @@ from coral.decoding.cycle import Proposer
 from coral.decoding.merged import Merged
 from coral.decoding.sampling import Sampling
 from coral.drafters.drafting import Drafting
-from coral.drafters.kinds import DraftsByHead, num_bytes
+from coral.drafters.kinds import DraftsByHead, ReadsWeights
 from coral.errors import CoralError
 from coral.files import atomic_text
 from coral.locks import locks_output
@@ -226,16 +226,17 @@ class _Bench:
         recall of routed heads, which is returned by drafter.
         """
         target, rivals = loaded.fastest, loaded.rivals
-        trained = {name: p for name, make in rivals.made.items() if (p := _trained(make(target, False)))}
+        made = {name: _without_lookup(make(target, False)) for name, make in rivals.made.items()}
         if target.precision not in self.log.costs:
-            drafts = {name: num_bytes(p.drafter) + p.head.num_bytes for name, p in trained.items()}
+            drafts = {name: p.num_bytes for name, p in made.items() if isinstance(p, ReadsWeights)}
             drafts |= {} if rivals.assistant is None else {"hf_assisted": plain_bytes(rivals.assistant)}
             first = [suite[0] for suite in loaded.few][:3]
             self.log.add(measure(loaded.targets, drafts, first, max(rivals.rows)))
         texts, length = [prompt for suite in loaded.few for prompt in suite], self.config.max_new_tokens
         recalls = {
             name: recall_by_depth(target, p, texts, length, rivals.tree_sizes[name])
-            for name, p in trained.items()
+            for name, p in made.items()
+            if isinstance(p, DraftsByHead)
         }
         return {name: recall for name, recall in recalls.items() if recall}
 
@@ -261,9 +262,8 @@ class _Bench:
                     self.results["skipped"] += [reason] if reason else []
 
 
-def _trained(proposer: Proposer) -> DraftsByHead | None:
-    inner = proposer.drafter if isinstance(proposer, Merged) else proposer
-    return inner if isinstance(inner, DraftsByHead) else None
+def _without_lookup(proposer: Proposer) -> Proposer:
+    return proposer.drafter if isinstance(proposer, Merged) else proposer
 
 
 def load_target(target: Target | str | Path | None, dtype: str, device: str | None) -> Target:

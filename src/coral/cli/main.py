@@ -140,7 +140,9 @@ def train(
     data: options.Data,
     output: Annotated[Path, typer.Option(help="Drafter directory to write; a stopped run goes on there.")],
     target: options.Target = None,
-    recipe: Annotated[str, typer.Option(help="coral, hass, eagle2, or a YAML file of your own.")] = "coral",
+    recipe: Annotated[
+        str, typer.Option(help="coral, hass, eagle2, coral3, eagle3, or a YAML file of your own.")
+    ] = "coral",
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override an option of the recipe: group.key=value.")
     ] = None,

@@ -1,7 +1,7 @@
 """The checkpoint: one directory on disk, the only thing that training and decoding share.
 
 The top level is what other engines read, if any knows the kind: `model.safetensors` with exactly the tensors
-of the drafter and `config.json`, for the kind `feature` in the plain EAGLE layout of vLLM and SGLang. What
+of the drafter and `config.json`, in the plain EAGLE or EAGLE-3 layout of vLLM and SGLang. What
 those engines do not know lies in `coral/config.json`: the kind of drafter, the target states that it reads,
 the target it belongs to, the drafter's options, and the recipe and measurements it came from.
 `custom_generate/` lets transformers' `generate` draft with the directory; nothing here reads it.
@@ -177,8 +177,9 @@ def load(
     except (OSError, SafetensorError) as error:
         why = POINTER if is_pointer(file) else f"cannot be read ({error})"
         raise CoralError(f"{file} {why}; copy the drafter again.") from error
-    check_tensors(file, _shapes(directory, kind, config), tensors)
-    if odd := [name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES]:
+    empty = _empty(directory, kind, config)
+    check_tensors(file, {name: tensor.shape for name, tensor in empty.items()}, tensors)
+    if odd := [name for name, tensor in tensors.items() if not _fits(tensor.dtype, empty[name].dtype)]:
         raise CoralError(f"{file}: {odd[0]} is stored as {tensors[odd[0]].dtype}; copy the drafter again.")
     if name := not_finite(tensors):
         raise CoralError(
@@ -195,16 +196,21 @@ def config_of(ours: dict[str, Any]) -> Any:
 
 
 def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype of a drafter's tensors, which share one; float32 where it has none."""
-    return next((tensor.dtype for tensor in tensors.values()), torch.float32)
+    """The dtype of a drafter's weights, which share one; float32 where it has none."""
+    return next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
 
 
-def _shapes(directory: Path, kind: kinds.Kind, config: Any) -> dict[str, torch.Size]:
-    """The shapes of a drafter's tensors, known before any memory is spent on them."""
+def _fits(found: torch.dtype, expected: torch.dtype) -> bool:
+    """Whether a tensor of a drafter may be stored so: weights in any of `_DTYPES`, ids as they are."""
+    return found in _DTYPES if expected.is_floating_point else found == expected
+
+
+def _empty(directory: Path, kind: kinds.Kind, config: Any) -> dict[str, Tensor]:
+    """A drafter's tensors without memory."""
     try:
         with torch.device("meta"):
             empty: nn.Module = kind.Drafter(config)
-        return {name: tensor.shape for name, tensor in empty.state_dict().items()}
+        return empty.state_dict()
     except Exception as error:  # what transformers makes of rotary parameters that do not go together
         path = directory / "coral" / "config.json"
         raise CoralError(f"{path} describes no drafter ({error!r}); copy the drafter again.") from error

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from coral.target.target import Target
     from coral.tree import DraftTree, TreeSize
 
-KINDS: tuple[str, ...] = ("feature", "lookup")
+KINDS: tuple[str, ...] = ("feature", "eagle3", "lookup")
 
 
 class Kind(Protocol):
@@ -54,9 +54,12 @@ class Kind(Protocol):
         """config.json beside its tensors, for other engines; None: none knows such a drafter."""
         ...
 
-    def new(self, target: Any, options: Any, batch: FeatureBatch, seed: int) -> nn.Module:
-        """A drafter that is to be trained: a function of the seed, of `Options` and of how large the features
-        and embeddings in `batch` are. Raises CoralError for options that do not fit the target.
+    def new(
+        self, target: Any, options: Any, batch: FeatureBatch, seed: int, counts: Callable[[], Tensor]
+    ) -> nn.Module:
+        """A drafter that is to be trained: a function of the seed, of `Options`, of how large the states and
+        embeddings in `batch` are, and of `counts`, which reads all data for how often the target writes each
+        id, [V]. Raises CoralError for options that do not fit the target.
         """
         ...
 
@@ -119,8 +122,18 @@ class Drafts(Protocol):
 
 
 @runtime_checkable
+class ReadsWeights(Protocol):
+    """A `Proposer` whose draft steps read weights; the bench compares them with the target's."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that one draft step reads, those of an LM head included."""
+        ...
+
+
+@runtime_checkable
 class DraftsByHead(Protocol):
-    """A `Proposer` whose drafter has an LM head; the bench looks at both."""
+    """A `Proposer` whose drafter has an LM head that was made for it; the bench looks at both."""
 
     drafter: nn.Module
     target: Target

@@ -65,7 +65,7 @@ def engine_config(config: Config, dtype: torch.dtype) -> None:
     """No other engine reads it."""
 
 
-def new(target: Any, options: Config, batch: Any, seed: int) -> Drafter:
+def new(target: Any, options: Config, batch: Any, seed: int, counts: Any) -> Drafter:
     return Drafter(Config(options.max_n))
 
 

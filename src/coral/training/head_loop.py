@@ -36,7 +36,7 @@ def drafts_of(drafter: Any) -> Callable[[FeatureBatch, int], Drafts]:
     """(batch, S) -> what the LM head of a drafter learns from; raises CoralError where it has none."""
     draft = kinds.find(drafter.kind).draft
     if draft is None:
-        raise CoralError(f"drafters of kind {drafter.kind!r} have no LM head; use this one as it is.")
+        raise CoralError(f"drafters of kind {drafter.kind!r} take no other LM head; use this one as it is.")
     return partial(draft, drafter)
 
 

@@ -1,6 +1,6 @@
 """The optimiser of a drafter: AdamW, or Muon for its matrices and AdamW for the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,23 +44,25 @@ def _orthogonal(matrix: Tensor, group: dict[str, Any]) -> Tensor:
 
 
 class Optimiser:
-    """One or two of torch's optimisers, stepped together at one learning rate.
+    """One or two of torch's optimisers for named parameters, stepped together at one learning rate.
 
     Muon (Jordan 2024) makes each step of a matrix orthogonal, so that rare directions are learnt as fast as
-    common ones; its steps are scaled to the size of AdamW's (Liu et al., arXiv 2502.16982).
+    common ones; its steps are scaled to the size of AdamW's (Liu et al., arXiv 2502.16982). An LM head, whose
+    rows are ids, learns with AdamW, as there.
 
     Raises:
         CoralError: Muon for matrices that are spread over processes.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], options: OptimiserConfig) -> None:
-        matrices = [p for p in parameters if p.dim() == 2] if options.matrices == "muon" else []
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]], options: OptimiserConfig) -> None:
+        named, muon_asked = dict(parameters), options.matrices == "muon"
+        matrices = [p for name, p in named.items() if muon_asked and p.dim() == 2 and "lm_head" not in name]
         if any(isinstance(matrix, DTensor) for matrix in matrices):
             raise CoralError(
                 "Muon needs whole matrices, but FSDP spreads them; leave --use_fsdp out, or say --set "
                 "optimiser.matrices=adamw."
             )
-        rest = [p for p in parameters if p.dim() != 2 or not matrices]
+        rest = [p for p in named.values() if not any(p is matrix for matrix in matrices)]
         decay = options.weight_decay
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(rest, lr=0.0, betas=(options.beta1, options.beta2), weight_decay=decay)

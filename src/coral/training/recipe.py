@@ -1,4 +1,4 @@
-"""All options of a training run. A recipe is a YAML file of these keys; three come with the package."""
+"""All options of a training run. A recipe is a YAML file of these keys; five come with the package."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass

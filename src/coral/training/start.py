@@ -1,13 +1,14 @@
 """How a run begins: anew, or where it stopped."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
 
-from coral.data.features import FeatureBatch, Rows, feature_batch
+from coral.data.features import Rows, feature_batch, frequencies
 from coral.data.rows_digest import digest_of
 from coral.data.shards import refuse_other_target, with_inner
 from coral.device import has_fast_bfloat16
@@ -53,10 +54,7 @@ def begin(target: TrainTarget, data: Data, output: Path, config: TrainConfig, re
     resumed = resume and (output / "coral" / "config.json").exists()
     _refuse_different(accelerator, resumed=resumed, rows=len(dataset))  # before the main process writes
     record, digest = TargetRecord.of(target), digest_of(data)
-    if resumed:
-        drafter = _resumed_drafter(target, config, output)
-    else:
-        drafter = new_drafter(target, config, feature_batch(target, dataset, [0], inner))
+    drafter = _resumed_drafter(target, config, output) if resumed else new_drafter(target, config, dataset)
     drafter = drafter.to(device=target.device, dtype=torch.float32).train().requires_grad_(True)
     learner = kinds.find(config.kind).learner(drafter, config)
     if learner is None:
@@ -76,7 +74,7 @@ def begin(target: TrainTarget, data: Data, output: Path, config: TrainConfig, re
         learner=distributed,
         count=learner.count,
         parameters=parameters,
-        optimiser=Optimiser(parameters, config.optimiser),
+        optimiser=Optimiser(drafter.named_parameters(), config.optimiser),
         state=RunState(processes=accelerator.num_processes),
         resumed=resumed,
     )
@@ -85,10 +83,12 @@ def begin(target: TrainTarget, data: Data, output: Path, config: TrainConfig, re
     return run
 
 
-def new_drafter(target: TrainTarget, config: TrainConfig, batch: FeatureBatch) -> Any:
+def new_drafter(target: TrainTarget, config: TrainConfig, dataset: Rows) -> Any:
     """A drafter of the config's kind before its first update; see `kinds.Kind.new`."""
-    seed = random_generator(config.seed, 0).initial_seed()
-    return kinds.find(config.kind).new(target, config, batch, seed)
+    kind, seed = kinds.find(config.kind), random_generator(config.seed, 0).initial_seed()
+    batch = feature_batch(target, dataset, [0], kind.inner(target, config))
+    counts = partial(frequencies, dataset, target.vocab_size)
+    return kind.new(target, config, batch, seed, counts)
 
 
 def _resumed_drafter(target: TrainTarget, config: TrainConfig, output: Path) -> Any:

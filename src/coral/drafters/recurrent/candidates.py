@@ -34,6 +34,8 @@ class Candidates(NamedTuple):
     """Their rows of the head, [C,h]."""
     bias: Tensor
     """Float32 [C]: the head's, and the log of how often an id counts."""
+    often: Tensor
+    """That log alone, float32 [C]."""
     certain: int
     """How many of them, from the first and in rising order, stand for themselves only."""
 
@@ -75,9 +77,8 @@ def choose(
     drawn = min(others, size // 4)
     chosen = torch.randperm(others, generator=generator)[:drawn].sort().values.to(device)
     ids = torch.cat([order[:certain].sort().values, order[certain:][chosen]])
-    bias = torch.zeros(len(ids), device=device)
+    often = torch.zeros(len(ids), device=device)
     if drawn:
-        bias[certain:] = math.log(others / drawn)
-    if head_bias is not None:
-        bias += head_bias[ids].float()
-    return Candidates(ids, head_weight[ids], bias, certain)
+        often[certain:] = math.log(others / drawn)
+    bias = often if head_bias is None else often + head_bias[ids].float()
+    return Candidates(ids, head_weight[ids], bias, often, certain)

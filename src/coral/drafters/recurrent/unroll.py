@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from coral.drafters.feature.causal import causal_attention
-from coral.drafters.feature.network import Drafter, DraftLayer
+from coral.drafters.recurrent.causal import causal_attention
+from coral.drafters.recurrent.step import Network
 
 Kept = list[tuple[list[Tensor], list[Tensor]]]
 """For each layer the keys and the values of the steps so far, each [B,K,L,d]."""
@@ -37,7 +37,7 @@ def offsets_in_document(document_starts: Tensor | None, shape: torch.Size) -> Te
 
 
 def unroll(
-    drafter: Drafter,
+    drafter: Network,
     embeddings: Tensor,
     features: Tensor,
     document_starts: Tensor | None,
@@ -79,14 +79,13 @@ def unroll(
 
 
 def _draft_step(
-    drafter: Drafter, embeddings: Tensor, fed: Tensor, offsets: Tensor, packed: bool, kept: Kept
+    drafter: Network, embeddings: Tensor, fed: Tensor, offsets: Tensor, packed: bool, kept: Kept
 ) -> tuple[Tensor, Kept]:
     """One draft step on inputs [B,L,h]: its output [B,L,h], and `kept` with its keys and values."""
     x = drafter.inputs(embeddings, fed)  # [B,L,h]
     cos, sin = drafter.rotary(x, offsets)  # [B,L,d]
     grown: Kept = []
     for layer, (keys, values) in zip(drafter.layers, kept, strict=True):
-        assert isinstance(layer, DraftLayer)
         q, k, v = layer.qkv(x, cos, sin)
         grown.append(([*keys, k], [*values, v]))
         x = layer.finish(x, unrolled_attention(q, *grown[-1], offsets if packed else None))

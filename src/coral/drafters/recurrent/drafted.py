@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from coral.data.features import FeatureBatch
-from coral.drafters.feature.network import Drafter
-from coral.drafters.feature.unroll import offsets_in_document, unroll
+from coral.drafters.recurrent.step import Network
+from coral.drafters.recurrent.unroll import offsets_in_document, unroll
 
 
 class Drafted(NamedTuple):
@@ -50,7 +50,7 @@ def trained_rows(loss_mask: Tensor, document_starts: Tensor | None, steps: int) 
 
 
 def draft(
-    drafter: Drafter,
+    drafter: Network,
     batch: FeatureBatch,
     steps: int,
     *,

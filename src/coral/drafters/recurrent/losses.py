@@ -12,7 +12,12 @@ the target's and q the drafter's distribution,
 Everything with p in it is computed once for all draft steps, and a step costs two products with the head and
 one softmax in place.
 
-Shapes: S draft steps, R trained rows, V vocabulary, h hidden size.
+A drafter may have a head of its own, for some of the ids, which learns (`head_slope.py`). Then W is that
+head, and p the target's law on its ids, not brought back to 1: the mass outside is out of the drafter's
+reach. So the first term of the first slope is P q W with P the sum of p, a row counts by what of it can be
+learnt, and alpha = sum min(p, q) has the ceiling P.
+
+Shapes: S draft steps, R trained rows, V vocabulary, D ids of it that the drafter scores, h hidden size.
 """
 
 from dataclasses import dataclass
@@ -22,6 +27,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
+
+from coral.drafters.recurrent.head_slope import HeadSlope
+from coral.drafters.recurrent.target_law import FrozenHead, OwnHead, TargetLaw, logits, target_law, times_head
 
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 
@@ -71,6 +79,8 @@ class DraftLosses:
     correct: Tensor
     """Rows whose likeliest draft token is the target's likeliest."""
     rows: Tensor
+    covered: Tensor
+    """Scalar: the target's mass on the ids that the drafter scores, summed over the rows of step 1."""
 
 
 class Wanted(NamedTuple):
@@ -86,38 +96,35 @@ class Wanted(NamedTuple):
     """Where the row just before each stands among the R, int64 [R]; -1 if it is not trained."""
 
 
-class FrozenHead(NamedTuple):
-    """The LM head that both features are scored with; it does not learn."""
-
-    weight: Tensor
-    """[V,h]."""
-    bias: Tensor | None
-    """[V]."""
-    certain: int
-    """Rows, from the first, that stand for one id each; the others stand for more, see `candidates.py`."""
-
-
 def draft_losses(
-    drafts: Tensor, wanted: Wanted, head: FrozenHead, config: LossConfig, chunk: int | None = None
+    drafts: Tensor,
+    wanted: Wanted,
+    head: FrozenHead,
+    config: LossConfig,
+    chunk: int | None = None,
+    own: OwnHead | None = None,
 ) -> DraftLosses:
     """Compare draft features [S,R,h] with what is wanted of them.
 
     Args:
         chunk: rows that meet the LM head at a time; None: as `TrainConfig.head_chunk` says.
+        own: the drafter's head, if it has one.
     """
     chunk = chunk or rows_at_a_time(len(head.weight))
+    own = own or OwnHead(*head)
     decay = torch.tensor([config.step_decay**step for step in range(len(drafts))], device=drafts.device)
     wanted = wanted._replace(features=wanted.features.to(drafts.dtype))
     valid = kept = wanted.valid
     zero = torch.zeros(len(drafts), device=drafts.device)
-    total, cross_entropy, top_k, correct = zero, zero, zero, zero
+    total, cross_entropy, top_k, correct, covered = zero, zero, zero, zero, zero.sum()
     if config.divergence_weight or config.top_k_weight or config.aligned_top:
-        total, cross_entropy, top_k, correct, kept = _HeadLoss.apply(drafts, wanted, head, config, chunk)
+        made = _HeadLoss.apply(drafts, own.weight, wanted, head, own, config, chunk)
+        total, cross_entropy, top_k, correct, kept, covered = made
     goals = wanted.features.expand_as(drafts)
     distance = smooth_l1_loss(drafts, goals, reduction="none").mean(-1)  # [S,R]
-    total = total + config.regression * (distance * kept).sum(1)
+    total = total + config.regression * decay * (distance * kept).sum(1)
     regression = (distance.detach() * valid).sum(1)
-    return DraftLosses(total * decay, regression, cross_entropy, top_k, correct, valid.sum(1))
+    return DraftLosses(total, regression, cross_entropy, top_k, correct, valid.sum(1), covered)
 
 
 def rows_at_a_time(vocabulary: int) -> int:
@@ -130,79 +137,74 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, drafts: Tensor, wanted: Wanted, head: FrozenHead, config: LossConfig, chunk: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        steps, rows, _ = drafts.shape
-        valid, tokens, certain = wanted.valid, wanted.tokens, head.certain
-        gradient = torch.empty(drafts.shape, dtype=torch.float32, device=drafts.device)  # [S,R,h]
-        sums = torch.zeros(4, steps, device=drafts.device)  # divergence, cross-entropy, top-K, correct
+        ctx: Any,
+        drafts: Tensor,
+        weight: Tensor,
+        wanted: Wanted,
+        head: FrozenHead,
+        own: OwnHead,
+        config: LossConfig,
+        chunk: int,
+    ) -> tuple[Tensor, ...]:
+        (steps, rows, _), device = drafts.shape, drafts.device
+        own, valid, certain = own._replace(weight=weight.to(head.weight.dtype)), wanted.valid, own.certain
+        gradient = torch.empty(drafts.shape, dtype=torch.float32, device=device)  # [S,R,h]
+        learnt = HeadSlope(weight.shape, config.top_k_weight, device) if ctx.needs_input_grad[1] else None
+        sums = torch.zeros(4, steps, device=device)  # divergence, cross-entropy, top-K, correct
+        covered = torch.zeros((), device=device)
         kept, hits = valid.clone(), torch.ones_like(valid)
-        buffer = head.weight.new_empty(min(chunk, max(rows, 1)), head.weight.shape[0])
-        own = buffer if config.divergence == "kl" else torch.empty_like(buffer)  # p is needed beside q
+        buffer = head.weight.new_empty(min(chunk, max(rows, 1)), len(weight))
+        # p has a buffer of its own where it is needed beside q.
+        shared = len(weight) == len(head.weight) and config.divergence == "kl" and learnt is None
+        for_law = buffer if shared else buffer.new_empty(len(buffer), len(head.weight))
+        k = config.top_k if config.top_k_weight else 1
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
-            law = _target_law(wanted.features[part], head, config, own)
+            law = target_law(wanted.features[part], head, own, k, for_law)
+            covered += (law.covered * valid[0, part]).sum()
+            if own.renormalised:
+                kept[:, part] &= law.inside
             for step in range(steps):
-                q = _logits(drafts[step, part], head, buffer)
+                draft = drafts[step, part]
+                q = logits(draft, own, buffer)
                 highest = q.amax(-1)  # several times faster on CPU than the index of the maximum
                 likeliest = highest if certain == q.shape[1] else q[:, :certain].amax(-1)
-                correct = q.gather(1, law.ids[:, :1]).squeeze(1) >= likeliest
+                correct = (q.gather(1, law.ids[:, :1]).squeeze(1) >= likeliest) & law.inside
                 if config.aligned_top:
-                    above = q > q.gather(1, tokens[part, None])
-                    hits[step, part] = above.sum(-1) < config.aligned_top
+                    hits[step, part] = _is_among(q, wanted.tokens[part], config.aligned_top)
                     _leave_out(kept, hits, wanted, step, part)
                 q = torch.softmax(q, dim=-1, out=q)
                 normaliser = highest.float() - q.amax(-1).float().log()  # log-sum-exp of the logits
-                losses, slope = _compare(drafts[step, part], q, normaliser, law, head, config)
+                losses, slope = _compare(draft, q, normaliser, law, config)
+                counts = kept[step, part] * config.step_decay**step
                 sums[:3, step] += (losses * kept[step, part]).sum(1)
                 sums[3, step] += (correct & valid[step, part]).sum()
-                gradient[step, part] = slope * kept[step, part, None]
-        ctx.save_for_backward(gradient)
-        ctx.dtype = drafts.dtype
-        ctx.mark_non_differentiable(kept)
+                gradient[step, part] = _through(slope, law, own, config) * counts[:, None]
+                if learnt is not None:
+                    learnt.add(draft * counts[:, None], *slope)
+            if learnt is not None:
+                learnt.end_rows(law.p, law.ids, law.top)
+        ctx.save_for_backward(gradient, None if learnt is None else learnt.total)
+        ctx.dtypes = drafts.dtype, weight.dtype
+        ctx.mark_non_differentiable(kept, covered)
+        decay = config.step_decay ** torch.arange(steps, device=device)
         total = config.divergence_weight * sums[0] + config.top_k_weight * sums[2]
-        return total, sums[1], sums[2], sums[3], kept
+        return total * decay, sums[1], sums[2], sums[3], kept, covered
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * upstream[0][:, None, None]).to(ctx.dtype), None, None, None, None
+        gradient, learnt = ctx.saved_tensors
+        (of_draft, of_weight), scale = ctx.dtypes, upstream[0]
+        if learnt is not None:
+            learnt = (learnt * scale[0]).to(of_weight)  # the steps' losses were summed
+        return (gradient * scale[:, None, None]).to(of_draft), learnt, None, None, None, None, None
 
 
-class _TargetLaw(NamedTuple):
-    """The target's distribution p of c rows, and its products with the head W, the same for all steps."""
-
-    p: Tensor
-    """[c,V]; kl: it is in the buffer of q, and gone once a step is scored."""
-    p_head: Tensor
-    """p W, [c,h]."""
-    p_bias: Tensor
-    """p with the head's bias, [c]."""
-    ids: Tensor
-    """The K likeliest ids, [c,K]."""
-    mass: Tensor
-    """P_K, their probability, [c]."""
-    top_head: Tensor
-    """The sum over these ids of p(x) W_x, [c,h]."""
-    top_bias: Tensor
-    """The same of the bias, [c]."""
-
-
-def _target_law(features: Tensor, head: FrozenHead, config: LossConfig, out: Tensor) -> _TargetLaw:
-    """The target's distribution after features [c,h], made in `out` [>= c,V]."""
-    p = _logits(features, head, out)
-    p = torch.softmax(p, dim=-1, out=p)
-    k = min(config.top_k if config.top_k_weight else 1, head.certain)
-    top, ids = p[:, : head.certain].topk(k, dim=-1)
-    top = top.float()
-    mass = top.sum(-1)
-    p_head = _times_head(p, head.weight)
-    top_head = torch.bmm(top.unsqueeze(1), head.weight[ids].to(top.dtype)).squeeze(1)
-    p_bias, top_bias = torch.zeros_like(mass), torch.zeros_like(mass)
-    if head.bias is not None:
-        p_bias = (p @ head.bias.to(p.dtype)).float()
-        top_bias = (top * head.bias[ids].float()).sum(-1)
-    return _TargetLaw(p, p_head, p_bias, ids, mass, top_head, top_bias)
+def _is_among(logits: Tensor, tokens: Tensor, likeliest: int) -> Tensor:
+    """Whether a token is among the likeliest of its row [c,D]; not if the drafter has no such id."""
+    known = tokens < logits.shape[1]
+    own = logits.gather(1, torch.where(known, tokens, 0)[:, None])
+    return ((logits > own).sum(-1) < likeliest) & known
 
 
 def _leave_out(kept: Tensor, hits: Tensor, wanted: Wanted, step: int, part: slice) -> None:
@@ -216,31 +218,47 @@ def _leave_out(kept: Tensor, hits: Tensor, wanted: Wanted, step: int, part: slic
     hits[step, part] &= kept[step, part] | ~wanted.valid[step, part]
 
 
+class _Slope(NamedTuple):
+    """Of the weighted losses of c rows in their logits: outer * z - inner * p - top_k_weight * (p on K)."""
+
+    z: Tensor
+    """[c,D]."""
+    outer: Tensor
+    """[c]."""
+    inner: Tensor
+    """[c]."""
+
+
 def _compare(
-    draft: Tensor, q: Tensor, normaliser: Tensor, law: _TargetLaw, head: FrozenHead, config: LossConfig
-) -> tuple[Tensor, Tensor]:
-    """Divergence, cross-entropy and top-K loss of rows [3,c], and the slope of their weighted sum [c,h].
+    draft: Tensor, q: Tensor, normaliser: Tensor, law: TargetLaw, config: LossConfig
+) -> tuple[Tensor, _Slope]:
+    """Divergence, cross-entropy and top-K loss of rows [3,c], and the slope of their weighted sum.
 
     Args:
-        draft: draft features [c,h] whose distribution is q [c,V], which is used up, and whose logits have the
+        draft: draft features [c,h] whose distribution is q [c,D], which is used up, and whose logits have the
             log-sum-exp `normaliser` [c].
     """
     weight, k, mass = config.divergence_weight, config.top_k_weight, law.mass
-    cross_entropy = normaliser - (draft * law.p_head).sum(-1) - law.p_bias
+    cross_entropy = law.total * normaliser - (draft * law.p_head).sum(-1) - law.p_bias
     top_k = mass * normaliser - (draft * law.top_head).sum(-1) - law.top_bias
-    # Slope in the logits: weight * (kl * (q - p) + tv * slope of 1 - alpha) + k * (P_K q - top).
+    # Slope in the logits: weight * (kl * (P q - p) + tv * slope of 1 - alpha) + k * (P_K q - top).
     if config.divergence == "kl":
         divergence, kl = cross_entropy, torch.ones_like(mass)
-        slope = (weight + k * mass)[:, None] * _times_head(q, head.weight)
+        outer = weight * law.total + k * mass
     else:
         alpha = torch.minimum(law.p, q).sum(-1, dtype=torch.float32)
         divergence, kl, tv = _overlap_loss(config.divergence, cross_entropy, alpha)
-        inside = q * (law.p > q)
-        outer = weight * (kl + tv * inside.sum(-1, dtype=torch.float32)) + k * mass
-        q = q.mul_(outer[:, None]).sub_(inside.mul_((weight * tv)[:, None]))
-        slope = _times_head(q, head.weight)
-    slope -= (weight * kl)[:, None] * law.p_head + k * law.top_head
-    return torch.stack([divergence, cross_entropy, top_k]), slope
+        below = q * (law.p > q)
+        outer = weight * (kl * law.total + tv * below.sum(-1, dtype=torch.float32)) + k * mass
+        q = q.mul_(outer[:, None]).sub_(below.mul_((weight * tv)[:, None]))
+        outer = torch.ones_like(outer)
+    return torch.stack([divergence, cross_entropy, top_k]), _Slope(q, outer, weight * kl)
+
+
+def _through(slope: _Slope, law: TargetLaw, own: OwnHead, config: LossConfig) -> Tensor:
+    """What the slope is in the draft features, [c,h]."""
+    by_draft = slope.outer[:, None] * times_head(slope.z, own.weight)
+    return by_draft.sub_(slope.inner[:, None] * law.p_head).sub_(config.top_k_weight * law.top_head)
 
 
 def _overlap_loss(kind: str, cross_entropy: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,13 +270,3 @@ def _overlap_loss(kind: str, cross_entropy: Tensor, alpha: Tensor) -> tuple[Tens
         return -alpha.log(), torch.zeros_like(alpha), 1 / alpha
     kl = torch.exp(-3 * alpha)  # eta = 3
     return kl * cross_entropy + (1 - kl) * (1 - alpha), kl, 1 - kl
-
-
-def _logits(rows: Tensor, head: FrozenHead, buffer: Tensor) -> Tensor:
-    """Logits [c,V] in the head's dtype, written into `buffer`."""
-    logits = torch.mm(rows.to(head.weight.dtype), head.weight.t(), out=buffer[: len(rows)])
-    return logits if head.bias is None else logits.add_(head.bias)
-
-
-def _times_head(probabilities: Tensor, head_weight: Tensor) -> Tensor:
-    return torch.mm(probabilities.to(head_weight.dtype), head_weight).float()

@@ -23,7 +23,7 @@ class Script(Record):
         super().__init__(8, 2, 16, 512)
         self.script = iter(resting)
 
-    def rests(self, promising=True):
+    def rests(self, promising=True, least=0):
         return next(self.script, False)
 
 

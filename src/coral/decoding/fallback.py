@@ -27,7 +27,8 @@ _NEARLY = 0.1
 little rests half of the time. Those of several texts do."""
 _NOTED = 4  # trees of a cycle that are learnt from; a batch has enough of them in time
 _AGAIN = 16  # trees
-_LONG = 64  # plain steps, at least, of a rest that costs tell to take
+_LONG = 64  # plain steps of a rest that costs tell to take; where drafts are known, the longest rest
+_KNOWN = 64  # trees
 
 
 class Asked(NamedTuple):
@@ -75,7 +76,8 @@ class Fallback:
         live, record, promising = len(states), self.records[len(states)], True
         if live > 1 and self.costs is not None:
             tree_size, promising = self._best(live, tree_size)
-        drafts = not record.rests(promising)
+        known = self.promises.noted >= _KNOWN
+        drafts = not record.rests(promising, least=record.longest_rest if known else _LONG)
         for state in states:
             state.memory[self] = Asked(record, len(state.tokens), tree_size.min_gain if drafts else None)
         if drafts:
@@ -132,8 +134,11 @@ class Record:
         else:
             self.plain.append(seconds)
 
-    def rests(self, promising: bool = True) -> bool:
-        """Whether this cycle is to be a plain step; promising: drafting is expected to pay."""
+    def rests(self, promising: bool = True, least: int = 0) -> bool:
+        """Whether this cycle is to be a plain step.
+
+        promising: drafting is expected to pay; where it is not, a rest has `least` steps.
+        """
         again = self._next_rest > self.first_rest
         needed = max(1, self.window // 4) if again else self.window if promising else 0
         if self._rest == 0 and len(self.drafted) >= needed:
@@ -142,7 +147,7 @@ class Record:
             elif promising and self.pays:
                 self._next_rest = self.first_rest
             else:
-                self._rest = self._next_rest if promising else max(self._next_rest, _LONG)
+                self._rest = self._next_rest if promising else max(self._next_rest, least)
                 self._next_rest = min(2 * self._rest, self.longest_rest)
                 self.drafted.clear()
         self._rest, rests = max(0, self._rest - 1), self._rest > 0

@@ -45,6 +45,9 @@ def test_a_cycle_costs_its_rows_and_the_levels_that_are_drafted() -> None:
     deep, shallow = (ASSUMED.seconds(2, Promise(1.5, widths)) for widths in ((1.0, 0.5), (1.5,)))
     assert deep > shallow > ASSUMED.seconds(2, PLAIN)
     assert ASSUMED.speed(2, PLAIN) == pytest.approx(2 / 1.02)
+    assert ASSUMED.seconds(2, Promise(1.5, (1.0, 1e-18, 5e-324, 0.0))) == pytest.approx(
+        ASSUMED.seconds(2, Promise(1.5, (1.0, 0.0)))
+    )  # a mean that fades never becomes nothing
 
 
 def test_costs_are_measured_once_and_kept(measuring: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import pairwise
-from math import exp
+from math import expm1
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
@@ -80,7 +80,7 @@ class RowCosts:
             return at(self.forward, live)
         total = at(self.forward, live * (1 + sum(promise.widths))) + at(self.step, live * _FIRST)
         for width in filter(None, promise.widths[:-1]):
-            drafted = 1 - exp(-live * width)  # as if texts had nodes there by chance
+            drafted = -expm1(-live * width)  # as if texts had nodes there by chance
             total += drafted * at(self.step, live * width / drafted)
         return total
 

@@ -12,7 +12,6 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from itertools import islice
-from math import sqrt
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from coral.decoding.row_costs import RowCosts
 from coral.decoding.state import State
 from coral.tree import DraftTree, TreeSize
 
-_NEARLY = 0.1
+_NEARLY = 0.9
 """The tokens of eight cycles of one text tell no finer what all will bring: without it a drafter that gains a
 little rests half of the time. Those of several texts do."""
 _NOTED = 4  # trees of a cycle that are learnt from; a batch has enough of them in time
@@ -157,5 +156,5 @@ class Record:
     def pays(self) -> bool:
         """Whether the last cycles emitted nearly the tokens that plain steps would have in that time."""
         seconds, tokens = zip(*self.drafted, strict=True)
-        nearly = 1 - _NEARLY / sqrt(self.live)
+        nearly = _NEARLY if self.live == 1 else 1.0
         return fmean(tokens) * median(self.plain) >= nearly * median(seconds)

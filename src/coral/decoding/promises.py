@@ -15,6 +15,7 @@ from coral.decoding.row_costs import PLAIN, Promise, RowCosts
 from coral.tree import DraftTree, TreeSize
 
 _WEIGHT = 1 / 64  # of a tree in the means
+_MARGIN = 1.05  # that costs may be wrong by, before a batch drafts
 _DEPTH = 8  # that are told apart
 
 # By min_gain, nodes at each depth.
@@ -74,7 +75,7 @@ class Promises:
         gains = [gain for gain in self._means if gain >= tree_size.min_gain] or [max(self._means)]
         speeds = {gain: costs.speed(live, self.of(gain)) for gain in gains}
         gain = max(gains, key=speeds.__getitem__)
-        pays = speeds[gain] > costs.speed(live, PLAIN)
+        pays = speeds[gain] > _MARGIN * costs.speed(live, PLAIN)
         # The first of them stands for the tree size as it is.
         return (tree_size if gain == gains[0] else replace(tree_size, min_gain=gain)), pays
 

@@ -23,15 +23,14 @@ from typing import Any
 
 import torch
 from agreement import Counts, judge
+from chains import chain
 from publish import header, reproduce, save
 
 from coral.bench.equality import references, verdict_of
 from coral.bench.methods import ours
 from coral.cli.options import quiet_transformers
-from coral.decoding.cycle import Proposer, generate
-from coral.decoding.plain import Plain
+from coral.decoding.cycle import Proposer
 from coral.decoding.sampling import Sampling
-from coral.decoding.state import State
 from coral.drafters.drafting import Drafting
 from coral.export import write
 from coral.native.memory import keep_freed_memory
@@ -145,26 +144,10 @@ def first_prompts(target: Target, count: int, room: int) -> list[list[int]]:
 def chains(
     target: Target, proposer: Proposer, prompts: Sequence[list[int]], length: int, draft_tokens: int
 ) -> tuple[list[list[int]], Counts]:
-    """Our texts of `length` tokens, and the cycles of chain drafting that vLLM counts while it writes them.
-
-    vLLM's first token comes from the prefill and is no cycle; each later cycle drafts a whole chain and is
-    counted with all that was accepted, also behind the end of the text. So the first token is written alone
-    here, and drafting goes on as if the text had room for the last cycle's chain.
-    """
-    tree_size = TreeSize(top_k=1, max_depth=draft_tokens, num_nodes=draft_tokens)
-    texts, accepted = [], []
-    for prompt in prompts:
-        text = ours(target, Plain(), tree_size)(prompt, Sampling(), 0, 1).tokens
-        end = len(prompt) + length + draft_tokens
-        state = State([*prompt, *text], end, target.new_cache(end + draft_tokens + 1))
-        for (cycle,) in generate(target, proposer, [state], tree_size):
-            assert cycle.depth == draft_tokens and not cycle.cut
-            text = [*text, *cycle.tokens]
-            accepted.append(cycle.num_accepted)
-            if len(text) >= length:
-                break
-        texts.append(text[:length])
-    return texts, Counts.of(accepted, draft_tokens)
+    """Our texts of `length` tokens, and the cycles of chain drafting that vLLM counts as it writes them."""
+    found = [chain(target, proposer, prompt, length, draft_tokens) for prompt in prompts]
+    accepted = [number for _, numbers in found for number in numbers]
+    return [text for text, _ in found], Counts.of(accepted, draft_tokens)
 
 
 def export(drafter: Path, head: str, directory: Path) -> Path:

@@ -53,6 +53,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--draft-tokens", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--at-once", type=int, default=1, help="texts that llama.cpp writes together")
     options = parser.parse_args()
     quiet_transformers()
     with tempfile.TemporaryDirectory() as scratch:
@@ -68,11 +69,12 @@ def tiny(options: argparse.Namespace, scratch: Path) -> bool:
     with torch.inference_mode():
         ours = write_ours(pair.target, pair.drafter, pair.gguf, pair.prompts, overfitted.LENGTH, options)
     held = []
-    for name, fault in {"as exported": nullcontext, **FAULTS}.items():
+    for name, fault in {"as exported": nullcontext, "the same, all at once": nullcontext, **FAULTS}.items():
+        at_once = len(pair.prompts) if name == "the same, all at once" else 1
+        job = {"prompts": pair.prompts, "length": overfitted.LENGTH, "at_once": at_once}
         with fault():
-            theirs = write_theirs(options, scratch, pair.gguf, pair.drafter, pair.prompts, overfitted.LENGTH)
-        same = ours == theirs
-        held.append(same == (name == "as exported"))
+            theirs = write_theirs(options, scratch, pair.gguf, pair.drafter, job)
+        held.append((ours == theirs) == (name not in FAULTS))
         equal = sum(a == b for a, b in zip(ours.texts, theirs.texts, strict=True))
         outcome = "passed" if held[-1] else "FAILED"
         print(
@@ -93,7 +95,8 @@ def real(options: argparse.Namespace, scratch: Path) -> bool:
     begin = perf_counter()
     ours = write_ours(target, options.drafter, exact, prompts, options.tokens, options)
     print(f"ours: {perf_counter() - begin:.0f} s", flush=True)
-    theirs = write_theirs(options, scratch, exact, options.drafter, prompts, options.tokens)
+    job = {"prompts": prompts, "length": options.tokens, "at_once": options.at_once}
+    theirs = write_theirs(options, scratch, exact, options.drafter, job)
     verdicts = [
         verdict_of(prompt, text, other, Sampling(), 0, references(target, torch.float64))
         for prompt, text, other in zip(prompts, ours.texts, theirs.texts, strict=True)
@@ -145,17 +148,15 @@ def write_theirs(
     scratch: Path,
     target: Path,
     drafter: Path,
-    prompts: Sequence[list[int]],
-    length: int,
+    job: dict[str, Any],
 ) -> Written:
     """What llama_cpp_side.py answers with the drafter as we export it now; its log is shown if it fails."""
     file, dtype = scratch / "drafter.gguf", "f32" if options.target is None else options.dtype
     llama_cpp.export(drafter, file, llama_cpp_target.find(str(target)), dtype)
     job = {
+        **job,
         "target": str(target),
         "drafter": str(file),
-        "prompts": list(prompts),
-        "length": length,
         "draft_tokens": options.draft_tokens,
         "threads": options.threads,
         "exact": True,

@@ -2,15 +2,16 @@
 `python llama_cpp_side.py JOB ANSWER`.
 
 JOB is JSON: `target` and `drafter` (GGUF files; drafter null: none), `prompts` (token ids), `length` (tokens
-to write at most), `draft_tokens`, `threads`, `exact` (keys and values in float32, no flash attention). ANSWER
-gets `texts`, `drafted` and `accepted` of each, `cycles` and `accepted_by_position` as llama.cpp counts them,
-`seconds` of each, and `version`.
+to write at most), `draft_tokens`, `threads`, `at_once` (texts that are written together), `exact` (keys and
+values in float32, no flash attention). ANSWER gets `texts`, `drafted` and `accepted` of each, `cycles` and
+`accepted_by_position` as llama.cpp counts them, `seconds` of each, and `version`.
 """
 
 import json
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -39,7 +40,8 @@ def main(job_path: str, answer_path: str) -> None:
         with urlopen(request) as response:
             return json.load(response) | {"seconds": time.perf_counter() - begin}
 
-    answers = [write(prompt) for prompt in job["prompts"]]
+    with ThreadPoolExecutor(job["at_once"]) as slots:
+        answers = list(slots.map(write, job["prompts"]))
     with urlopen(f"{url}/metrics") as response:
         counters = response.read().decode()
     positions = dict(
@@ -62,8 +64,8 @@ def settings(job: dict[str, Any]) -> Any:
     """llama-server's own defaults, but for the threads, one slot and the drafter."""
     found = xllamacpp.CommonParams()
     found.model.path = job["target"]
-    found.n_ctx = max(map(len, job["prompts"])) + job["length"] + 64
-    found.n_parallel, found.port, found.verbosity, found.endpoint_metrics = 1, 0, 1, True
+    found.n_ctx = job["at_once"] * (max(map(len, job["prompts"])) + job["length"] + 64)
+    found.n_parallel, found.port, found.verbosity, found.endpoint_metrics = job["at_once"], 0, 1, True
     draft = found.speculative.draft
     for threads in (found.cpuparams, found.cpuparams_batch, draft.cpuparams, draft.cpuparams_batch):
         threads.n_threads = job["threads"]
@@ -71,6 +73,7 @@ def settings(job: dict[str, Any]) -> Any:
         kinds = xllamacpp.common_speculative_type
         found.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_EAGLE3]
         draft.mparams.path, draft.n_max = job["drafter"], job["draft_tokens"]
+        draft.backend_sampling = job["at_once"] == 1  # it mixes up the drafts of several texts
     if job["exact"]:
         found.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         for cache in (found, draft):

@@ -31,6 +31,7 @@ from coral.bench.methods import ours
 from coral.cli.options import quiet_transformers
 from coral.decoding.cycle import Proposer
 from coral.decoding.sampling import Sampling
+from coral.drafters import checkpoint
 from coral.drafters.drafting import Drafting
 from coral.export import write
 from coral.native.memory import keep_freed_memory
@@ -40,6 +41,8 @@ from coral.target.target import Target
 from coral.tree import DEFAULT, TreeSize
 
 HERE = Path(__file__).parent
+METHODS = {"feature": "eagle", "eagle3": "eagle3"}
+"""What vLLM calls drafters of a kind."""
 NGRAM = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 
 
@@ -73,7 +76,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         served = {
             head: {
-                "method": "eagle",
+                "method": METHODS[checkpoint.read_config(options.drafter)["kind"]],
                 "model": str(export(options.drafter, head, Path(scratch, head))),
                 "num_speculative_tokens": options.draft_tokens,
             }

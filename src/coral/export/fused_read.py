@@ -33,10 +33,9 @@ _MUST = {
 _READ = fused_layout.KEYS | {"target_hidden_size", _LAYERS, _NESTED}
 # Keys that only say where a drafter comes from, or how it was trained.
 _ASIDE = {
-    "auto_map", "algorithm", "eagle_decoder_type", "embed_requires_grad", "has_lm_head", "model", "use_cache",
-    "pretraining_tp", "speculators_config", "speculators_model_type", "speculators_version",
-    "transformers_version", "_name_or_path", "_attn_implementation", "truncated", "ttt_length", "length",
-    "rope_type", "original_max_position_embeddings",
+    "auto_map", "eagle_decoder_type", "embed_requires_grad", "has_lm_head", "pretraining_tp",
+    "speculators_config", "speculators_model_type", "speculators_version", "transformers_version",
+    "use_cache", "_name_or_path", "_attn_implementation",
 }  # fmt: skip
 
 
@@ -56,9 +55,8 @@ def build(stored: Stored, target: EagleTarget) -> FusedDrafter:
     tensors = {_ours(name): tensor for name, tensor in stored.tensors.items()}
     drop_biases(file, tensors)
     embedding = tensors.pop("embed_tokens.weight", None)
-    if missing := sorted(
-        {"fc.weight", *(f"{_LAYER}{n}" for n in fused_layout.IN_THE_LAYER)} - tensors.keys()
-    ):
+    needed = {"fc.weight", *(f"{_LAYER}{name}" for name in fused_layout.IN_THE_LAYER)}
+    if missing := sorted(needed - tensors.keys()):
         raise CoralError(
             f"{file} lacks the tensors {', '.join(missing)} of an EAGLE-3 drafter; copy it again, or use "
             "another one."
@@ -88,7 +86,7 @@ def _config(stored: Stored, target: EagleTarget) -> FusedConfig:
             **sizes_of(stored, _LAYER, target),
             layers=_layers(stored, target),
             draft_vocab_size=target.config.vocab_size if head is None else len(head),
-            fc_norm=any(name in tensors for name in fused_layout.FC_NORM),
+            fc_norm=bool(given.get("fc_norm")) or any(name in tensors for name in fused_layout.FC_NORM),
             norm_output=bool(given.get("norm_output")),
         )
 

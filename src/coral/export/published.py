@@ -203,7 +203,14 @@ def reading(path: Path) -> Iterator[None]:
         if str(path.parent) in str(error):
             raise
         raise CoralError(f"{path} cannot be read: {error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        StrictDataclassError,
+    ) as error:
         raise CoralError(f"{path} cannot be read ({error!r}); copy the drafter again.") from error
 
 

@@ -39,7 +39,7 @@ lint: install
 	$(BIN)/mypy
 
 test-engines: install $(ENGINES)/installed  ## the shipped drafter in a real vLLM; docs/vllm.md
-	HF_HUB_OFFLINE=1 PYTHONPATH=benchmarks $(BIN)/python checks/vllm_check.py --engine $(ENGINES)/bin/python $(ARGS)
+	HF_HUB_OFFLINE=1 PYTHONPATH=benchmarks:tests $(BIN)/python checks/vllm_check.py --engine $(ENGINES)/bin/python $(ARGS)
 
 test-llama: install $(LLAMA)/installed  ## a tiny EAGLE-3 drafter in a real llama.cpp, and ways to get it wrong; docs/llama.cpp.md
 	HF_HUB_OFFLINE=1 PYTHONPATH=benchmarks:tests $(BIN)/python checks/llama_cpp_check.py --engine $(LLAMA)/bin/python $(ARGS)

@@ -37,6 +37,7 @@ from coral.export import write
 from coral.native.memory import keep_freed_memory
 from coral.suites import prompts as suites
 from coral.target.default import TOY
+from coral.target.gguf.convert import convert
 from coral.target.target import Target
 from coral.tree import DEFAULT, TreeSize
 
@@ -54,6 +55,7 @@ def main() -> int:
     parser.add_argument(
         "--heads", default="full", help="full, and those that the plug-in serves: static, ..."
     )
+    parser.add_argument("--overfitted", action="store_true", help="a tiny EAGLE-3 pair, made here, instead")
     parser.add_argument("--prompts", type=int, default=8, help="of each suite")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--draft-tokens", type=int, default=4)
@@ -65,15 +67,17 @@ def main() -> int:
         parser.error("--speed keeps what it has measured, and goes on there: name a directory with --output")
     keep_freed_memory()
     quiet_transformers()
-    target = Target.load(options.target, dtype="float32")
-    job = {
-        "target": str(options.target.resolve()),
-        "prompts": first_prompts(target, options.prompts, options.tokens + options.draft_tokens + 1),
-        "length": options.tokens,
-        "at_once": options.at_once,
-        "eager": True,
-    }
     with tempfile.TemporaryDirectory() as scratch:
+        prompts = make_pair(options, Path(scratch)) if options.overfitted else None
+        target = Target.load(options.target, dtype="float32")
+        room = options.tokens + options.draft_tokens + 1
+        job = {
+            "target": str(options.target.resolve()),
+            "prompts": prompts or first_prompts(target, options.prompts, room),
+            "length": options.tokens,
+            "at_once": options.at_once,
+            "eager": True,
+        }
         served = {
             head: {
                 "method": METHODS[checkpoint.read_config(options.drafter)["kind"]],
@@ -103,6 +107,16 @@ def main() -> int:
         results["checks"] = checks
         save(options.output, results, shares(results))
     return int(any(check["failed"] for check in checks.values()))
+
+
+def make_pair(options: argparse.Namespace, scratch: Path) -> list[list[int]]:
+    """Let `options` name a pair whose drafter knows its texts by heart; returns their prompts."""
+    import overfitted  # which needs tests/ on the path
+
+    pair = overfitted.make(scratch)
+    options.target, options.drafter, options.tokens = scratch / "target", pair.drafter, overfitted.LENGTH
+    convert([pair.gguf], options.target, "float32")
+    return pair.prompts
 
 
 def compare_with_vllm(

@@ -6,8 +6,8 @@ Dense is how multi-step training is published (HASS, arXiv 2408.15766): at step 
 concatenated, S*L wide under a dense mask, with key/value heads repeated; target and drafter logits of the
 whole batch are made in float32, and all losses are log_softmax and autograd. It is written here from that
 description, masks as `coral.drafters.recurrent.unroll` does (the published mask is not exact), and adds the
-alignment loss of CORAL, for which the graphs of all steps must be alive at once. `check` shows that both compute the
-same loss and gradients.
+alignment loss of CORAL, for which the graphs of all steps must be alive at once. `check` shows that both
+compute the same loss and gradients.
 
 There is no target model here: features, embeddings and the frozen LM head are random, and every token is
 trained. Drafter sizes are those of the toy target. Each case runs in its own process. Memory is the

@@ -15,6 +15,7 @@ import torch
 from tiny_pair import save_drafter, save_target
 
 from coral.cli.main import main
+from coral.decoding import row_costs
 from coral.gpu.compiled import compiled
 from coral.native import build as cpp
 from coral.target import default as models_
@@ -27,9 +28,11 @@ if flags := os.environ.get("CORAL_CXXFLAGS"):  # see test_sanitized.py
 
 @pytest.fixture(autouse=True, scope="session")
 def starts(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Those of tests do not push out a user's own."""
+    """Those of tests do not push out a user's own, and what rows cost is not measured beside other tests."""
     folder = tmp_path_factory.mktemp("starts")
     second_start._root = lambda: folder
+    row_costs.root = lambda: folder / "costs"
+    row_costs.SECONDS = 0
 
 
 @pytest.fixture

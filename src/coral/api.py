@@ -18,7 +18,7 @@ from coral.decoding.state import Cycle, State
 from coral.decoding.text import Detokenizer, Stop, cut_at, stop_at, stop_strings
 from coral.drafters.drafting import Drafting
 from coral.errors import CoralError
-from coral.serving.engine import ROWS, Engine
+from coral.serving.engine import Engine
 from coral.target import default as models
 from coral.target.native import why_not_native
 from coral.target.target import Target
@@ -100,8 +100,7 @@ class LLM:
         states = [self.start(each, sequence_id=first + i, **options) for i, each in enumerate(asked)]
         if several:
             coming = iter(states)
-            rows = max(ROWS, self.tree_size.num_nodes + 1)
-            engine = Engine(self.target, self.proposer, self.tree_size, rows_budget=rows)
+            engine = Engine(self.target, self.proposer, self.tree_size)
             deque(engine.write(lambda: next(coming, None)), maxlen=0)
         else:
             deque(self.cycles(states[0]), maxlen=0)

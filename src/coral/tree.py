@@ -25,9 +25,8 @@ class TreeSize:
     top_k: children drafted per node and nodes expanded per level.
     max_depth: levels below the root; 0 turns drafting off.
     num_nodes: draft tokens sent to the target; the root is not counted.
-    min_gain: tokens that must be promised, by the drafter's own scores: no further level is drafted where the
-    nodes it would grow from are reached with less probability together, and no node is sent to the target
-    that is less likely.
+    min_gain: tokens that a node must promise, by the drafter's own scores: none is sent to the target, or has
+    children drafted, that is less likely.
 
     Raises:
         CoralError: a number is no whole number, or out of bounds: memory and time of a cycle grow with them.
@@ -54,8 +53,10 @@ class TreeSize:
         return f"{self.top_k},{self.max_depth},{self.num_nodes},{self.min_gain:g}"
 
     def within(self, remaining: int) -> TreeSize:
-        """The same tree size when only `remaining` tokens may still be written, the bonus token included."""
-        return replace(self, max_depth=max(0, min(self.max_depth, remaining - 1)))
+        """The same tree size when only `remaining` tokens may still be written, the bonus token included. No
+        path is longer than the nodes that are kept.
+        """
+        return replace(self, max_depth=max(0, min(self.max_depth, self.num_nodes, remaining - 1)))
 
 
 DEFAULT = TreeSize(top_k=8, max_depth=6, num_nodes=15, min_gain=0.2)
@@ -102,6 +103,11 @@ class DraftTree:
     def root(cls, token: int) -> DraftTree:
         """The tree of plain decoding: one node."""
         return cls([token], [-1], [0.0], levels=0)
+
+    @classmethod
+    def chain(cls, tokens: list[int]) -> DraftTree:
+        """A tree without branches: each token is the only child of the one before it."""
+        return cls(tokens, [*range(-1, len(tokens) - 1)], [0.0] * len(tokens), levels=len(tokens) - 1)
 
     @property
     def device(self) -> torch.device:

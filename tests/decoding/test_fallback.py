@@ -7,11 +7,13 @@ from tiny import Recorder, new_state, prompt_of, random_drafter, soft_target, ti
 from coral.decoding.cycle import generate
 from coral.decoding.fallback import Fallback, Record
 from coral.decoding.plain import Plain
+from coral.decoding.row_costs import RowCosts
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import Cycle
 from coral.tree import DraftTree, TreeSize
 
 TREE_SIZE = TreeSize(top_k=3, max_depth=3, num_nodes=7)
+FREE = RowCosts({1: 1.0, 64: 1.0}, {1: 0.0, 64: 0.0})
 
 
 class Script(Record):
@@ -21,12 +23,12 @@ class Script(Record):
         super().__init__(8, 2, 16, 512)
         self.script = iter(resting)
 
-    def rests(self):
+    def rests(self, promising=True, least=0):
         return next(self.script, False)
 
 
 def scripted(proposer, resting):
-    fallback, script = Fallback(proposer), Script(resting)
+    fallback, script = Fallback(proposer, lambda: FREE), Script(resting)
     fallback.records.default_factory = lambda: script
     return fallback
 
@@ -136,7 +138,7 @@ def test_what_one_text_gains_says_nothing_of_a_batch():
     """Stops a batch in which drafting loses from drafting on, or one text from resting for its sake; and what
     is learnt of plain steps that a server took by itself, or is not where a text has just come.
     """
-    fallback = Fallback(Chain())
+    fallback = Fallback(Chain(), lambda: FREE)
     states = [new_state(tiny_target(), prompt_of(5, seed=i), 10_000) for i in range(3)]
 
     def act(live, emitted, seconds, asked=True):

@@ -1,5 +1,6 @@
 """Whole trees in one call against their slow twin, which drafts level by level."""
 
+import random
 import shutil
 
 import pytest
@@ -108,6 +109,55 @@ def test_trees_are_those_of_levels(head, options, monkeypatch):
                     assert one.num_forwards == other.num_forwards
                     torch.testing.assert_close(one.scores, other.scores, rtol=1e-3, atol=1e-3)
                 torch.testing.assert_close(quick_rows, rows, rtol=1e-4, atol=3e-4)  # rows of 16 bits
+
+
+def texts_at(target, features, ids, draw, count):
+    """Sequences of the same ids that are read and unread up to places of their own."""
+    samplings = Sampling(), Sampling(0.8, seed=9), Sampling(1.0, seed=3)
+    texts = []
+    for number in range(count):
+        end = draw.randrange(2, len(ids) - 1)
+        room, sampling = draw.randrange(2, 9), draw.choice(samplings)
+        state = State(ids[: end + 1], end + 1 + room, target.new_cache(160), sampling, number)
+        texts.append((state, features, draw.randrange(end)))
+    return texts
+
+
+def drafted_twice(proposer, texts, tree_size, together):
+    """The trees of sequences whose caches have some rows, and those rows: all in one call, or one by one."""
+    made = []
+    for rounds in range(2):
+        for state, features, read in texts:
+            begin, end = (0, read) if rounds == 0 else (read, len(state.tokens) - 1)
+            state.unread = Unread(begin, (features[begin:end],) if end > begin else ())
+        states = [state for state, *_ in texts]
+        calls = [states] if together else [[state] for state in states]
+        made += [tree for call in calls for tree in proposer.propose(call, tree_size)]
+    rows = [[part[:, :, : cache.length] for part in cache.storage] if cache.layers[0].is_made else []
+            for state in states if (cache := state.memory.get(proposer))]  # fmt: skip
+    return [tree.lists for tree in made], [tree.num_forwards for tree in made], rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_tree_is_the_same_whatever_grows_beside_it(head, dtype, monkeypatch):
+    """Stops a row that reads another text's keys, features, head or noise, sums in another order beside other
+    rows, and a text that ends its growth that ends or holds up another's.
+    """
+    monkeypatch.setattr(Feature, "pool", 12)
+    target, drafter = pair(dtype, num_layers=2)
+    ids = prompt_of(60, 67)
+    features, draw = target.states(torch.tensor([ids]))[0], random.Random(5)
+    for count in (1, 2, 3, 7, 16):
+        for tree_size in TREE_SIZES:
+            seed, found = draw.random(), []
+            for together in (True, False):
+                proposer, _ = proposers(target, drafter, HEADS[head])
+                texts = texts_at(target, features, ids, random.Random(seed), count)
+                found.append(drafted_twice(proposer, texts, tree_size, together))
+            assert found[0][:2] == found[1][:2]
+            for one, other in zip(found[0][2], found[1][2], strict=True):
+                assert all(map(torch.equal, one, other))
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from ctypes import CDLL, byref, c_bool, c_int64, c_void_p
+from ctypes import CDLL, byref, c_int64, c_void_p
 from pathlib import Path
 
 import numpy as np
@@ -47,14 +47,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 def product(
-    library: CDLL, kind: str, blocks: np.ndarray, rows: Tensor, tiles: bool, threads: int = 1
+    library: CDLL, kind: str, blocks: np.ndarray, rows: Tensor, unit: int, threads: int = 1
 ) -> Tensor:
     number, panels = packing.pack_blocks(library, kind, [torch.from_numpy(blocks)])
     matrix = forward._Matrix(panels.data_ptr(), None, rows.shape[1], len(blocks), number)
     sums = torch.full((len(rows), len(blocks)), torch.nan)
     pointers = c_void_p(rows.data_ptr()), c_void_p(sums.data_ptr())
     library.coral_multiply(
-        byref(matrix), pointers[0], c_int64(len(rows)), c_bool(tiles), c_int64(threads), pointers[1]
+        byref(matrix), pointers[0], c_int64(len(rows)), c_int64(unit), c_int64(threads), pointers[1]
     )
     return sums
 
@@ -86,8 +86,9 @@ def single(numbers: np.ndarray) -> np.ndarray:
     return numbers.astype(np.float32).astype(np.float64)
 
 
-def ways(library: CDLL) -> list[bool]:
-    return [False, True] if forward._tiles() else [False]
+def ways() -> list[int]:
+    """The units whose sums are in the same order."""
+    return [0, 2] if forward._unit() == 2 else [0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,22 +106,42 @@ def test_products_are_the_slow_ones_bit_for_bit(library, kind, outputs, inputs, 
     slow = slow_product(kind, blocks, x)
     exact = x.double() @ torch.from_numpy(dequantize(blocks, GGMLQuantizationType[kind])).double().T
     assert (slow - exact).norm() < 1e-6 * exact.norm()
-    for tiles in ways(library):
+    for unit in ways():
         for threads in (1, 3):
-            assert torch.equal(product(library, kind, blocks, x, tiles, threads), slow)
-        alone = [product(library, kind, blocks, row[None].contiguous(), tiles) for row in x]
+            assert torch.equal(product(library, kind, blocks, x, unit, threads), slow)
+        alone = [product(library, kind, blocks, row[None].contiguous(), unit) for row in x]
         assert torch.equal(torch.cat(alone), slow)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("outputs, inputs, rows", [(16, 32, 1), (77, 288, 5), (48, 544, 17), (40, 512, 30)])
+def test_pairs_are_multiplied_whatever_rows_stand_beside(library, kind, outputs, inputs, rows) -> None:
+    """Stops pairs of other inputs, an offset or a scale that is left out, and sums that depend on the number
+    of rows.
+    """
+    if forward._unit() == 0:
+        pytest.skip("no vectors that multiply two numbers at once")
+    torch.manual_seed(rows)
+    weights = np.random.default_rng(rows).standard_normal((outputs, inputs)).astype(np.float32)
+    blocks = quantize(weights, GGMLQuantizationType[kind])
+    x = torch.randn(rows, inputs).bfloat16().float()
+    exact = x.double() @ torch.from_numpy(dequantize(blocks, GGMLQuantizationType[kind])).double().T
+    paired = product(library, kind, blocks, x, 1)
+    assert (paired - exact).norm() < 1e-6 * exact.norm()
+    assert torch.equal(product(library, kind, blocks, x, 1, 3), paired)
+    alone = [product(library, kind, blocks, row[None].contiguous(), 1) for row in x]
+    assert torch.equal(torch.cat(alone), paired)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiles_and_vectors_agree_where_numbers_vanish(library, kind) -> None:
     """Stops sums of numbers that are too small to be normal, which the matrix unit takes for zero."""
-    if not forward._tiles():
+    if forward._unit() < 2:
         pytest.skip("no matrix unit for bfloat16")
     weights = np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32)
     blocks = quantize(weights, GGMLQuantizationType[kind])
     x = (torch.randn(5, 64) * 2.0 ** torch.randint(-135, -118, (5, 64))).bfloat16().float()
-    by_vectors, by_tiles = (product(library, kind, blocks, x, tiles) for tiles in (False, True))
+    by_vectors, by_tiles = (product(library, kind, blocks, x, unit) for unit in (0, 2))
     assert torch.equal(by_vectors, by_tiles)
 
 

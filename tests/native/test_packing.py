@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from ctypes import CDLL, byref, c_bool, c_int64, c_void_p
+from ctypes import CDLL, byref, c_int64, c_void_p
 
 import pytest
 import torch
@@ -36,13 +36,13 @@ def slow_pack(weight: Tensor) -> Tensor:
     return torch.cat(blocks)
 
 
-def product(library: CDLL, weight: Tensor, x: Tensor, threads: int = 1) -> Tensor:
+def product(library: CDLL, weight: Tensor, x: Tensor, threads: int = 1, unit: int = 0) -> Tensor:
     panels = packing.pack(library, [weight])
     narrow = int(panels.dtype == torch.bfloat16)
     matrix = forward._Matrix(panels.data_ptr(), None, x.shape[1], len(weight), narrow)
     sums = torch.full((len(x), len(weight)), torch.nan)
     pointers, sizes = (c_void_p(x.data_ptr()), c_void_p(sums.data_ptr())), (c_int64(len(x)), c_int64(threads))
-    library.coral_multiply(byref(matrix), pointers[0], sizes[0], c_bool(False), sizes[1], pointers[1])
+    library.coral_multiply(byref(matrix), pointers[0], sizes[0], c_int64(unit), sizes[1], pointers[1])
     return sums
 
 
@@ -66,6 +66,11 @@ def test_products_are_those_of_torch_and_do_not_depend_on_the_other_rows(
     own = product(library, weight, x, threads)
     torch.testing.assert_close(own, linear(x, weight.float()), rtol=1e-4, atol=1e-4 * (2 * half) ** 0.5)
     assert torch.equal(own[-1:], product(library, weight, x[-1:].contiguous()))
+    x = x.bfloat16().float()  # then numbers may be multiplied in pairs
+    unit = min(forward._unit(), 1)
+    own = product(library, weight, x, threads, unit)
+    torch.testing.assert_close(own, linear(x, weight.float()), rtol=1e-4, atol=1e-4 * (2 * half) ** 0.5)
+    assert torch.equal(own[-1:], product(library, weight, x[-1:].contiguous(), unit=unit))
 
 
 @settings(max_examples=30, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from copy import copy
 from functools import cache
 
 import pytest
@@ -13,8 +14,10 @@ from tiny import Target, new_state, prompt_of, random_drafter, tiny_model, tiny_
 
 from coral.decoding.cycle import generate
 from coral.decoding.fallback import Fallback
+from coral.decoding.log_probs import LogProbs, Scored
 from coral.decoding.merged import Merged
 from coral.decoding.plain import Plain
+from coral.decoding.row_costs import ASSUMED
 from coral.decoding.sampling import Sampling
 from coral.drafters.feature.propose import Feature
 from coral.drafters.heads.in_context import InContextHead
@@ -35,6 +38,7 @@ PROPOSERS = {
     "fallback, in context, merged": lambda target: Fallback(
         Merged(Feature(drafter(target), target, InContextHead(target, 12)), NGram(2))
     ),
+    "fallback": lambda target: Fallback(Feature(drafter(target), target), lambda: ASSUMED),
 }
 
 
@@ -92,16 +96,15 @@ def run(engine: Engine, states):
 @pytest.mark.parametrize("name", TARGETS)
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(
-    st.integers(0, 2**32), st.integers(1, 9), st.sampled_from([1, 7, 64]), st.sampled_from([4, 32]),
-    st.booleans(),
+    st.integers(0, 2**32), st.integers(1, 9), st.sampled_from([1, 7, 64]), st.booleans(),
 )  # fmt: skip
 def test_a_text_is_the_same_whatever_runs_beside_it(
-    name: str, proposer: str, seed: int, at_once: int, chunk: int, rows: int, bounded: bool
+    name: str, proposer: str, seed: int, at_once: int, chunk: int, bounded: bool
 ) -> None:
     """Stops rows, noise, features or a drafter's memory of a neighbour that came, left or was cancelled."""
     draw = random.Random(seed)
     memory = 2.2 * engine_of(name, proposer, memory=1e9)._row_bytes * 90 if bounded else None
-    engine = engine_of(name, proposer, at_once=at_once, chunk=chunk, rows_budget=rows, memory=memory, kept=3)
+    engine = engine_of(name, proposer, at_once=at_once, chunk=chunk, memory=memory, kept=3)
     coming = draw.sample(range(24), draw.randrange(1, 13))
     states, written, cancelled = {}, {}, set()
     while coming or engine.waiting + engine.running:
@@ -200,13 +203,36 @@ def test_row_bytes_are_those_of_the_caches() -> None:
     assert state.cache.row_bytes == 0
 
 
-@pytest.mark.parametrize(("live", "nodes"), [(1, 10), (2, 10), (3, 9), (8, 3), (16, 1), (17, 0), (64, 0)])
-def test_trees_shrink_with_the_batch(live: int, nodes: int) -> None:
-    """Stops a batch whose verification costs more than its drafts bring."""
+def test_log_probs_are_bit_for_bit_those_of_alone() -> None:
+    """Stops numbers that depend on the rows beside, and a prompt that is scored by another one's rows."""
+
+    def scored(count: int) -> list[list[Scored]]:
+        engine, states = engine_of("native", "drafter", chunk=7), []
+        for number in range(count):
+            states.append(begin(engine.target, number))
+            states[-1].log_probs = LogProbs(3, prompt=number % 2 == 0)
+            states[-1].drafts = number % 3 > 0
+        run(engine, states)
+        assert all(state.written == alone("native", number) for number, state in enumerate(states))
+        return [state.log_probs.take() for state in states]
+
+    together = scored(6)
+    for number in range(6):
+        assert together[: number + 1] == scored(number + 1)
+    lengths = [
+        len(alone("native", n)) + (n % 2 == 0) * (len(PROMPTS[n % len(PROMPTS)]) - 1) for n in range(6)
+    ]
+    assert [*map(len, together)] == lengths
+
+
+def test_no_row_is_padded() -> None:
+    """Stops rows that are computed for no text, and a counter that does not count them."""
     engine = engine_of("native", "drafter")
-    proposer, size = engine._drafting(live)
-    assert (size.num_nodes if proposer is engine.proposer else 0) == nodes
-    assert proposer.layers == engine.proposer.layers
+    run(engine, [begin(engine.target, number) for number in range(6)])
+    assert engine.padded_rows == 0
+    fixed = copy(engine.target)
+    fixed._forward = type("Fixed", (), {"pads": True, "sizes": (1, 8)})()
+    assert [fixed.padding(counts) for counts in ([1], [5], [9], [5, 5])] == [0, 3, 0, 0]
 
 
 def test_what_cannot_be_written_is_refused_before_it_stands_beside_others() -> None:

@@ -124,19 +124,19 @@ def test_bfloat16_is_rounded_where_the_model_rounds(kind):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 33, 70])
-def test_the_matrix_unit_computes_what_vectors_do(kind, rows):
+def test_pairs_and_the_matrix_unit_compute_what_vectors_do(kind, rows):
     """Stops a tile of the wrong shape: rows above 16 or 32, inputs or outputs that do not fill one."""
     sizes = {"hidden_size": 272, "head_dim": 16, "intermediate_size": 304, "vocab_size": 77}
     fast = Target(tiny_model(kind, GROUPED_SDPA, **sizes).bfloat16()).on("native")
-    if not fast._native._job.tiles:
-        pytest.skip("no matrix unit for bfloat16")
+    if fast._native._job.unit == 0:
+        pytest.skip("nothing here multiplies bfloat16")
     tree, results = random_tree(rows, seed=rows), []
-    for tiles in (True, False):
-        fast._native._job.tiles = tiles
+    for unit in (fast._native._job.unit, 0):
+        fast._native._job.unit = unit
         logits, features = fast.verify(caches(states_of(fast, [9], room=90)), [tree])
         results.append(torch.cat([logits[0], features[0]], 1).float())
-    by_tiles, by_vectors = results
-    assert (by_tiles - by_vectors).norm() < 0.02 * by_vectors.norm()
+    own, by_vectors = results
+    assert (own - by_vectors).norm() < 0.02 * by_vectors.norm()
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "llama", "mistral-sliding", "phi3-sliding", "olmo2"])

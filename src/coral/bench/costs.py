@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from time import perf_counter
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 
 from coral.bench.deepen import plain_bytes
 from coral.bench.methods import Write, ours
 from coral.decoding.plain import Plain
+from coral.decoding.row_costs import forward_times
 from coral.decoding.sampling import Sampling
-from coral.decoding.state import State
 from coral.json_file import Positive, Seconds
 from coral.target.target import Target
 from coral.tree import DraftTree, TreeSize
@@ -112,16 +110,5 @@ def verify_seconds(
     target: Target, rows: Sequence[int], prefix: Sequence[int], repeats: int = 7
 ) -> dict[int, float]:
     """Median seconds of one target forward over n draft nodes behind `prefix`, for each n of `rows`."""
-    state = State.begin(target, prefix, 1, max(rows))
-    state.prefill(target, ())
-    length, token = state.cache.length, state.tokens[-1]
-    timed: dict[int, list[float]] = {n: [] for n in rows}
-    for _ in range(repeats + 1):  # sizes in turn, so that a slow moment of the machine hits all of them
-        for n in rows:
-            chain = DraftTree(torch.full((n,), token), torch.arange(-1, n - 1), torch.zeros(n))
-            begin = perf_counter()
-            logits, _ = target.verify([state.cache], [chain])
-            logits[0][0, 0].item()
-            timed[n].append(perf_counter() - begin)
-            state.cache.keep(length)
+    timed = forward_times(target, rows, prefix, repeats + 1)
     return {n: median(times[1:]) for n, times in timed.items()}

@@ -175,7 +175,7 @@ class _Bench:
     def _load(self, dtype: str) -> _Loaded:
         config = self.config
         with spinner("Loading the target"):
-            eager = _load_target(self.target, dtype, config.device)
+            eager = load_target(self.target, dtype, config.device)
             end_answers(eager)
         suites_.check(self.suites, eager.vocab_size, eager.tokenizer)
         assistant = None if config.assistant is None else load_assistant(config.assistant, eager)
@@ -266,7 +266,7 @@ def _without_lookup(proposer: Proposer) -> Proposer:
     return proposer.drafter if isinstance(proposer, Merged) else proposer
 
 
-def _load_target(target: Target | str | Path | None, dtype: str, device: str | None) -> Target:
+def load_target(target: Target | str | Path | None, dtype: str, device: str | None) -> Target:
     """The target in this dtype; a given Target is copied, as deepening and casting would change it."""
     if target is None:
         return models.load(dtype=dtype, device=device)

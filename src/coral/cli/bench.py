@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from coral.cli import options
 from coral.errors import CoralError
 from coral.progress import spinner
+
+if TYPE_CHECKING:
+    from coral.bench.settings import BenchConfig
 
 bench = typer.Typer(invoke_without_command=True)
 
@@ -70,6 +74,14 @@ def _bench(
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens written for each turn.", min=1)] = 128,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead, throughput with so many texts at once, e.g. 1,2,4,8: tokens a second of all of "
+            "them, plain and with each drafter.",
+            metavar="N,N,...",
+        ),
+    ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Write on behind end tokens, so that turns are equally long.")
     ] = False,
@@ -121,11 +133,34 @@ def _bench(
         note=note,
     )
     suites = [name for name in (suite, gate) if name is not None] or [DEFAULT]
+    if batch is not None:
+        _batched(target, drafters, ",".join(suites), batch, output, config)
+        return
     results = run(target, drafters, ",".join(suites), output, config)
     report(results)
     if gate is not None and (broken := failures(results)):
         print(f"The gate {gate} does not hold: {'; '.join(broken)}.", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _batched(
+    target: str | None, drafters: dict[str, str], suites: str, batch: str, output: Path, config: BenchConfig
+) -> None:
+    """Measure throughput, and print its table."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from coral.bench.batched import bench_batched
+    from coral.bench.run import load_target
+    from coral.drafters.drafting import Drafting
+
+    if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", batch):
+        raise CoralError(f"--batch {batch!r} is no list of sizes; name them as in --batch 1,2,4,8.")
+    options_ = {"head": config.head, "tree": config.tree_size}
+    read = {name: Drafting.parse(source, **options_).located() for name, source in drafters.items()}
+    loaded = load_target(target, config.dtypes[0], config.device)
+    path = bench_batched(loaded, read, suites, [*map(int, batch.split(","))], output, config)
+    Console(width=180).print(Markdown(path.with_suffix(".md").read_text(encoding="utf-8")))
 
 
 @bench.command()

@@ -44,7 +44,10 @@ def cache(
         bool, typer.Option("--clear", help="Delete them; they are made again when needed.")
     ] = False,
 ) -> None:
-    """List the GGUF files that were converted for use as targets, or delete them."""
+    """List what is kept, or delete it: GGUF files that were converted for use as targets, and what rows cost
+    on this machine.
+    """
+    from coral.decoding import row_costs
     from coral.target import second_start
     from coral.target.gguf import cache as kept
 
@@ -62,6 +65,10 @@ def cache(
             print(f"deleted {entry.path.name}: {entry.size / 1e9:.2f} GB, {entry.source}")
     if clear and not entries:
         second_start.clear()
+        row_costs.clear()
     total = sum(entry.size for entry in found)
     if not clear:
         print(f"{total / 1e9:.2f} GB of at most {kept.bound() / 1e9:g} (CORAL_CACHE_GB) in {kept.root()}")
+        for costs in row_costs.entries():
+            shown = ", ".join(f"{rows}: {1000 * seconds:.3g}" for rows, seconds in costs.seconds.items())
+            print(f"milliseconds by rows, {costs.name}: {shown}")

@@ -48,8 +48,8 @@ def serve(
 ) -> None:
     """Serve a target with its drafter over HTTP, as OpenAI's API. The texts are the target's own.
 
-    Routes: /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health, /metrics and
-    /version. SIGTERM ends it once what it writes is written.
+    Routes: / (a page to chat on), /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize,
+    /health, /metrics and /version. SIGTERM ends it once what it writes is written.
     """
     try:
         import uvicorn

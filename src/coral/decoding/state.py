@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from coral.cache import KVCache
+from coral.decoding.log_probs import LogProbs
 from coral.decoding.sampling import Sampling
 from coral.target.ids import check_ids
 from coral.target.target import Target
 from coral.tree import DraftTree
 
 _PREFILL_CHUNK = 512
+_SCORED_CHUNK = 64  # tokens whose logits for the whole vocabulary are there at once
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,12 @@ class State:
 
     tokens: prompt and everything written so far.
     max_length: no token is written past this length.
+    min_length: in front of this length no end token is written, and no stop string is looked for.
     cache: the target's keys and values.
     eos_ids: the sequence ends after one of these (empty: never).
     stop: given the tokens written so far, whether the sequence ends there (stop strings); None: never.
+    drafts: whether a server drafts for it; the text is the same without.
+    log_probs: notes the log-probabilities of its tokens; None: nobody wants them.
     layers: the target states that are kept for a drafter, see `Target.verify`.
     unread: those that the drafter has not read yet.
     memory: what each proposer remembers of the sequence (draft KV cache, n-gram index).
@@ -70,6 +75,9 @@ class State:
     sequence_id: int = 0
     eos_ids: frozenset[int] = frozenset()
     stop: Callable[[list[int]], bool] | None = None
+    min_length: int = 0
+    drafts: bool = True
+    log_probs: LogProbs | None = None
     layers: tuple[int, ...] = ()
     unread: Unread = field(default_factory=Unread)
     memory: dict[Hashable, Any] = field(default_factory=dict)
@@ -143,13 +151,32 @@ class State:
         """Read at most so many of the tokens in front of the last one; whether some are left."""
         start, end = self.unread.end, len(self.tokens) - 1
         if piece := self.tokens[start : min(start + most, end)]:
-            self._note(target.read(self.cache, piece, self.layers), len(piece))
+            if self._scores_prompt:
+                piece = piece[:_SCORED_CHUNK]
+                states = self._score(target, piece)
+            else:
+                states = target.read(self.cache, piece, self.layers)
+            self._note(states, len(piece))
         return self.unread.end < end
+
+    @property
+    def _scores_prompt(self) -> bool:
+        return self.log_probs is not None and self.log_probs.prompt
+
+    def _score(self, target: Target, piece: list[int]) -> Tensor | None:
+        """Read a piece as `Target.read` does, and note the log-probabilities of the tokens behind it."""
+        assert self.log_probs is not None
+        start, chain = self.cache.length, DraftTree.chain(piece)
+        (logits,), (states,) = target.verify([self.cache], [chain], self.layers)
+        self.log_probs.note(logits, self.tokens[start + 1 : start + 1 + len(piece)])
+        return states
 
     def shares(self, other: State) -> int:
         """How many rows of another text's cache could be the first of this one's, which has yet to be read.
-        One at least is left to read, from which a drafter drafts.
+        One at least is left to read, from which a drafter drafts; all, where their logits are wanted.
         """
+        if self._scores_prompt:
+            return 0
         shared = _shared(self.tokens, other.tokens)
         return max(0, min(shared - 1, other.unread.end, len(self.tokens) - 2))
 
@@ -179,8 +206,14 @@ class State:
     def sample(self) -> Tensor:
         """[N] int64, the token that the target writes behind each node of the tree that was verified last."""
         assert self.tree is not None and self.logits is not None
-        positions = len(self.tokens) + self.tree.depth if self.sampling.temperature else None
-        return self.sampling.sample(self.logits, positions, self.sequence_id)
+        early = bool(self.eos_ids) and len(self.tokens) < self.min_length
+        positions = len(self.tokens) + self.tree.depth if self.sampling.temperature or early else None
+        logits = self.logits
+        if early and positions is not None:  # a rule of the position alone, so that any tree is lossless
+            ends = torch.tensor(sorted(self.eos_ids), device=logits.device)
+            kept = logits.index_fill(-1, ends, -torch.inf)
+            logits = torch.where((positions < self.min_length)[:, None], kept, logits)
+        return self.sampling.sample(logits, positions, self.sequence_id)
 
     def keep(self, tree: DraftTree, sample: list[int], states: Tensor | None) -> Cycle:
         """Walk the verified tree, write the path's tokens, and drop all rows of the cache but the path's.
@@ -195,6 +228,8 @@ class State:
             self.cache.keep(start, kept)
             if states is not None:
                 states = states[:taken] if kept[-1] == taken - 1 else states[kept]
+        if self.log_probs is not None and self.logits is not None:
+            self.log_probs.note(self.logits[kept], emitted[:taken])
         self._note(states, taken)
         nodes, accepted, cut = len(tree) - 1, len(path) - 1, taken < len(emitted)
         self.cycle = Cycle(emitted[:taken], nodes, accepted, tree.max_depth, tree.num_forwards, cut)
@@ -204,14 +239,17 @@ class State:
         """Append emitted tokens up to the first that ends the sequence; return how many were taken."""
         for taken, token in enumerate(tokens, 1):
             self.tokens.append(token)
-            if (
-                token in self.eos_ids
-                or self.remaining <= 0
-                or (self.stop is not None and self.stop(self.written))
-            ):
+            if self.remaining <= 0 or self.is_at_end:
                 self.done = True
                 return taken
         return len(tokens)
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether its last token ends the text: an end token, or one that completes a stop string."""
+        if self.tokens[-1] in self.eos_ids:
+            return True
+        return self.stop is not None and self.stop(self.tokens[max(self.prompt_length, self.min_length) :])
 
 
 @dataclass

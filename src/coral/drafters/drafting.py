@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coral.device import has_queue
+from coral.drafters.default_tree import default_tree
 from coral.errors import CoralError
-from coral.tree import CPU_DEFAULT, DEFAULT, LOOKUP_NODES, TreeSize
+from coral.tree import LOOKUP_NODES, TreeSize
 
 if TYPE_CHECKING:
     from coral.decoding.cycle import Proposer
@@ -25,7 +28,7 @@ class Drafting:
     head: the drafter's LM head, see `heads.load`; of no account where its kind has none.
     lookup: prompt lookup drafts, too, in the same tree.
     tree: how large draft trees grow; None: what `coral tune` found for this drafter here, else
-        `tree.DEFAULT`, or `tree.CPU_DEFAULT`.
+        `default_tree`.
     coupled: at temperature > 0 draft with the noise that the sampler will use.
     fallback: take plain steps while drafting is slower than they are.
     """
@@ -102,7 +105,7 @@ class Drafting:
         if isinstance(here.source, Path):
             head = heads.resolve(here.source, here.head)
             found = tuned.find(here.source, tuned.Conditions.of(target, head))
-        tree = found or (CPU_DEFAULT if target.device.type == "cpu" else DEFAULT)
+        tree = found or default_tree(target)
         if self.lookup:
             tree = replace(tree, num_nodes=max(tree.num_nodes, LOOKUP_NODES))
         return tree, "tuned" if found else "default"
@@ -113,17 +116,18 @@ class Drafting:
         Raises:
             CoralError: no such drafter or head, or a drafter of another target.
         """
+        from coral.decoding import row_costs
         from coral.decoding.fallback import Fallback
         from coral.decoding.merged import Merged
         from coral.decoding.plain import Plain
 
-        proposer = _lookup(target) if self.lookup else None
-        if self.source is not None:
-            drafts = self._of_source(target)
-            proposer = drafts if proposer is None else Merged(drafts, proposer)
-        if proposer is None:
+        if self.source is None and not self.lookup:
             return Plain()
-        return Fallback(proposer) if self.fallback else proposer
+        drafts = _lookup(target) if self.source is None else self._of_source(target)
+        merges = self.source is not None and self.lookup
+        proposer = Merged(drafts, _lookup(target)) if merges else drafts
+        costs = None if has_queue(target.device) else partial(row_costs.of, target, drafts)
+        return Fallback(proposer, costs) if self.fallback else proposer
 
     def _of_source(self, target: Target) -> Proposer:
         from coral.drafters import checkpoint, kinds

@@ -1,16 +1,17 @@
 // Products with weights in the blocks of a GGUF file: whole numbers of 8 or 4 bits, a scale of each 32 inputs of an
 // output and perhaps an offset. Nothing is rounded: bfloat16 holds every such number, and rows are bfloat16, too.
 //
-// A block's sum adds even inputs and odd ones apart, then both, as the matrix unit does; times the scale it is added
-// to that of the blocks before, then the offset times the sum of the row's inputs. So vectors and tiles, and any number
-// of rows, make the same sums.
+// A block's sum adds even inputs and odd ones apart, then both, as the matrix unit does, or, where there is none, pair
+// after pair (few_rows.h); times the scale it is added to that of the blocks before, then the offset times the sum of
+// the row's inputs. So vectors and tiles, and any number of rows, make the same sums on a machine.
 
 #include <c10/util/Half.h>
 
 namespace {
 
 constexpr int64_t kBlockInputs = 32, kBlockPairs = kBlockInputs / 2, kBlocks = kBlock / kBlockInputs;
-constexpr int64_t kBlockRows = kLanes == 16 ? 8 : 2;  // rows whose sums the registers hold
+template <bool Pairs>
+constexpr int64_t kBlockRows = Pairs ? 12 : kLanes == 16 ? 8 : 2;  // rows whose sums the registers hold
 
 typedef at::vec::Vectorized<int32_t> Ints;
 
@@ -66,14 +67,18 @@ struct Bytes {
   }
 
 #ifdef CORAL_TILES
+  // Of both inputs of a pair and all outputs, as bfloat16.
+  Vec load_both(int64_t pair) const {
+    const auto [even, odd] = load_pair(pair, 0);
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16), high = _mm512_castps_si512(odd);
+    return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xAAAAAAAA, low, high));
+  }
+
   // The numbers as a tile of bfloat16.
   void expand(BFloat16* tile) const {
 #pragma GCC unroll 4
-    for (int64_t pair = 0; pair < kBlockPairs; pair++) {
-      const auto [even, odd] = load_pair(pair, 0);
-      const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16), high = _mm512_castps_si512(odd);
-      _mm512_store_si512(tile + pair * kTileInputs, _mm512_mask_blend_epi16(0xAAAAAAAA, low, high));
-    }
+    for (int64_t pair = 0; pair < kBlockPairs; pair++)
+      _mm512_store_ps(reinterpret_cast<float*>(tile + pair * kTileInputs), load_both(pair));
   }
 #endif
 };
@@ -113,6 +118,8 @@ struct Nibbles {
     const __m512i all = _mm512_loadu_si512(words[pair / kTogether]);
     return _mm512_permutexvar_epi16(_mm512_srli_epi16(all, 4 * (pair % kTogether)), _mm512_load_si512(&kValues));
   }
+
+  Vec load_both(int64_t pair) const { return _mm512_castsi512_ps(numbers(pair)); }
 
   std::array<Vec, 2> load_pair(int64_t pair, int64_t) const {
     const __m512i both = numbers(pair), odd = _mm512_and_si512(both, _mm512_set1_epi32(0xFFFF0000));
@@ -167,7 +174,7 @@ void fetch_block(const Weights* now, int64_t beside = 0) {
 }
 
 // As `multiply` in few_rows.h; totals [M, kBlocks]: see `sum_blocks`.
-template <typename Weights, int64_t M, int64_t P>
+template <bool Pairs, typename Weights, int64_t M, int64_t P>
 void multiply_blocks(const Weights* panels, int64_t apart, const float* rows, const float* totals, float* out,
                      int64_t stride, int64_t width, int64_t count, bool first) {
   constexpr int64_t parts = P * kParts;
@@ -180,7 +187,7 @@ void multiply_blocks(const Weights* panels, int64_t apart, const float* rows, co
     for (int64_t m = 0; m < M; m++)
       sums[m][p] = first ? Vec(0) : Vec::loadu(out + m * stride + p * kLanes, real[p]);
   }
-  for (int64_t b = 0; b < count; b++, rows += kBlockInputs * abreast(M)) {
+  for (int64_t b = 0; b < count; b++, rows += (Pairs ? kBlockPairs : kBlockInputs) * abreast(M)) {
     for (int64_t p = 0; p < P; p++) fetch_block(panels + p * apart + b, (P - 1) * apart);
     Vec even[M][parts], odd[M][parts];
 #pragma GCC unroll 16
@@ -191,12 +198,19 @@ void multiply_blocks(const Weights* panels, int64_t apart, const float* rows, co
 #pragma GCC unroll 8
       for (int64_t p = 0; p < parts; p++) {
         const Weights& block = panels[p / kParts * apart + b];
-        const auto [first_of_two, second] = block.load_pair(pair, p % kParts);
+        if constexpr (Pairs) {
+          const Vec both = block.load_both(pair);
 #pragma GCC unroll 16
-        for (int64_t m = 0; m < M; m++) {
-          const float* pair_of_row = rows + 2 * pair * abreast(M) + m;
-          even[m][p] = at::vec::fmadd(first_of_two, Vec(pair_of_row[0]), even[m][p]);
-          odd[m][p] = at::vec::fmadd(second, Vec(pair_of_row[abreast(M)]), odd[m][p]);
+          for (int64_t m = 0; m < M; m++)
+            even[m][p] = add_product<true>(even[m][p], both, Vec(rows[pair * abreast(M) + m]));
+        } else {
+          const auto [first_of_two, second] = block.load_pair(pair, p % kParts);
+#pragma GCC unroll 16
+          for (int64_t m = 0; m < M; m++) {
+            const float* pair_of_row = rows + 2 * pair * abreast(M) + m;
+            even[m][p] = at::vec::fmadd(first_of_two, Vec(pair_of_row[0]), even[m][p]);
+            odd[m][p] = at::vec::fmadd(second, Vec(pair_of_row[abreast(M)]), odd[m][p]);
+          }
         }
       }
 #pragma GCC unroll 8
@@ -205,7 +219,7 @@ void multiply_blocks(const Weights* panels, int64_t apart, const float* rows, co
       const int64_t lane = p % kParts * kLanes;
 #pragma GCC unroll 16
       for (int64_t m = 0; m < M; m++) {
-        sums[m][p] = at::vec::fmadd(load(block.scales + lane), even[m][p] + odd[m][p], sums[m][p]);
+        sums[m][p] = at::vec::fmadd(load(block.scales + lane), Pairs ? even[m][p] : even[m][p] + odd[m][p], sums[m][p]);
         if constexpr (Weights::kOffsets)
           sums[m][p] = at::vec::fmadd(load(block.offsets + lane), Vec(totals[m * kBlocks + b]), sums[m][p]);
       }
@@ -216,48 +230,51 @@ void multiply_blocks(const Weights* panels, int64_t apart, const float* rows, co
     for (int64_t m = 0; m < M; m++) sums[m][p].store(out + m * stride + p * kLanes, real[p]);
 }
 
-template <typename Weights, int64_t M>
+template <bool Pairs, typename Weights, int64_t M>
 void multiply_block_rows(const float* rows, const float* totals, const Weights* panels, int64_t apart, int64_t count,
                          float* out, int64_t stride, int64_t width, int64_t blocks, bool first) {
   constexpr int64_t P = kLanes < 16 || M > 2 ? 1 : M > 1 ? 2 : 4;  // sums enough that none waits for itself
-  alignas(64) float copy[kBlockRows * kBlock];
-  stand_side_by_side<M>(rows, blocks * kBlockInputs, copy);
+  alignas(64) float copy[abreast(M) * kBlock];
+  stand_side_by_side<M>(rows, blocks * (Pairs ? kBlockPairs : kBlockInputs), copy);
   int64_t p = 0;
   const auto multiply = [&](auto panels_at_once) {
     constexpr int64_t together = decltype(panels_at_once)::value;
     for (; p + together <= count; p += together)
-      multiply_blocks<Weights, M, together>(panels + p * apart, apart, copy, totals, out + p * kPanel, stride,
+      multiply_blocks<Pairs, Weights, M, together>(panels + p * apart, apart, copy, totals, out + p * kPanel, stride,
                                             width - p * kPanel, blocks, first);
   };
   multiply(std::integral_constant<int64_t, P>());
   multiply(std::integral_constant<int64_t, 1>());
 }
 
-template <typename Weights, int64_t... M>
+template <bool Pairs, typename Weights, int64_t... M>
 constexpr auto each_block_count(std::integer_sequence<int64_t, M...>) {
-  return std::array{multiply_block_rows<Weights, M + 1>...};
+  return std::array{multiply_block_rows<Pairs, Weights, M + 1>...};
 }
-template <typename Weights>
-constexpr auto kMultiplyBlocks = each_block_count<Weights>(std::make_integer_sequence<int64_t, kBlockRows>{});
+template <bool Pairs, typename Weights>
+constexpr auto kMultiplyBlocks =
+    each_block_count<Pairs, Weights>(std::make_integer_sequence<int64_t, kBlockRows<Pairs>>{});
 
 // As multiply_panels; `inner` and `inputs` are whole blocks.
-template <typename Weights, typename CopyRow>
+template <bool Pairs, typename Weights, typename CopyRow>
 void multiply_block_panels(const Weights* weights, Range mine, Range inner, int64_t n, int64_t inputs, int64_t width,
                            const CopyRow& copy_row, float* sums) {
   const Flushed flushed;
   const int64_t panels = (width + kPanel - 1) / kPanel;
-  alignas(64) float rows[kBlockRows * kStride], totals[kBlockRows * kBlocks];
+  constexpr int64_t at_once = kBlockRows<Pairs>;
+  alignas(64) float rows[at_once * kStride], totals[at_once * kBlocks];
   for (int64_t block = inner.begin / kBlock * kBlock; block < inner.end; block += kBlock) {
     const int64_t apart = std::min(kBlock, inputs - block) / kBlockInputs;
     const int64_t k = std::max(block, inner.begin), depth = std::min(block + kBlock, inner.end) - k;
-    for (int64_t top = 0; top < n; top += kBlockRows) {
-      const int64_t count = std::min(kBlockRows, n - top);
+    for (int64_t top = 0; top < n; top += at_once) {
+      const int64_t count = std::min(at_once, n - top);
       for (int64_t i = 0; i < count; i++) {
         copy_row(top + i, k, depth, rows + i * kStride);
         sum_blocks(rows + i * kStride, depth, totals + i * kBlocks);
+        if constexpr (Pairs) pair_up(rows + i * kStride, depth);
       }
       const Weights* begin = weights + panels * block / kBlockInputs + mine.begin * apart + (k - block) / kBlockInputs;
-      kMultiplyBlocks<Weights>[count - 1](rows, totals, begin, apart, mine.end - mine.begin,
+      kMultiplyBlocks<Pairs, Weights>[count - 1](rows, totals, begin, apart, mine.end - mine.begin,
                                           sums + top * width + mine.begin * kPanel, width, width - mine.begin * kPanel,
                                           depth / kBlockInputs, k == inner.begin);
     }

@@ -92,7 +92,12 @@ def build(source: Path) -> CDLL | None:
     import torch
 
     text = _with_headers(source)
-    made_for = torch.__version__, torch.backends.cpu.get_cpu_capability(), FLAGS, text
+    units = [
+        torch.cpu._is_avx512_bf16_supported(),
+        torch.cpu._is_vnni_supported(),
+        torch.cpu._is_amx_tile_supported(),
+    ]  # of which the compiler makes use, where it finds them
+    made_for = torch.__version__, torch.backends.cpu.get_cpu_capability(), units, FLAGS, text
     key = sha256(repr(made_for).encode()).hexdigest()[:16]
     try:
         kept = use_own_cache() / f"{source.stem}-{key}.so"

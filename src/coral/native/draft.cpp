@@ -1,8 +1,9 @@
-// A whole draft tree in one call on the CPU; native.py binds it and says what for.
+// The draft trees of some texts in one call on the CPU; native_drafting.py binds it and says what for.
 //
 // One team of threads walks through the products of all levels and meets at barriers, a microsecond each, where
-// libraries start their threads anew for every product. Weights are read as the model keeps them, [outputs, inputs].
-// n: rows of a level, h: hidden size, d: head size.
+// libraries start their threads anew for every product. Texts share the products of a level, so that weights are read
+// once for all of them. Weights are read as the model keeps them, [outputs, inputs].
+// n: rows of a level, of all texts, h: hidden size, d: head size.
 
 #include "vectors.h"
 #include "noise.h"
@@ -37,29 +38,45 @@ struct Layer {
   Matrix q, k, v, o, gate, up, down;
 };
 
-// What native.py asks for, in its order; it makes the buffers of the result.
-struct Job {
-  int64_t threads, hidden, heads, kv_heads, head_size, inner, capacity, candidates, num_layers, num_embedded;
-  const Layer* layers;
-  Numbers embedding;
-  Matrix embedding_fc, feature_fc, head;  // fc in its halves, since one may be far larger than the other
-  const float *fc_bias, *head_bias;  // or none
-  const int64_t* head_ids;           // or none: rows of the head are ids
-  const float *cos, *sin;            // [positions, d]
-  float eps, embedding_scale;
-  bool feed_back_normalised;
+// Rows of which each may be a child's.
+struct Head {
+  Matrix rows;         // [candidates, h]
+  const float* bias;   // or none
+  const int64_t* ids;  // or none: rows are ids
+  int64_t candidates;
+};
 
-  Numbers cache;             // keys and values of each layer in turn, [2 * layers, kv_heads, capacity, d]
-  int64_t num_rows, length;  // accepted rows, and how many the cache holds before them
+// A text, and its tree, for which native_drafting.py makes the buffers.
+struct Text {
+  Numbers cache;  // keys and values of each layer in turn, [2 * layers, kv_heads, capacity, d]
+  int64_t capacity, length, num_rows;  // length: rows that the cache holds; num_rows: accepted ones behind them
   const int64_t* ids;
   Numbers features;  // [num_rows, h]
-  int64_t top_k, max_depth, num_nodes, pool;  // pool 0: no noise is added
-  float min_gain, temperature;
+  int64_t head, max_depth, num_nodes, pool;  // head: which of the job's; pool 0: no noise is added
+  float temperature;
   uint64_t stream;
 
   int64_t *tree_ids, *tree_parents;  // [num_nodes + 1], as scores
   float* tree_scores;
   int64_t size, depth;  // nodes and levels that there are
+};
+
+// What native_drafting.py asks for, in its order.
+struct Job {
+  int64_t threads, hidden, heads, kv_heads, head_size, inner, num_layers, num_embedded;
+  const Layer* layers;
+  Numbers embedding;
+  Matrix embedding_fc, feature_fc;  // fc in its halves, since one may be far larger than the other
+  const float* fc_bias;             // or none
+  const float *cos, *sin;           // [positions, d]
+  float eps, embedding_scale;
+  bool feed_back_normalised;
+
+  const Head* tables;
+  int64_t num_tables, top_k;
+  float min_gain;
+  int64_t num_texts;
+  Text* texts;
 };
 
 // Where products go: `to` [rows, stride], added to what is there or instead of it.
@@ -173,65 +190,174 @@ struct Node {
   float score;
 };
 
-// One draft tree while it grows. What threads share are the members; they change between two barriers.
-struct Draft {
+// A row of a level. It attends to the first `known` rows of its text's cache, and to those in `seen`.
+struct Row {
+  const Text* text;
+  int64_t id, position, slot, known;
+  std::vector<int64_t> seen{};
+};
+
+// The tree of one text while it grows, as in drafters/feature/growth.py.
+struct Growth {
   const Job& job;
-
-  // The rows of the level that is drafted now; the last `frontier.size()` have children.
-  std::vector<int64_t> ids, positions;
-  std::vector<std::vector<int64_t>> seen;  // rows of the cache that each attends to behind the first `known`,
-  std::vector<int64_t> known;              // which it attends to as well
-  std::vector<float> features;             // [n, h]
-  int64_t first_slot = 0;                  // of the cache, for these rows
-
+  Text& text;
   std::vector<Node> nodes{{0, -1, 0}};
   std::vector<int64_t> frontier{0};
-  int64_t depth = 0;
+  std::vector<Row> rows{};                   // the frontier's
+  std::vector<std::vector<Child>> found{1};  // its children
+  std::vector<int64_t> parents{};            // of its rows, in the frontier before
+  int64_t place = 0;                         // of it among those of all texts
+  int64_t next_slot = 0, depth = 0;
   bool done = false;
 
-  std::vector<float> embedded, x, normed, queries, attended, gate, up, drafted, logits;
-  // Of each thread, for each node of the frontier: those of its part that may become children, and so on.
-  std::vector<std::vector<std::vector<Child>>> rivals;
-  std::vector<std::vector<float>> most, mass;
-  std::vector<std::vector<Child>> found;  // children of each node of the frontier
+  // Whether a node is too unlikely to be kept; so is then all that could grow from it.
+  bool too_unlikely(int64_t node) const { return nodes[node].score < std::log(job.min_gain); }
 
+  // The frontier's children become nodes, and the best top_k of them the next frontier, as far as they are kept.
+  void add() {
+    const int64_t old = nodes.size();
+    std::vector<int64_t> order, above;  // above: rows of the frontier
+    for (size_t r = 0; r < frontier.size(); r++)
+      for (const Child& child : found[r]) {
+        nodes.push_back({child.id, frontier[r], nodes[frontier[r]].score + std::min(child.score, 0.f)});
+        above.push_back(r), order.push_back(order.size());
+      }
+    const int64_t count = std::min<int64_t>(job.top_k, order.size());
+    const auto better = [&](int64_t a, int64_t b) { return nodes[old + a].score > nodes[old + b].score; };
+    std::stable_sort(order.begin(), order.end(), better);
+    order.resize(count);
+    while (!order.empty() && too_unlikely(old + order.back())) order.pop_back();
+    std::sort(order.begin(), order.end());
+    done = ++depth >= text.max_depth || order.empty();
+    if (done) return;
+    std::vector<Row> next;
+    frontier.clear(), parents.clear();
+    for (int64_t i : order) {
+      const Row& parent = rows[above[i]];
+      next.push_back({&text, nodes[old + i].id, parent.position + 1, next_slot++, parent.known, parent.seen});
+      next.back().seen.push_back(next.back().slot);
+      frontier.push_back(old + i), parents.push_back(above[i]);
+    }
+    rows.swap(next), found.assign(order.size(), {});
+  }
+
+  // The best nodes in the total order of tree.py, none too unlikely, renumbered, parents first.
+  void finish() {
+    std::vector<int64_t> order(nodes.size() - 1), places(nodes.size(), 0);
+    std::iota(order.begin(), order.end(), 1);
+    const auto better = [&](int64_t a, int64_t b) { return nodes[a].score > nodes[b].score; };
+    std::stable_sort(order.begin(), order.end(), better);
+    order.resize(std::min<int64_t>(text.num_nodes, order.size()));
+    while (!order.empty() && too_unlikely(order.back())) order.pop_back();
+    std::sort(order.begin(), order.end());
+    text.size = order.size() + 1, text.depth = depth;
+    text.tree_ids[0] = text.ids[text.num_rows - 1], text.tree_parents[0] = -1, text.tree_scores[0] = 0;
+    for (int64_t i = 1; i < text.size; i++) {
+      const Node& node = nodes[order[i - 1]];
+      CORAL_ASSERT(node.id >= 0 && node.id < job.num_embedded);
+      places[order[i - 1]] = i;
+      text.tree_ids[i] = node.id, text.tree_parents[i] = places[node.parent], text.tree_scores[i] = node.score;
+    }
+  }
+};
+
+// All trees while they grow. What threads share are the members; they change between two barriers.
+struct Draft {
+  const Job& job;
+  std::vector<Growth> growths{};
+  std::vector<Growth*> live{};  // that grow on
+
+  // The level that is drafted now: rows of all texts, the last `count` of which are the frontiers.
+  std::vector<Row> rows{};
+  std::vector<float> features{};  // [n, h]
+  int64_t count = 0;
+  std::vector<std::pair<Growth*, int64_t>> nodes{};  // of the frontiers: whose, and which
+
+  std::vector<float> embedded{}, x{}, normed{}, queries{}, attended{}, gate{}, up{}, drafted{}, logits{};
+  int64_t stride = 0;  // of logits, as many as the largest head has
+  // Of each thread, for each node of the frontiers: those of its part that may become children, and so on.
+  std::vector<std::vector<std::vector<Child>>> rivals{};
+  std::vector<std::vector<float>> most{}, mass{};
+
+  // The first level reads what is unread; the last row of each text is the root.
   void start() {
-    ids.assign(job.ids, job.ids + job.num_rows);
-    job.features.visit([&](const auto* given) { features.assign(given, given + job.num_rows * job.hidden); });
-    first_slot = job.length;
-    seen.resize(job.num_rows);
-    for (int64_t slot = job.length; slot < job.length + job.num_rows; slot++)
-      positions.push_back(slot), known.push_back(slot + 1);
+    for (int64_t i = 0; i < job.num_tables; i++) stride = std::max(stride, job.tables[i].candidates);
+    for (int64_t i = 0; i < job.num_texts; i++) {
+      Text& text = job.texts[i];
+      growths.push_back({job, text});
+      for (int64_t r = 0; r < text.num_rows; r++) {
+        const int64_t slot = text.length + r;
+        (r + 1 < text.num_rows ? rows : growths.back().rows).push_back({&text, text.ids[r], slot, slot, slot + 1});
+      }
+      growths.back().next_slot = text.length + text.num_rows;
+      read(text, 0, text.num_rows - 1);
+    }
+    for (Growth& growth : growths) {
+      live.push_back(&growth);
+      read(growth.text, growth.text.num_rows - 1, growth.text.num_rows);
+    }
+    gather();
+  }
+
+  void read(const Text& text, int64_t begin, int64_t end) {
+    text.features.visit([&](const auto* given) {
+      features.insert(features.end(), given + begin * job.hidden, given + end * job.hidden);
+    });
+  }
+
+  // Put the frontiers of what grows behind the level's other rows.
+  void gather() {
+    nodes.clear();
+    for (Growth* growth : live) {
+      growth->place = nodes.size();
+      for (size_t r = 0; r < growth->rows.size(); r++) nodes.push_back({growth, r});
+      rows.insert(rows.end(), growth->rows.begin(), growth->rows.end());
+    }
+    count = nodes.size();
+  }
+
+  // The next level reads what the last one predicted.
+  void descend() {
+    const int64_t h = job.hidden;
+    live.erase(std::remove_if(live.begin(), live.end(), [](Growth* growth) { return growth->done; }), live.end());
+    rows.clear(), features.clear();
+    for (Growth* growth : live)
+      for (int64_t parent : growth->parents) {
+        const float* row = &drafted[(growth->place + parent) * h];
+        features.insert(features.end(), row, row + h);
+      }
+    gather();
   }
 
   void make_room() {
-    const int64_t n = ids.size(), h = job.hidden, team = omp_get_num_threads();
+    const int64_t n = rows.size(), h = job.hidden, team = omp_get_num_threads();
     embedded.resize(n * h), x.resize(n * h), normed.resize(n * h), drafted.resize(n * h);
     queries.resize(n * job.heads * job.head_size), attended.resize(queries.size());
-    gate.resize(n * job.inner), up.resize(gate.size()), logits.resize(frontier.size() * job.candidates);
-    rivals.assign(team, std::vector<std::vector<Child>>(frontier.size()));
-    most.assign(team, std::vector<float>(frontier.size(), kNever));
-    mass.assign(team, std::vector<float>(frontier.size(), 0));
-    found.assign(frontier.size(), {});
+    gate.resize(n * job.inner), up.resize(gate.size()), logits.resize(count * stride);
+    rivals.assign(team, std::vector<std::vector<Child>>(count));
+    most.assign(team, std::vector<float>(count, kNever));
+    mass.assign(team, std::vector<float>(count, 0));
   }
 
   void grow() {
 #pragma omp parallel num_threads(job.threads)
-    while (!done) {
+    while (!live.empty()) {
 #pragma omp single
       make_room();
       forward();
       score();
+      for (size_t i = omp_get_thread_num(); i < live.size(); i += omp_get_num_threads()) live[i]->add();
+      wait_for_all();
 #pragma omp single
-      add();
+      descend();
     }
   }
 
   void forward() {
-    const int64_t n = ids.size(), h = job.hidden, own = omp_get_thread_num(), team = omp_get_num_threads();
+    const int64_t n = rows.size(), h = job.hidden, own = omp_get_thread_num(), team = omp_get_num_threads();
     for (int64_t r = own; r < n; r += team) {
-      job.embedding.visit([&](const auto* rows) {
-        for (int64_t c = 0; c < h; c++) embedded[r * h + c] = float(rows[ids[r] * h + c]) * job.embedding_scale;
+      job.embedding.visit([&](const auto* table) {
+        for (int64_t c = 0; c < h; c++) embedded[r * h + c] = float(table[rows[r].id * h + c]) * job.embedding_scale;
       });
     }
     wait_for_all();
@@ -241,8 +367,8 @@ struct Draft {
     product(features.data(), n, h, job.feature_fc, columns, {x.data(), h, true});
     for (int64_t l = 0; l < job.num_layers; l++) {
       const Layer& layer = job.layers[l];
-      // Of the last layer only the frontier's rows are wanted; the others leave their keys and values.
-      const int64_t from = l + 1 < job.num_layers ? 0 : n - int64_t(frontier.size());
+      // Of the last layer only the frontiers' rows are wanted; the others leave their keys and values.
+      const int64_t from = l + 1 < job.num_layers ? 0 : n - count;
       wait_for_all();
       const float* input = x.data();
       if (layer.input_norm) {
@@ -271,7 +397,6 @@ struct Draft {
       product(gate.data(), n - from, job.inner, layer.down, columns, {&x[from * h], h, true});
     }
     wait_for_all();
-    const int64_t count = frontier.size();
     for (int64_t r = own; r < count; r += team) {
       const float* row = &x[(n - count + r) * h];
       if (job.feed_back_normalised)
@@ -288,25 +413,26 @@ struct Draft {
       for (int64_t j = outputs.begin; j < outputs.end; j++) sums[r * stride + j] = bias ? bias[j] : 0;
   }
 
-  // Queries of rows `from` on, and all rows' keys and values, which go to the cache; a head is one thread's.
+  // Queries of rows `from` on, and all rows' keys and values, which go to the caches; a head is one thread's.
   void project(int64_t l, const float* input, int64_t n, int64_t from) {
     const Layer& layer = job.layers[l];
     const int64_t h = job.hidden, d = job.head_size, heads = job.heads, kv_heads = job.kv_heads;
-    std::vector<float> rows(n * d);
+    std::vector<float> projected(n * d);
     const Range mine = share(heads + 2 * kv_heads, 1);
     for (int64_t i = mine.begin; i < mine.end; i++) {
       const bool query = i < heads, key = !query && i < heads + kv_heads;
       const int64_t head = query ? i : (i - heads) % kv_heads, first = query ? from : 0;
       product(input + first * h, n - first, h, query ? layer.q : key ? layer.k : layer.v, {head * d, head * d + d},
-              {rows.data() - head * d, d, false});
+              {projected.data() - head * d, d, false});
       for (int64_t r = first; r < n; r++) {
-        float* row = &rows[(r - first) * d];
-        if (query || key) rotate(row, positions[r]);
+        float* row = &projected[(r - first) * d];
+        if (query || key) rotate(row, rows[r].position);
         if (query)
           std::copy_n(row, d, &queries[(r * heads + head) * d]);
         else
-          job.cache.visit([&](auto* cache) {
-            std::copy_n(row, d, cache + stored(key ? 2 * l : 2 * l + 1, head) + (first_slot + r) * d);
+          rows[r].text->cache.visit([&](auto* cache) {
+            const int64_t part = key ? 2 * l : 2 * l + 1;
+            std::copy_n(row, d, cache + stored(*rows[r].text, part, head) + rows[r].slot * d);
           });
       }
     }
@@ -322,29 +448,31 @@ struct Draft {
     }
   }
 
-  // Where the keys or values of a head begin in the cache.
-  int64_t stored(int64_t part, int64_t kv_head) const {
-    return (part * job.kv_heads + kv_head) * job.capacity * job.head_size;
+  // Where the keys or values of a head begin in a text's cache.
+  int64_t stored(const Text& text, int64_t part, int64_t kv_head) const {
+    return (part * job.kv_heads + kv_head) * text.capacity * job.head_size;
   }
 
   void attend(int64_t l, int64_t n, int64_t from) {
     const Range mine = share((n - from) * job.heads, 1);
-    job.cache.visit([&](const auto* cache) {
-      for (int64_t task = mine.begin; task < mine.end; task++) {
-        const int64_t head = task % job.heads, kv_head = head / (job.heads / job.kv_heads);
-        attend(cache + stored(2 * l, kv_head), cache + stored(2 * l + 1, kv_head), from + task / job.heads, head);
-      }
-    });
+    for (int64_t task = mine.begin; task < mine.end; task++) {
+      const int64_t r = from + task / job.heads, head = task % job.heads, kv_head = head / (job.heads / job.kv_heads);
+      const Text& text = *rows[r].text;
+      text.cache.visit([&](const auto* cache) {
+        attend(cache + stored(text, 2 * l, kv_head), cache + stored(text, 2 * l + 1, kv_head), r, head);
+      });
+    }
   }
 
   template <typename T>
   void attend(const T* keys, const T* values, int64_t r, int64_t head) {
-    const int64_t d = job.head_size;
-    const int64_t count = known[r] + seen[r].size(), padded = (count + kLanes - 1) / kLanes * kLanes;
-    const auto offset = [&](int64_t i) { return (i < known[r] ? i : seen[r][i - known[r]]) * d; };
+    const int64_t d = job.head_size, known = rows[r].known;
+    const std::vector<int64_t>& seen = rows[r].seen;
+    const int64_t all = known + seen.size(), padded = (all + kLanes - 1) / kLanes * kLanes;
+    const auto offset = [&](int64_t i) { return (i < known ? i : seen[i - known]) * d; };
     const float *query = &queries[(r * job.heads + head) * d], scale = 1 / std::sqrt(float(d));
     std::vector<float> weights(padded, kNever);
-    for (int64_t i = 0; i < count; i++) weights[i] = dot(query, keys + offset(i), d) * scale;
+    for (int64_t i = 0; i < all; i++) weights[i] = dot(query, keys + offset(i), d) * scale;
     const float highest = *std::max_element(weights.begin(), weights.end());
     Vec sum(0);
     for (int64_t i = 0; i < padded; i += kLanes) {
@@ -355,63 +483,81 @@ struct Draft {
     const Vec norm(1 / total(sum));
     for (int64_t c = 0; c < d; c += kLanes) {
       Vec out(0);
-      for (int64_t i = 0; i < count; i++) out = at::vec::fmadd(Vec(weights[i]), load(values + offset(i) + c), out);
+      for (int64_t i = 0; i < all; i++) out = at::vec::fmadd(Vec(weights[i]), load(values + offset(i) + c), out);
       (out * norm).store(&attended[(r * job.heads + head) * d + c]);
     }
   }
 
-  // The children of each node of the frontier: this thread's part of the head, then what all threads found.
+  const Head& head_of(int64_t node) const { return job.tables[nodes[node].first->text.head]; }
+
+  // The children of each node of the frontiers: this thread's part of the heads, then what all threads found.
   void score() {
-    const int64_t h = job.hidden, count = frontier.size(), all = job.candidates, own = omp_get_thread_num();
-    const Range mine = share(all, kLanes);
-    set(logits.data(), count, all, job.head_bias, mine);
-    product(drafted.data(), count, h, job.head, mine, {logits.data(), all, true});
-    for (int64_t r = 0; r < count && mine.begin < mine.end; r++) {
-      const float *begin = &logits[r * all] + mine.begin, *end = &logits[r * all] + mine.end;
-      const float highest = at::vec::reduce_all<float>(
-          [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, begin, end - begin);
-      mass[own][r] = at::vec::map_reduce_all<float>([highest](Vec v) { return (v - Vec(highest)).exp_u20(); },
-                                                    [](Vec a, Vec b) { return a + b; }, begin, end - begin);
-      most[own][r] = highest;
-      if (job.pool > 0) {
-        rivals[own][r] = likeliest(&logits[r * all], mine, highest);
-        continue;
-      }
-      Best found_here = none();
-      float bar = kNever;
-      for (const float* score = begin; score < end; score++)
-        if (*score > bar) {
-          found_here.add(*score, score - &logits[r * all]);
-          bar = found_here.bar();
-        }
-      rivals[own][r] = std::move(found_here.kept);
+    for (int64_t begin = 0, end; begin < count; begin = end) {  // texts in a row that have one head
+      const Head& head = head_of(begin);
+      for (end = begin; end < count && &head_of(end) == &head;) end++;
+      const Range mine = share(head.candidates, kLanes);
+      float* sums = &logits[begin * stride];
+      set(sums, end - begin, stride, head.bias, mine);
+      product(&drafted[begin * job.hidden], end - begin, job.hidden, head.rows, mine, {sums, stride, true});
+      for (int64_t r = begin; r < end && mine.begin < mine.end; r++) look(r, mine);
     }
     wait_for_all();
-    for (int64_t r = own; r < count; r += omp_get_num_threads()) found[r] = children(r);
+    for (int64_t r = omp_get_thread_num(); r < count; r += omp_get_num_threads())
+      nodes[r].first->found[nodes[r].second] = children(r);
     wait_for_all();
   }
 
-  Best none() const { return {size_t(std::min(job.top_k, job.candidates)), {}}; }
+  // What this thread's part of the head holds for a node.
+  void look(int64_t r, Range mine) {
+    const int64_t own = omp_get_thread_num();
+    const float *scores = &logits[r * stride], *begin = scores + mine.begin, *end = scores + mine.end;
+    const float highest = at::vec::reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, begin,
+                                                     end - begin);
+    mass[own][r] = mass_of(begin, end - begin, highest);
+    most[own][r] = highest;
+    const Text& text = nodes[r].first->text;
+    if (text.pool > 0) {
+      rivals[own][r] = likeliest(scores, mine, highest, text.pool);
+      return;
+    }
+    Best found = none(r);
+    float bar = kNever;
+    for (const float* score = begin; score < end; score++)
+      if (*score > bar) {
+        found.add(*score, score - scores);
+        bar = found.bar();
+      }
+    rivals[own][r] = std::move(found.kept);
+  }
+
+  // The sum of exp(score - highest), in vectors: a loop that the compiler makes them of sums by where numbers lie.
+  static float mass_of(const float* scores, int64_t size, float highest) {
+    return at::vec::map_reduce_all<float>([highest](Vec v) { return (v - Vec(highest)).exp_u20(); },
+                                          [](Vec a, Vec b) { return a + b; }, scores, size);
+  }
+
+  Best none(int64_t r) const { return {size_t(std::min(job.top_k, head_of(r).candidates)), {}}; }
 
   std::vector<Child> children(int64_t r) const {
     float highest = kNever, sum = 0;
     for (const auto& part : most) highest = std::max(highest, part[r]);
     for (size_t t = 0; t < mass.size(); t++) sum += mass[t][r] * std::exp(most[t][r] - highest);
     const float all = highest + std::log(sum);
-    Best chosen = none();
-    if (job.pool == 0) {
+    Best chosen = none(r);
+    if (nodes[r].first->text.pool == 0) {
       for (const auto& part : rivals)
         for (const Child& child : part[r]) chosen.add(child.score - all, child.id);
     } else {
       couple(r, all, chosen);
     }
-    for (Child& child : chosen.kept) child.id = job.head_ids ? job.head_ids[child.id] : child.id;
+    const int64_t* ids = head_of(r).ids;
+    for (Child& child : chosen.kept) child.id = ids ? ids[child.id] : child.id;
     return chosen.kept;
   }
 
   // Of the head's rows in a range, as many of the likeliest as may compete where noise is added, and a few more: sorted
   // by how far below the highest score they are, in eighths.
-  std::vector<Child> likeliest(const float* scores, Range range, float highest) const {
+  static std::vector<Child> likeliest(const float* scores, Range range, float highest, int64_t pool) {
     std::array<int64_t, 512> counts{};
     const auto below = [&](float score) {
       const float eighths = 8 * (highest - score);
@@ -419,7 +565,7 @@ struct Draft {
     };
     for (int64_t row = range.begin; row < range.end; row++) counts[below(scores[row])]++;
     size_t last = 0;
-    for (int64_t count = counts[0]; count < job.pool && last + 1 < counts.size();) count += counts[++last];
+    for (int64_t count = counts[0]; count < pool && last + 1 < counts.size();) count += counts[++last];
     std::vector<Child> found;
     for (int64_t row = range.begin; row < range.end; row++)
       if (below(scores[row]) <= last) found.push_back({scores[row], row});
@@ -428,92 +574,44 @@ struct Draft {
 
   // Ranked with the noise that the sampler will add; the scores are log-probabilities of being sampled.
   void couple(int64_t r, float all, Best& chosen) const {
+    const auto& [growth, row_of] = nodes[r];
+    const Text& text = growth->text;
+    const int64_t* ids = head_of(r).ids;
     std::vector<Child> pool;
     for (const auto& part : rivals) pool.insert(pool.end(), part[r].begin(), part[r].end());
     if (pool.empty()) return;  // of scores that are no numbers
-    const int64_t count = std::min<int64_t>(job.pool, pool.size());
+    const int64_t count = std::min<int64_t>(text.pool, pool.size());
     std::nth_element(pool.begin(), pool.begin() + count - 1, pool.end(), likelier);
     pool.resize(count);
     std::sort(pool.begin(), pool.end(), [](const Child& a, const Child& b) { return a.id < b.id; });
-    const auto noise = Noise{job.stream}.row(positions.back() + 2);  // the child's, which its parent's row predicts
-    float highest = kNever, sum = 0;
+    const int64_t position = growth->rows[row_of].position + 2;  // the child's, which its parent's row predicts
+    const auto noise = Noise{text.stream}.row(position);
+    float highest = kNever;
     std::vector<float> noisy;
     for (const auto& [score, row] : pool) {
-      const float drawn = noise(job.head_ids ? job.head_ids[row] : row);
-      noisy.push_back(((score - all) / job.temperature + drawn) * job.temperature);
+      noisy.push_back(((score - all) / text.temperature + noise(ids ? ids[row] : row)) * text.temperature);
       highest = std::max(highest, noisy.back());
     }
-    for (float score : noisy) sum += std::exp(score - highest);
+    const float sum = mass_of(noisy.data(), count, highest);
     for (int64_t i = 0; i < count; i++) chosen.add(noisy[i] - highest - std::log(sum), pool[i].id);
   }
-
-  // As decoding/growth.py: the frontier's children become nodes, and the best top_k of them the next frontier.
-  void add() {
-    const int64_t h = job.hidden, n = ids.size(), old = nodes.size();
-    std::vector<int64_t> order, parents;  // rows of the frontier
-    for (size_t r = 0; r < frontier.size(); r++)
-      for (const Child& child : found[r]) {
-        nodes.push_back({child.id, frontier[r], nodes[frontier[r]].score + std::min(child.score, 0.f)});
-        parents.push_back(r), order.push_back(order.size());
-      }
-    const int64_t count = std::min<int64_t>(job.top_k, order.size());
-    const auto better = [&](int64_t a, int64_t b) { return nodes[old + a].score > nodes[old + b].score; };
-    std::stable_sort(order.begin(), order.end(), better);
-    order.resize(count);
-    std::sort(order.begin(), order.end());
-    double reached = 0;
-    for (int64_t i : order) reached += std::exp(nodes[old + i].score);
-    done = ++depth >= job.max_depth || count == 0 || (job.min_gain > 0 && reached < job.min_gain);
-    if (done) return;
-    const int64_t before = n - frontier.size();  // rows in front of the frontier's
-    std::vector<int64_t> next_ids, next_frontier, next_known;
-    std::vector<std::vector<int64_t>> next_seen;
-    std::vector<float> next_features;
-    first_slot += n;
-    for (int64_t i : order) {
-      const int64_t parent = parents[i];
-      next_ids.push_back(nodes[old + i].id), next_frontier.push_back(old + i);
-      next_known.push_back(known[before + parent]);
-      next_seen.push_back(seen[before + parent]);
-      next_seen.back().push_back(first_slot + next_ids.size() - 1);
-      next_features.insert(next_features.end(), &drafted[parent * h], &drafted[parent * h] + h);
-    }
-    positions.assign(count, positions.back() + 1);
-    ids.swap(next_ids), frontier.swap(next_frontier), known.swap(next_known), seen.swap(next_seen);
-    features.swap(next_features);
-  }
 };
-
-// The best nodes in the total order of decoding/tree.py, none too unlikely, renumbered, parents first.
-void rerank(const std::vector<Node>& nodes, Job& job) {
-  std::vector<int64_t> order(nodes.size() - 1), place(nodes.size(), 0);
-  std::iota(order.begin(), order.end(), 1);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return nodes[a].score > nodes[b].score; });
-  order.resize(std::min<int64_t>(job.num_nodes, order.size()));
-  while (!order.empty() && nodes[order.back()].score < std::log(job.min_gain)) order.pop_back();
-  std::sort(order.begin(), order.end());
-  job.size = order.size() + 1;
-  job.tree_ids[0] = job.ids[job.num_rows - 1], job.tree_parents[0] = -1, job.tree_scores[0] = 0;
-  for (int64_t i = 1; i < job.size; i++) {
-    const Node& node = nodes[order[i - 1]];
-    place[order[i - 1]] = i;
-    job.tree_ids[i] = node.id, job.tree_parents[i] = place[node.parent], job.tree_scores[i] = node.score;
-  }
-}
 
 }  // namespace
 
 extern "C" void coral_grow(Job* job) {
   CORAL_ASSERT(job->threads > 0 && job->num_layers > 0 && job->kv_heads > 0 && job->heads % job->kv_heads == 0);
   CORAL_ASSERT(job->hidden % kLanes == 0 && job->head_size % kLanes == 0 && job->inner % kLanes == 0);
-  CORAL_ASSERT(job->candidates > 0 && job->top_k > 0 && job->max_depth > 0 && job->num_nodes > 0);
-  CORAL_ASSERT(job->num_rows > 0 && job->length >= 0);
-  CORAL_ASSERT(job->length + job->num_rows + (job->max_depth - 1) * job->top_k <= job->capacity);
-  for (int64_t i = 0; i < job->num_rows; i++) CORAL_ASSERT(job->ids[i] >= 0 && job->ids[i] < job->num_embedded);
+  for (int64_t i = 0; i < job->num_texts; i++) {
+    const Text& text = job->texts[i];
+    CORAL_ASSERT(text.head >= 0 && text.head < job->num_tables && job->tables[text.head].candidates > 0);
+    CORAL_ASSERT(job->top_k > 0 && text.max_depth > 0 && text.num_nodes > 0);
+    CORAL_ASSERT(text.num_rows > 0 && text.length >= 0);
+    CORAL_ASSERT(text.length + text.num_rows + (text.max_depth - 1) * job->top_k <= text.capacity);
+    for (int64_t r = 0; r < text.num_rows; r++) CORAL_ASSERT(text.ids[r] >= 0 && text.ids[r] < job->num_embedded);
+  }
   Draft draft{*job};
   draft.start();
   draft.grow();
-  for (const Node& node : draft.nodes) CORAL_ASSERT(node.id >= 0 && node.id < job->num_embedded);
-  rerank(draft.nodes, *job);
-  job->depth = draft.depth;
+  for (Growth& growth : draft.growths) growth.finish();
 }

@@ -41,6 +41,9 @@ struct Sequence {
   void* storage;                    // keys and values of each layer in turn, [2 * layers, kv_heads, capacity, d]
 };
 
+// What multiplies rows that hold bfloat16 numbers, or any: `kPairs` and `kTiles` as few_rows.h and tiles.h say.
+enum Unit : int64_t { kVectors, kPairs, kTiles };
+
 // What forward.py asks for, in its order; it makes the buffers of the result.
 struct Job {
   int64_t threads, hidden, heads, kv_heads, head_size, num_layers;
@@ -56,7 +59,7 @@ struct Job {
   bool normed_together;  // queries of all heads are normalised together, and so are keys
   bool rotated_at_once;  // a rotation rounds once; else its products, too
   bool narrow;  // rows are bfloat16, as the embedding, keys, values, and what is returned
-  bool tiles;   // they are multiplied by the matrix unit
+  Unit unit;    // that multiplies them
 
   int64_t num_sequences;
   const Sequence* sequences;
@@ -68,7 +71,7 @@ struct Job {
 
 // Rows times some inputs of some panels, into `to` [n, outputs].
 template <typename CopyRow>
-void multiply(const Matrix& matrix, bool tiles, Range panels, Range inner, int64_t n, const CopyRow& copy_row,
+void multiply(const Matrix& matrix, Unit unit, Range panels, Range inner, int64_t n, const CopyRow& copy_row,
               float* to) {
   const auto with = [&](const auto* weights) {
     multiply_panels(weights, panels, inner, n, matrix.inputs, matrix.outputs, copy_row, to);
@@ -77,13 +80,20 @@ void multiply(const Matrix& matrix, bool tiles, Range panels, Range inner, int64
   if (matrix.kind > 1)
     return with_blocks(matrix.kind, matrix.panels, [&](const auto* weights) {
 #ifdef CORAL_TILES
-      if (tiles && n > std::remove_pointer_t<decltype(weights)>::kFew)
+      if (unit == kTiles && n > std::remove_pointer_t<decltype(weights)>::kFew)
         return multiply_block_panels_by_tiles(weights, panels, inner, n, matrix.inputs, matrix.outputs, copy_row, to);
 #endif
-      multiply_block_panels(weights, panels, inner, n, matrix.inputs, matrix.outputs, copy_row, to);
+#ifdef CORAL_PAIRS
+      if (unit == kPairs)
+        return multiply_block_panels<true>(weights, panels, inner, n, matrix.inputs, matrix.outputs, copy_row, to);
+#endif
+      multiply_block_panels<false>(weights, panels, inner, n, matrix.inputs, matrix.outputs, copy_row, to);
     });
 #ifdef CORAL_TILES
-  if (tiles) return multiply_panels_by_tiles(narrow, panels, inner, n, matrix.inputs, matrix.outputs, copy_row, to);
+  if (unit == kTiles) return multiply_panels_by_tiles(narrow, panels, inner, n, matrix.inputs, matrix.outputs, copy_row, to);
+#endif
+#ifdef CORAL_PAIRS
+  if (unit == kPairs && matrix.kind) return with(static_cast<const Paired*>(matrix.panels));
 #endif
   matrix.kind ? with(narrow) : with(static_cast<const float*>(matrix.panels));
 }
@@ -255,7 +265,7 @@ struct Forward {
   template <typename CopyRow, typename Finish>
   void product(const Matrix& matrix, const CopyRow& copy_row, float* to, int64_t unit, const Finish& finish) {
     const Range mine = share((matrix.outputs + kPanel - 1) / kPanel, unit);
-    multiply(matrix, job.tiles, mine, {0, matrix.inputs}, n, copy_row, to);
+    multiply(matrix, job.unit, mine, {0, matrix.inputs}, n, copy_row, to);
     const int64_t end = std::min(mine.end * kPanel, matrix.outputs);
     for (int64_t r = 0; r < n; r++)
       for (int64_t j = mine.begin * kPanel; j < end; j += kLanes) finish(r, j, std::min(kLanes, end - j));
@@ -323,7 +333,7 @@ struct Forward {
     const auto copy_row = [&](int64_t r, int64_t k, int64_t depth, float* to) {
       std::copy_n(&inner[r * down.inputs + k], depth, to);
     };
-    multiply(down, job.tiles, {0, h / kPanel}, made, n, copy_row, part);
+    multiply(down, job.unit, {0, h / kPanel}, made, n, copy_row, part);
   }
 
   void add_parts(const Matrix& down, const float* norm) {
@@ -407,7 +417,7 @@ struct Forward {
       for (int64_t i = 0; i < block.count; i++) block.allowed[i] += from;
       kAttend<T>[block.count - 1](block, stored(s, 2 * l, task.kv_head) + from * d,
                                   stored(s, 2 * l + 1, task.kv_head) + from * d, s.length + s.count - from, d,
-                                  job.scale, job.tiles);
+                                  job.scale, job.unit == kTiles);
     }
   }
 };
@@ -415,13 +425,13 @@ struct Forward {
 }  // namespace
 
 // Rows [n, inputs] with a matrix, without its bias, into `sums` [n, outputs].
-extern "C" void coral_multiply(const Matrix* matrix, const float* rows, int64_t n, bool tiles, int64_t threads,
+extern "C" void coral_multiply(const Matrix* matrix, const float* rows, int64_t n, Unit unit, int64_t threads,
                                float* sums) {
   const auto copy_row = [&](int64_t r, int64_t k, int64_t depth, float* to) {
     std::copy_n(rows + r * matrix->inputs + k, depth, to);
   };
 #pragma omp parallel num_threads(threads)
-  multiply(*matrix, tiles, share((matrix->outputs + kPanel - 1) / kPanel, 1), {0, matrix->inputs}, n, copy_row, sums);
+  multiply(*matrix, unit, share((matrix->outputs + kPanel - 1) / kPanel, 1), {0, matrix->inputs}, n, copy_row, sums);
 }
 
 extern "C" void coral_forward(const Job* job) {

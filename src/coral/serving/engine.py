@@ -14,15 +14,13 @@ from itertools import chain
 
 from coral.cache import KVCache
 from coral.decoding.cycle import Proposer, cycle
-from coral.decoding.plain import Plain
+from coral.decoding.plain import Willing
 from coral.decoding.state import Cycle, State
 from coral.errors import CoralError
 from coral.target.ids import check_ids
 from coral.target.target import Target
 from coral.tree import TreeSize
 
-ROWS = 32
-"""Rows of a forward, roots included, up to which a draft tree is worth its verification."""
 AT_ONCE = 16
 _WORTH = 16  # rows that two texts share, from which on to copy them is cheaper than to read them
 
@@ -30,10 +28,8 @@ _WORTH = 16  # rows that two texts share, from which on to copy them is cheaper 
 class Engine:
     """Writes the texts that were submitted; belongs to one thread.
 
-    The trees shrink while more texts are live: each gets `rows_budget // live - 1` nodes below its root, at
-    most those of `tree_size`; with none left all take plain steps.
-
     Args:
+        proposer: a `Fallback` lets trees shrink while more texts are live, down to plain steps.
         at_once: texts that are read and written at once; others wait in the order in which they came.
         memory: bytes for keys and values, of the texts at once and of those kept; None: not bounded. A text
             takes those of its longest end when it is admitted, so none is ever stopped for want of memory.
@@ -42,6 +38,7 @@ class Engine:
 
     Attributes:
         prompt_tokens, reused_tokens: of all prompts that were read, and those copied from another text.
+        padded_rows: rows of forwards that are no text's; 0 where forwards are not of fixed shape.
     """
 
     def __init__(
@@ -51,17 +48,16 @@ class Engine:
         tree_size: TreeSize,
         at_once: int = AT_ONCE,
         memory: float | None = None,
-        rows_budget: int = ROWS,
         chunk: int = 256,
         kept: int = 16,
     ) -> None:
-        if min(at_once, rows_budget, chunk) < 1 or kept < 0:
-            raise CoralError("at_once, rows_budget and chunk must be at least 1, and kept at least 0.")
+        if min(at_once, chunk) < 1 or kept < 0:
+            raise CoralError("at_once and chunk must be at least 1, and kept at least 0.")
         self.target, self.proposer, self.tree_size = target, proposer, tree_size
-        self.at_once, self.memory, self.rows_budget = at_once, memory, rows_budget
+        self._willing = Willing(proposer)
+        self.at_once, self.memory = at_once, memory
         self.chunk, self.kept = chunk, kept
-        self.prompt_tokens = self.reused_tokens = 0
-        self._plain = Plain(proposer.layers)
+        self.prompt_tokens = self.reused_tokens = self.padded_rows = 0
         self._waiting, self._reading = deque[State](), deque[State]()
         self._live, self._kept = list[State](), list[State]()  # kept: the one that was of use last at the end
         self._row_bytes = 0.0 if memory is None else _row_bytes(target, proposer)
@@ -127,8 +123,8 @@ class Engine:
         self._read()
         if not (live := self._live):
             return []
-        proposer, tree_size = self._drafting(len(live))
-        events = [*zip(live, cycle(self.target, proposer, live, tree_size), strict=True)]
+        events = [*zip(live, cycle(self.target, self._willing, live, self.tree_size), strict=True)]
+        self.padded_rows += self.target.padding([1 + each.num_drafted for _, each in events])
         self._live = [state for state in live if not state.done]
         for state in live:
             if state.done:
@@ -146,14 +142,6 @@ class Engine:
             if not self.waiting + self.running:
                 return
             yield from (state for state, _ in self.step() if state.done)
-
-    def _drafting(self, live: int) -> tuple[Proposer, TreeSize]:
-        """What drafts for so many texts, and how large the tree of each grows."""
-        nodes = min(self.tree_size.num_nodes, self.rows_budget // live - 1)
-        if nodes < 1:
-            return self._plain, self.tree_size
-        depth = min(self.tree_size.max_depth, nodes)
-        return self.proposer, replace(self.tree_size, num_nodes=nodes, max_depth=depth)
 
     def _read(self) -> None:
         """Read prompts in turn, so that a short one waits for one chunk of a long one and not for all."""
@@ -202,7 +190,9 @@ class Engine:
 def _without_scores(state: State) -> State:
     """A text as a source of rows: its keys and values, and no logits or tables of a drafter."""
     memory = {proposer: cache for proposer, cache in state.memory.items() if isinstance(cache, KVCache)}
-    return replace(state, tokens=[*state.tokens], memory=memory, tree=None, logits=None, stop=None)
+    return replace(
+        state, tokens=[*state.tokens], memory=memory, tree=None, logits=None, stop=None, log_probs=None
+    )
 
 
 def _row_bytes(target: Target, proposer: Proposer) -> float:

@@ -6,28 +6,41 @@ import asyncio
 import hmac
 import json
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
+from coral.decoding.log_probs import LogProbs
 from coral.decoding.state import State
 from coral.errors import CoralError
 from coral.serving import openai
-from coral.serving.metrics import Clock, Metrics
-from coral.serving.openai import Answer, Asked, Refused, Text
-from coral.serving.worker import Event, Worker
+from coral.serving.metrics import Metrics
+from coral.serving.openai import Asked, Refused
+from coral.serving.token_names import Names
+from coral.serving.worker import Worker
+from coral.serving.writing import Writing, going_on, refusal
 
 if TYPE_CHECKING:
     from coral.api import LLM
 
-_LOOK = 0.2  # seconds between looks at whether a client that waits is still there
+_PAGE = Path(__file__).with_name("page.html")
+_PAGE_ALONE = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
+}
+"""The page speaks to this server alone, and stands in no other page."""
+_UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
           405: "invalid_request_error", 500: "internal_error"}  # fmt: skip
 
@@ -65,6 +78,10 @@ class Server:
         if sum([hmac.compare_digest(given, key) for key in self.keys]) == 0:
             raise Refused("the API key is missing or wrong.", 401, code="invalid_api_key", kind=_KINDS[401])
 
+    @cached_property
+    def names(self) -> Names:
+        return Names(self.llm.tokenizer)
+
     @property
     def llm(self) -> LLM:
         if self.worker.llm is None:
@@ -76,10 +93,13 @@ class Server:
         self.authorise(request)
         _ = self.llm
         body = bytearray()
-        async for piece in request.stream():
-            body += piece
-            if len(body) > self.limits.body:
-                raise Refused(f"the body is longer than {self.limits.body} bytes.", 413)
+        try:
+            async for piece in request.stream():
+                body += piece
+                if len(body) > self.limits.body:
+                    raise Refused(f"the body is longer than {self.limits.body} bytes.", 413)
+        except ClientDisconnect as error:
+            raise Refused("the client has gone.", 499) from error
         try:
             return json.loads(body.decode("utf-8"))
         except (ValueError, RecursionError) as error:
@@ -99,7 +119,7 @@ class Server:
             raise Refused(f"{count} texts are asked for; at most {most} may be at once.", param="n")
         self.open += self._refuse_when_full(count, most)
         try:
-            written = _Writing(self, asked, await asyncio.to_thread(self._states, asked))
+            written = Writing(self, asked, await asyncio.to_thread(self._states, asked))
         except BaseException:
             self.open -= count
             raise
@@ -107,9 +127,7 @@ class Server:
             return JSONResponse(await written.whole(request))
         events = written.stream(request)
         first = await anext(events)  # what is refused until here is no stream
-        return StreamingResponse(
-            _going_on(first, events), media_type="text/event-stream", headers=_UNBUFFERED
-        )
+        return StreamingResponse(going_on(first, events), media_type="text/event-stream", headers=_UNBUFFERED)
 
     def _refuse_when_full(self, count: int, most: int) -> int:
         if self.open + count > most:
@@ -128,6 +146,9 @@ class Server:
                 for j in range(asked.n)
             ]
         for state in states:
+            state.drafts, state.min_length = asked.drafting, state.prompt_length + asked.least
+            if asked.log_probs is not None:
+                state.log_probs = LogProbs(asked.log_probs, prompt=asked.echo)
             engine.check(state)
         return states
 
@@ -149,111 +170,6 @@ class Server:
         if ids and max(ids) >= self.llm.target.vocab_size:
             raise Refused(f"tokens holds {max(ids)}, which is no token id.", param="tokens")
         return JSONResponse({"prompt": await asyncio.to_thread(self.llm.tokenizer.decode, ids)})
-
-
-_UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-
-class _Writing:
-    """The texts of one request while they are written; they are cancelled when whoever reads has gone."""
-
-    def __init__(self, server: Server, asked: Asked, states: Sequence[State]) -> None:
-        self.server, self.states, self.asked = server, states, asked
-        self.texts = [Text(server.llm.tokenizer, asked.options["stop"]) for _ in states]
-        prompts = sum(state.prompt_length for state in states[:: asked.n])
-        self.answer = Answer(asked, server.name, prompts, self.texts)
-        self.clocks = [Clock(server.metrics, state.prompt_length) for state in states]
-
-    async def pieces(self, request: Request) -> AsyncGenerator[tuple[int, str], None]:
-        """Index and next piece of a text whenever there is one; the text's `finish` is set with its last.
-
-        Raises:
-            Refused: no more comes.
-        """
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        index = {state: i for i, state in enumerate(self.states)}
-        going = set(self.states)
-        try:
-            self.server.worker.submit(self.states, lambda e: _tell(loop, events, e))
-            while going:
-                try:
-                    event = await asyncio.wait_for(events.get(), _LOOK)
-                except asyncio.TimeoutError:
-                    if await request.is_disconnected():
-                        return
-                    continue
-                if event.error or event.cycle is None:
-                    raise _refused(event.error)
-                i = index[event.state]
-                self.clocks[i].cycle(event.cycle, event.finish)
-                if event.finish:
-                    going.discard(event.state)
-                    self.server.open -= 1
-                yield i, self.texts[i].push(event.cycle, event.finish)
-                if going and await request.is_disconnected():
-                    return
-        finally:
-            self.server.worker.cancel([*going])
-            self.server.open -= len(going)
-
-    async def whole(self, request: Request) -> dict[str, Any]:
-        said = [""] * len(self.states)
-        async with aclosing(self.pieces(request)) as pieces:
-            async for i, piece in pieces:
-                said[i] += piece
-        if not all(text.finish for text in self.texts):
-            raise Refused("the client has gone.", 499)
-        return self.answer.whole(said)
-
-    async def stream(self, request: Request) -> AsyncGenerator[str, None]:
-        """The chunks of the answer as server-sent events.
-
-        Raises:
-            Refused: nothing was written.
-        """
-        answer, opened = self.answer, set[int]()
-        try:
-            async with aclosing(self.pieces(request)) as pieces:
-                async for i, piece in pieces:
-                    chunks = [] if i in opened else answer.opening(i)
-                    opened.add(i)
-                    if piece:
-                        chunks.append(answer.piece(i, piece))
-                    if self.texts[i].finish:
-                        chunks.append(answer.closing(i))
-                    for chunk in chunks:
-                        yield _event(chunk)
-            for chunk in answer.last():
-                yield _event(chunk)
-        except Refused as refused:
-            if not opened:
-                raise
-            yield _event(refused.body)
-        yield "data: [DONE]\n\n"
-
-
-async def _going_on(first: str, events: AsyncGenerator[str, None]) -> AsyncIterator[str]:
-    async with aclosing(events):
-        yield first
-        async for event in events:
-            yield event
-
-
-def _tell(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
-    loop.call_soon_threadsafe(events.put_nowait, event)
-
-
-def _event(chunk: dict[str, Any]) -> str:
-    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
-
-
-def _refused(error: Exception | None) -> Refused:
-    """What the client is told of an error: the words are the client's own only where they are for users."""
-    if isinstance(error, Refused):
-        return error
-    if isinstance(error, CoralError):
-        return Refused(str(error))
-    return Refused("the server failed; its log says why.", 500, kind=_KINDS[500])
 
 
 def create_app(worker: Worker, name: str, keys: Sequence[str] = (), limits: Limits | None = None) -> FastAPI:
@@ -292,6 +208,10 @@ def create_app(worker: Worker, name: str, keys: Sequence[str] = (), limits: Limi
 def _add_facts(app: FastAPI, server: Server) -> None:
     """The routes that say how the server is."""
 
+    @app.get("/")
+    async def page() -> Response:
+        return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers=_PAGE_ALONE)
+
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         server.authorise(request)
@@ -317,7 +237,7 @@ def _add_errors(app: FastAPI) -> None:
     """Every error in OpenAI's shape, and no traceback to a client."""
 
     async def on_refused(_: Request, error: Exception) -> Response:
-        refused = _refused(error)
+        refused = refusal(error)
         headers = {"Retry-After": "1"} if refused.status in (429, 503) else {}
         return JSONResponse(refused.body, refused.status, headers)
 

@@ -1,4 +1,4 @@
-"""OpenAI's protocol as dicts: what a body asks for, and what is answered. It knows no server and no model.
+"""OpenAI's protocol: what a body asks for, and how it is refused. It knows no server and no model.
 
 A field that is not done here is refused and never ignored, unless it has the value that turns it off.
 """
@@ -6,29 +6,24 @@ A field that is not done here is refused and never ignored, unless it has the va
 from __future__ import annotations
 
 import secrets
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from coral.decoding.text import Detokenizer, cut_at, stop_strings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from coral.decoding.state import Cycle
+from coral.decoding.text import stop_strings
 
 OFF: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},), "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none",),
     "functions": ([],), "function_call": ("none",), "parallel_tool_calls": (True, False),
     "frequency_penalty": (0, 0.0), "presence_penalty": (0, 0.0), "repetition_penalty": (1, 1.0),
-    "logprobs": (False,), "top_logprobs": (0,), "min_p": (0, 0.0), "min_tokens": (0,),
-    "stop_token_ids": ([],), "echo": (False,), "suffix": ("",), "best_of": (1,), "modalities": (["text"],),
+    "top_logprobs": (0,), "min_p": (0, 0.0), "stop_token_ids": ([],),
+    "echo": (False,), "suffix": ("",), "best_of": (1,), "modalities": (["text"],),
     "add_generation_prompt": (True,), "continue_final_message": (False,), "skip_special_tokens": (True,),
 }  # fmt: skip
-"""Fields that are not done, and the values with which they ask for nothing."""
+"""Fields that are not done, or not by all routes, and the values with which they ask for nothing."""
+MOST_LOG_PROBS = 20
+"""The likeliest tokens that may be listed at each place, as in vLLM."""
 NOTES = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 """Fields that have nothing to do with what is answered."""
 
@@ -64,7 +59,16 @@ class _Strict(BaseModel):
 
 class _StreamOptions(_Strict):
     include_usage: bool = False
-    continuous_usage_stats: Literal[False] = False
+    continuous_usage_stats: bool = False
+
+
+class _Ours(_Strict):
+    """What no other server knows. drafting: false is plain decoding, of the same text. mark: pieces say which
+    characters come from accepted draft tokens.
+    """
+
+    drafting: bool = True
+    mark: bool = False
 
 
 class _Common(_Strict):
@@ -79,6 +83,8 @@ class _Common(_Strict):
     stream: bool = False
     stream_options: _StreamOptions = _StreamOptions()
     ignore_eos: bool = False
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    coral: _Ours = _Ours()
 
 
 class _Part(_Strict):
@@ -100,10 +106,14 @@ class _Message(_Strict):
 class _Chat(_Common):
     messages: Annotated[list[_Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOG_PROBS)] | None = None
 
 
 class _Completion(_Common):
     prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOG_PROBS)] | None = None
 
 
 class _Tokenize(_Strict):
@@ -119,7 +129,11 @@ class _Detokenize(_Strict):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request wants: `n` texts behind each prompt, with the options of `LLM.start`."""
+    """What a request wants: `n` texts behind each prompt, with the options of `LLM.start`.
+
+    least: tokens that are written at least. echo: the prompt is repeated. log_probs: how many of the
+    likeliest tokens are listed at each place; None: no log-probabilities. drafting, marks: see `_Ours`.
+    """
 
     model: str | None
     chat: bool
@@ -128,6 +142,12 @@ class Asked:
     options: dict[str, Any]
     stream: bool
     include_usage: bool
+    continuous_usage: bool = False
+    least: int = 0
+    echo: bool = False
+    log_probs: int | None = None
+    drafting: bool = True
+    marks: bool = False
 
 
 def read_chat(body: Any, longest: int) -> Asked:
@@ -138,7 +158,10 @@ def read_chat(body: Any, longest: int) -> Asked:
     """
     asked = _parsed(_Chat, body)
     limit = asked.max_completion_tokens or asked.max_tokens or longest
-    return _asked(asked, True, [[message.plain for message in asked.messages]], limit)
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise Refused("top_logprobs needs logprobs: true.", param="top_logprobs")
+    read = _asked(asked, True, [[message.plain for message in asked.messages]], limit)
+    return replace(read, log_probs=asked.top_logprobs or 0) if asked.logprobs else read
 
 
 def read_completion(body: Any, longest: int) -> Asked:
@@ -149,7 +172,10 @@ def read_completion(body: Any, longest: int) -> Asked:
         prompts = [prompts]
     if not prompts:
         raise Refused("prompt holds nothing; give a text, token ids, or several of them.", param="prompt")
-    return _asked(asked, False, prompts, asked.max_tokens or min(16, longest))
+    if asked.echo and asked.logprobs is not None and asked.n > 1:
+        raise Refused("echo with logprobs says the same of a prompt n times; use n: 1.", param="n")
+    read = _asked(asked, False, prompts, asked.max_tokens or min(16, longest))
+    return replace(read, echo=asked.echo, log_probs=asked.logprobs)
 
 
 def read_tokenize(body: Any) -> tuple[str | None, Any]:
@@ -171,7 +197,7 @@ def _parsed(form: Any, body: Any) -> Any:
     if not isinstance(body, dict):
         raise Refused("the body must be a JSON object.")
     given = {name: value for name, value in body.items() if value is not None and name not in NOTES}
-    for name in [name for name in given if name in OFF]:
+    for name in [name for name in given if name in OFF and name not in form.model_fields]:
         value = given.pop(name)
         if not any(type(value) is type(off) and value == off for off in OFF[name]):
             raise Refused(f"{name} is not supported here; leave it out.", param=name, code="unsupported")
@@ -203,117 +229,18 @@ def _asked(asked: Any, chat: bool, prompts: list[Any], limit: int) -> Asked:
         "stop": stop_strings(asked.stop),
         "ignore_eos": asked.ignore_eos,
     }
-    usage = asked.stream_options.include_usage
-    return Asked(asked.model, chat, prompts, asked.n, options, asked.stream, usage)
-
-
-class Text:
-    """One answer as it comes: pieces join to the text in front of the first stop string.
-
-    Held back is what may become a stop string, or is half of a character.
-
-    tokens: how many were written. finish: why it ended, "stop" or "length"; None: it goes on.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
-        self.stop, self.tokens, self.finish = stop, 0, ""
-        self.drafts, self.drafted, self.accepted = 0, 0, 0
-        self._detokenizer, self._held, self._ended = Detokenizer(tokenizer), "", False
-
-    def push(self, cycle: Cycle, finish: str = "") -> str:
-        """The next piece; `finish` says why the text ends with this cycle."""
-        self.tokens += len(cycle.tokens)
-        self.drafts += cycle.num_drafted > 0
-        self.drafted, self.accepted = self.drafted + cycle.num_drafted, self.accepted + cycle.num_accepted
-        self.finish = finish
-        if self._ended:
-            return ""
-        held = self._held + "".join(map(self._detokenizer.push, cycle.tokens))
-        if finish:
-            held += self._detokenizer.rest()
-        piece = cut_at(held, self.stop)
-        self._ended = len(piece) < len(held)
-        if not (self._ended or finish):
-            piece = piece[: len(piece) - _begun(piece, self.stop)]
-        self._held = held[len(piece) :]
-        return piece
-
-
-def _begun(text: str, stop: Sequence[str]) -> int:
-    """How many of the last characters are how a stop string begins."""
-    longest = max(map(len, stop), default=1) - 1
-    ends = (n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in stop))
-    return next(ends, 0)
-
-
-class Answer:
-    """The dicts of one answer.
-
-    Args:
-        prompt_tokens: of all prompts.
-    """
-
-    def __init__(self, asked: Asked, model: str, prompt_tokens: int, texts: Sequence[Text]) -> None:
-        self.asked, self.prompt_tokens, self.texts = asked, prompt_tokens, texts
-        name = "chatcmpl" if asked.chat else "cmpl"
-        self._head = {"id": f"{name}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
-        self._whole = "chat.completion" if asked.chat else "text_completion"
-        self._chunk = "chat.completion.chunk" if asked.chat else "text_completion"
-
-    def whole(self, pieces: Sequence[str]) -> dict[str, Any]:
-        """All of it; a piece is the whole text of a choice."""
-        choices = []
-        for index, (text, piece) in enumerate(zip(self.texts, pieces, strict=True)):
-            said = (
-                {"message": {"role": "assistant", "content": piece}} if self.asked.chat else {"text": piece}
-            )
-            choices.append({"index": index, **said, "logprobs": None, "finish_reason": text.finish})
-        return {**self._head, "object": self._whole, "choices": choices, "usage": self.usage, **self.metrics}
-
-    def opening(self, index: int) -> list[dict[str, Any]]:
-        """What comes before the first piece of a choice: in a chat, who speaks."""
-        delta = {"role": "assistant", "content": ""}
-        return [self._choice(index, {"delta": delta})] if self.asked.chat else []
-
-    def piece(self, index: int, text: str) -> dict[str, Any]:
-        return self._choice(index, {"delta": {"content": text}} if self.asked.chat else {"text": text})
-
-    def closing(self, index: int) -> dict[str, Any]:
-        """Why a choice ended."""
-        said: dict[str, Any] = {"delta": {}} if self.asked.chat else {"text": ""}
-        return self._choice(index, said, self.texts[index].finish)
-
-    def last(self) -> list[dict[str, Any]]:
-        """What comes behind all choices: usage, where it was asked for."""
-        chunk = {**self._head, "object": self._chunk, "choices": [], "usage": self.usage, **self.metrics}
-        return [chunk] if self.asked.include_usage else []
-
-    def _choice(self, index: int, said: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-        choice = {"index": index, **said, "logprobs": None, "finish_reason": finish}
-        usage = {"usage": None} if self.asked.include_usage else {}
-        return {**self._head, "object": self._chunk, "choices": [choice], **usage}
-
-    @property
-    def usage(self) -> dict[str, int]:
-        written = sum(text.tokens for text in self.texts)
-        prompt = self.prompt_tokens
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": written,
-            "total_tokens": prompt + written,
-        }
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """How drafting fared, under vLLM's names; of a single text."""
-        if len(self.texts) > 1:
-            return {}
-        (text,) = self.texts
-        drafting = {
-            "num_spec_steps": text.drafts,
-            "num_draft_tokens": text.drafted,
-            "num_accepted_draft_tokens": text.accepted,
-            "mean_acceptance_length": 1 + text.accepted / text.drafts if text.drafts else 1.0,
-            "draft_acceptance_rate": text.accepted / text.drafted if text.drafted else 0.0,
-        }
-        return {"metrics": {"speculative_decoding": drafting}}
+    if asked.min_tokens > limit:
+        raise Refused(f"min_tokens is above the {limit} tokens that may be written.", param="min_tokens")
+    return Asked(
+        asked.model,
+        chat,
+        prompts,
+        asked.n,
+        options,
+        asked.stream,
+        asked.stream_options.include_usage,
+        asked.stream_options.include_usage and asked.stream_options.continuous_usage_stats,
+        least=asked.min_tokens,
+        drafting=asked.coral.drafting,
+        marks=asked.coral.mark,
+    )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from coral.decoding.log_probs import Scored
 from coral.decoding.state import Cycle, State
 from coral.errors import CoralError
 from coral.serving.engine import Engine
@@ -29,6 +30,7 @@ class Event:
     """What became of a text in a cycle.
 
     finish: why it ended with this cycle, "stop" or "length"; "": it goes on.
+    scored: log-probabilities of the tokens, where they are wanted; the prompt's come with its first cycle.
     error: why nothing more comes; then there is no cycle.
     """
 
@@ -36,6 +38,7 @@ class Event:
     cycle: Cycle | None = None
     finish: str = ""
     error: Exception | None = None
+    scored: Sequence[Scored] = ()
 
 
 @dataclass(frozen=True)
@@ -151,9 +154,7 @@ class Worker:
 
     def _step(self, engine: Engine) -> None:
         try:
-            events = [
-                Event(state, cycle, _finish(state) if state.done else "") for state, cycle in engine.step()
-            ]
+            events = [_event(state, cycle) for state, cycle in engine.step()]
         except Exception as error:
             if not isinstance(error, CoralError):
                 _log.exception("a step of the engine failed")
@@ -167,10 +168,10 @@ class Worker:
                     listener(event)
 
 
-def _finish(state: State) -> str:
-    """Why a text ended, as OpenAI calls it."""
-    ended = state.tokens[-1] in state.eos_ids or (state.stop is not None and state.stop(state.written))
-    return "stop" if ended else "length"
+def _event(state: State, cycle: Cycle) -> Event:
+    """What a cycle did, the reason for an end as OpenAI calls it."""
+    finish = ("stop" if state.is_at_end else "length") if state.done else ""
+    return Event(state, cycle, finish, scored=state.log_probs.take() if state.log_probs else ())
 
 
 def _free(target: Target) -> Any:

@@ -81,7 +81,7 @@ class _Job(Structure):
         ("gelu", c_bool),
         *((name, c_bool) for name in _ROUNDS),
         ("narrow", c_bool),
-        ("tiles", c_bool),
+        ("unit", c_int64),
         ("num_sequences", c_int64),
         *((name, c_void_p) for name in ("sequences", "features", "logits")),
         ("num_taps", c_int64),
@@ -121,10 +121,15 @@ def _library() -> CDLL | None:
     return build(SOURCES / "forward.cpp")
 
 
-def _tiles() -> bool:
-    """Whether this processor has a matrix unit for bfloat16 (AMX) that the system lets this process use."""
-    wide = has_wide_vectors()
-    return wide and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+def _unit() -> int:
+    """What multiplies bfloat16 here, as forward.cpp counts it: 2 is a matrix unit (AMX) that the system lets
+    this process use, 1 vectors that multiply two numbers at once, 0 those that do not.
+    """
+    if not has_wide_vectors():
+        return 0
+    if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
+        return 2
+    return int(torch.cpu._is_avx512_bf16_supported())
 
 
 class _Packer:
@@ -229,7 +234,7 @@ class NativeForward:
             embedding_scale=float(torch.tensor(blueprint.embedding_scale).to(dtype)),
             gelu=blueprint.activation == "gelu",
             narrow=dtype == torch.bfloat16,
-            tiles=dtype == torch.bfloat16 and _tiles(),
+            unit=_unit() if dtype == torch.bfloat16 else 0,
         )
         self._rotate(0)
 

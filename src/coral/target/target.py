@@ -173,6 +173,12 @@ class Target:
         """Numbers of rows for which forwards of fixed shape were made; see `on`."""
         return () if self._forward is None else self._forward.sizes
 
+    def padding(self, counts: Sequence[int]) -> int:
+        """Rows that a forward over trees of so many nodes computes beside them."""
+        if not self.pads or len(counts) > 1:
+            return 0
+        return next((size for size in self.sizes if size >= counts[0]), counts[0]) - counts[0]
+
     @property
     def hidden_size(self) -> int:
         return self.head_weight.shape[1]

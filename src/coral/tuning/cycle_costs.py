@@ -7,20 +7,18 @@ from dataclasses import dataclass
 from itertools import cycle as endlessly
 from itertools import pairwise
 from statistics import fmean, median
-from time import perf_counter
 
 import torch
 
 from coral.bench.costs import RefusedTree
 from coral.decoding.cycle import Proposer, generate
+from coral.decoding.row_costs import DEEP, draft_times
 from coral.decoding.sampling import Sampling
-from coral.decoding.state import State, Unread
+from coral.decoding.state import State
 from coral.target.target import Target
 from coral.tree import DraftTree, TreeSize
 from coral.tuning.simulate import Simulated
 
-_DEEP = 5  # levels of the deeper of two trees: a level's cost is a share of their difference
-_READ = 3  # rows that the first level reads: about as many as a cycle accepts
 _ALIKE = 8  # trees of one size in a row; the latter half is timed
 
 
@@ -87,9 +85,9 @@ def measure_cycles(
         rows: sizes of trees, 1 among them. A compiled target must be compiled for them.
         top_ks: for which drafting is timed.
     """
-    levels = _draft_seconds(target, proposer, prompt, sampling, top_ks, repeats)
-    first = {k: levels[k, 1] for k in top_ks}
-    level = {k: max(0.0, levels[k, _DEEP] - levels[k, 1]) / (_DEEP - 1) for k in top_ks}
+    drafted = draft_times(target, proposer, prompt, sampling, top_ks, repeats + 1)
+    first = {k: _median(drafted[k, 1]) for k in top_ks}
+    level = {k: max(0.0, _median(drafted[k, DEEP]) - first[k]) / (DEEP - 1) for k in top_ks}
     cycles = _cycle_seconds(target, prompt, sampling, rows, repeats)
     return CycleCosts(cycles, first, level, padded=target.pads)
 
@@ -136,38 +134,6 @@ def _cycle_seconds(
         if index % _ALIKE >= _ALIKE // 2:
             times[n].append(cycle.seconds - cycle.draft_seconds)
     return {n: median(seconds) for n, seconds in times.items()}
-
-
-@torch.inference_mode()
-def _draft_seconds(
-    target: Target,
-    proposer: Proposer,
-    prompt: list[int],
-    sampling: Sampling,
-    top_ks: Sequence[int],
-    repeats: int,
-) -> dict[tuple[int, int], float]:
-    """Seconds of `propose` by top_k and levels. All calls are about the same rows of one state.
-
-    A verification precedes each, as in real cycles: it evicts the drafter's weights from the CPU's caches.
-    """
-    state = State.begin(target, prompt, _DEEP + 1, sampling=sampling)
-    state.prefill(target, proposer.layers)
-    features, rows = state.unread.features, state.unread.end
-    proposer.propose([state], TreeSize(1, 1, 1))
-    read = min(_READ, rows)
-    times: dict[tuple[int, int], list[float]] = {(k, depth): [] for k in top_ks for depth in (1, _DEEP)}
-    for _ in range(repeats + 1):
-        for (k, depth), seconds in times.items():
-            logits, _ = target.verify([state.cache], [DraftTree.root(state.tokens[-1])])
-            state.cache.keep(rows)
-            state.unread = Unread(rows - read, (features[-read:],))
-            logits[0][0, 0].item()  # a GPU is waited for
-            begin = perf_counter()
-            (tree,) = proposer.propose([state], TreeSize(k, depth, 15))
-            tree.scores[-1].item()
-            seconds.append(perf_counter() - begin)
-    return {size: _median(seconds) for size, seconds in times.items()}
 
 
 def _median(seconds: Sequence[float]) -> float:

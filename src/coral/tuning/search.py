@@ -14,8 +14,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from coral.decoding import row_costs
 from coral.decoding.cycle import Proposer, generate
 from coral.decoding.plain import Plain
+from coral.decoding.row_costs import RowCosts
 from coral.decoding.sampling import Sampling
 from coral.decoding.state import State
 from coral.device import has_queue
@@ -80,6 +82,7 @@ class Tuned:
     plain: plain decoding, from the same costs.
     predicted: the best tree size's speedup, from costs measured anew between the texts that were decoded.
     decoded: tokens a second of the best tree size and of plain decoding, when both decode the same prompts.
+    costs: what the proposer's cycles cost.
     """
 
     candidates: list[Prediction]
@@ -87,6 +90,8 @@ class Tuned:
     plain: Prediction
     predicted: float
     decoded: tuple[float, float]
+    costs: CycleCosts
+    proposer: Proposer
 
     @property
     def best(self) -> Prediction:
@@ -157,7 +162,7 @@ def tune(
     predicted = _predict(runs[best], CycleCosts.mean(meanwhile)).speedup
     plain = Prediction(PLAIN, 1.0, 0.0, 0.0, 1 / costs.plain, 1.0)
     fast, slow = (way.tokens / way.seconds for way in ways)
-    return Tuned(candidates, predictions[default], plain, predicted, (fast, slow))
+    return Tuned(candidates, predictions[default], plain, predicted, (fast, slow), costs, proposer)
 
 
 def tune_drafter(
@@ -188,6 +193,8 @@ def tune_drafter(
         found = tune(target, make, prompts, **options)
         if not write:
             return found, None
+        # A batch of texts, too, goes by what was measured here.
+        row_costs.note(target, found.proposer, RowCosts(found.costs.cycle, found.costs.level))
         return found, tuned.save(directory, conditions, found.best.tree_size, found.predicted, found.achieved)
 
 

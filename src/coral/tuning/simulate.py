@@ -1,8 +1,8 @@
 """Decoding with any tree size, from what was recorded: exact counts of cycles, draft steps and nodes.
 
 A smaller tree is grown again out of the recorded one as the proposer grows it (see `proposers/feature.py`):
-a node's children are its best top_k, the best top_k of a level are expanded, a level that is reached with
-less than min_gain ends the growth, and the best num_nodes in the total order of `tree.best_nodes` stay, but
+a node's children are its best top_k, the best top_k of a level are expanded, a level whose best node is less
+likely than min_gain ends the growth, and the best num_nodes in the total order of `tree.best_nodes` stay, but
 for those less likely than min_gain. Where a smaller top_k would expand a node that the recorded tree did not,
 the node stays a leaf.
 
@@ -51,10 +51,10 @@ def simulate(texts: Sequence[Text], tree_sizes: Sequence[TreeSize]) -> list[Simu
     everywhere = torch.arange(positions)
     for top_k, of_width in _group(range(count), lambda i: tree_sizes[i].top_k).items():
         growth = _grow(pools, top_k)
-        shapes = _group(of_width, lambda i: (tree_sizes[i].max_depth, tree_sizes[i].min_gain))
+        shapes = _group(of_width, lambda i: (tree_sizes[i].within(_FAR).max_depth, tree_sizes[i].min_gain))
         for (max_depth, min_gain), members in shapes.items():
             most = pools.limit.clamp(max=max_depth)
-            levels = torch.minimum(_levels(growth.mass, min_gain), most)  # [N]
+            levels = torch.minimum(_levels(growth.best, min_gain), most)  # [N]
             grown, last = levels > 0, (levels - 1).clamp(min=0)
             least = math.log(min_gain) if min_gain else -torch.inf
             sizes = (growth.scores >= least).sum(2).cumsum(1)[everywhere, last] * grown  # [N]
@@ -168,13 +168,13 @@ def _number(groups: Tensor) -> Tensor:
 class _Growth(NamedTuple):
     """The trees that one top_k grows, at each position.
 
-    mass [N, D]: probability of the nodes of a level that are expanded next.
+    best [N, D]: score of the likeliest node of a level.
     scores [N, D, W]: of nodes that are grown; NaN where there is none.
     ranks [N, D, D]: in the tree of the first i + 1 levels, the rank in the total order of the node of depth
     j + 1 on the text's own path; _FAR where there is none. path_scores [N, D]: that node's.
     """
 
-    mass: Tensor
+    best: Tensor
     scores: Tensor
     ranks: Tensor
     path_scores: Tensor
@@ -182,7 +182,7 @@ class _Growth(NamedTuple):
 
 def _grow(pools: _Pools, top_k: int) -> _Growth:
     count, depth, width = pools.there.shape
-    kept, mass = torch.zeros_like(pools.there), torch.zeros(count, depth)
+    kept, likeliest = torch.zeros_like(pools.there), torch.zeros(count, depth)
     path, path_scores = torch.full((count, depth), -1), torch.zeros(count, depth)
     expanded, here = torch.ones(count, 1, dtype=torch.bool), torch.zeros(count, 1, dtype=torch.int64)
     for level in range(depth):
@@ -190,7 +190,7 @@ def _grow(pools: _Pools, top_k: int) -> _Growth:
         inside = pools.there[:, level] & (pools.order[:, level] < top_k) & expanded.gather(1, parents)
         best = scores.masked_fill(~inside, -torch.inf).topk(min(top_k, width)).indices
         expanded = torch.zeros_like(inside).scatter_(1, best, True) & inside
-        mass[:, level] = (scores.exp() * expanded).sum(1)
+        likeliest[:, level] = scores.masked_fill(~expanded, -torch.inf).amax(1)
         hit = inside & (pools.tokens[:, level] == pools.following[:, level, None]) & (parents == here)
         here = torch.where(hit.any(1), hit.int().argmax(1), -1)[:, None]
         kept[:, level], path[:, level] = inside, here[:, 0]
@@ -207,12 +207,13 @@ def _grow(pools: _Pools, top_k: int) -> _Growth:
     ranks = before.cumsum(2)
     below = torch.arange(depth)[:, None] > torch.arange(depth)  # this node is deeper than so many levels
     ranks = ranks.masked_fill(below | (path < 0)[:, :, None], _FAR)
-    return _Growth(mass, pools.scores.masked_fill(~kept, torch.nan), ranks.transpose(1, 2), path_scores)
+    return _Growth(likeliest, pools.scores.masked_fill(~kept, torch.nan), ranks.transpose(1, 2), path_scores)
 
 
-def _levels(mass: Tensor, min_gain: float) -> Tensor:
-    """How many levels are grown until one is reached with too little probability, [N, D] -> [N]."""
-    enough = torch.cat([mass >= min_gain, torch.zeros(len(mass), 1, dtype=torch.bool)], 1)
+def _levels(best: Tensor, min_gain: float) -> Tensor:
+    """How many levels are grown until one has no node that is likely enough, [N, D] -> [N]."""
+    least = math.log(min_gain) if min_gain else -torch.inf
+    enough = torch.cat([best >= least, torch.zeros(len(best), 1, dtype=torch.bool)], 1)
     return (~enough).int().argmax(1) + 1
 
 

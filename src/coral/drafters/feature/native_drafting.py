@@ -1,13 +1,16 @@
-"""A whole draft tree in one call on the CPU: `native/draft.cpp`, the fast twin of `propose.py`'s levels.
+"""Whole draft trees in one call on the CPU: `native/draft.cpp`, the fast twin of `propose.py`'s levels.
 
 A draft step of a small tree is some fifteen small products, and calling them one by one costs more than they
-do. Here one team of threads grows all levels of a tree in one call. Weights are bytes with a scale of each
-output, rows integers of 16 bits: a quarter of float32's bytes, for a rounding that drafts hardly show.
+do. Here one team of threads grows all levels of the trees of all texts in one call; each is, bit for bit, the
+tree that would grow alone. Weights are bytes with a scale of each output, rows integers of 16 bits: a quarter
+of float32's bytes, for a rounding that drafts hardly show.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import CDLL, Structure, addressof, byref, c_bool, c_float, c_int64, c_uint64, c_void_p
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,34 +42,60 @@ class _Layer(Structure):
     )
 
 
-class _Job(Structure):
-    """As in draft.cpp, field by field."""
+class _Head(Structure):
+    _fields_ = (("rows", _Matrix), ("bias", c_void_p), ("ids", c_void_p), ("candidates", c_int64))
 
+
+class _Text(Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("threads", "hidden", "heads", "kv_heads", "head_size", "inner")),
-        *((name, c_int64) for name in ("capacity", "candidates", "num_layers", "num_embedded")),
-        ("layers", c_void_p),
-        ("embedding", _Numbers),
-        ("embedding_fc", _Matrix),
-        ("feature_fc", _Matrix),
-        ("head", _Matrix),
-        *((name, c_void_p) for name in ("fc_bias", "head_bias", "head_ids", "cos", "sin")),
-        ("eps", c_float),
-        ("embedding_scale", c_float),
-        ("feed_back_normalised", c_bool),
         ("cache", _Numbers),
-        ("num_rows", c_int64),
-        ("length", c_int64),
+        *((name, c_int64) for name in ("capacity", "length", "num_rows")),
         ("ids", c_void_p),
         ("features", _Numbers),
-        *((name, c_int64) for name in ("top_k", "max_depth", "num_nodes", "pool")),
-        ("min_gain", c_float),
+        *((name, c_int64) for name in ("head", "max_depth", "num_nodes", "pool")),
         ("temperature", c_float),
         ("stream", c_uint64),
         *((name, c_void_p) for name in ("tree_ids", "tree_parents", "tree_scores")),
         ("size", c_int64),
         ("depth", c_int64),
     )
+
+
+class _Job(Structure):
+    """As in draft.cpp, field by field; so are the other structures."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("threads", "hidden", "heads", "kv_heads", "head_size", "inner")),
+        *((name, c_int64) for name in ("num_layers", "num_embedded")),
+        ("layers", c_void_p),
+        ("embedding", _Numbers),
+        ("embedding_fc", _Matrix),
+        ("feature_fc", _Matrix),
+        *((name, c_void_p) for name in ("fc_bias", "cos", "sin")),
+        ("eps", c_float),
+        ("embedding_scale", c_float),
+        ("feed_back_normalised", c_bool),
+        ("tables", c_void_p),
+        *((name, c_int64) for name in ("num_tables", "top_k")),
+        ("min_gain", c_float),
+        ("num_texts", c_int64),
+        ("texts", c_void_p),
+    )
+
+
+class Seed(NamedTuple):
+    """What the tree of one sequence grows from; of the sequence one row at least is unread.
+
+    cache: the drafter's, of the rows in front of the unread ones.
+    tree_size: with one level at least; `top_k` and `min_gain` are those of all that grow together.
+    pool: ids of a node that compete after the sampler's noise is added; 0: it is not.
+    """
+
+    state: State
+    cache: KVCache
+    table: Table
+    tree_size: TreeSize
+    pool: int
 
 
 class NativeDrafter:
@@ -135,39 +164,53 @@ class NativeDrafter:
         """Bytes of weights that a level reads, with this head."""
         return self._num_bytes + (table.rows.numel() if table.fixed else table.rows.nbytes)
 
-    def grow(self, state: State, cache: KVCache, table: Table, tree_size: TreeSize, pool: int) -> DraftTree:
-        """The tree of one sequence, of which one row at least is unread.
+    def grow(self, seeds: Sequence[Seed]) -> list[DraftTree]:
+        """The trees of some sequences, whose caches then hold what was unread, too."""
+        texts, tables = (_Text * len(seeds))(), dict[int, _Head]()
+        made = [self._begin(*each, tables) for each in zip(texts, seeds, strict=True)]
+        heads = (_Head * len(tables))(*tables.values())
+        job = _Job.from_buffer_copy(self._job)  # after the last rotation
+        job.threads, size = torch.get_num_threads(), seeds[0].tree_size
+        job.top_k, job.min_gain = size.top_k, size.min_gain
+        job.tables, job.num_tables = addressof(heads), len(heads)
+        job.texts, job.num_texts = addressof(texts), len(texts)
+        self._run(byref(job))
+        for text, seed in zip(texts, seeds, strict=True):
+            seed.cache.set_length(text.length + text.num_rows)
+        return [
+            DraftTree(ids[: text.size], parents[: text.size], scores[: text.size], text.depth)
+            for text, (_, ids, parents, scores) in zip(texts, made, strict=True)
+        ]
 
-        Args:
-            cache: the drafter's, of the rows in front of the unread ones; it then has these, too.
-            tree_size: with at least one level.
-            pool: ids of a node that compete after the sampler's noise is added; 0: it is not.
+    def _begin(self, text: _Text, seed: Seed, tables: dict[int, _Head]) -> tuple[Any, ...]:
+        """Fill in what is asked of a text, and its head among `tables`, by their addresses.
+
+        Returns:
+            What is to be kept meanwhile, and the tree's ids, parents and scores, to be filled in.
         """
-        length, tokens, features = cache.length, state.unread_tokens, state.unread.features.contiguous()
-        n = len(tokens)
+        state, cache, table, tree_size, pool = seed
+        features, n = state.unread.features.contiguous(), len(state.unread_tokens)
         cache.reserve(n + tree_size.top_k * tree_size.max_depth, self._no_rows)
+        assert cache.buffer.whole is not None
         if self._rotated < cache.capacity:
             self._rotate(cache.capacity)
-        ids = (c_int64 * n)(*tokens)
-        most = min(tree_size.num_nodes, tree_size.top_k * (1 + (tree_size.max_depth - 1) * tree_size.top_k))
+        widest = tree_size.top_k * (1 + (tree_size.max_depth - 1) * tree_size.top_k)
+        most = min(tree_size.num_nodes, widest)
+        ids = (c_int64 * n)(*state.unread_tokens)
         tree_ids, parents = (c_int64 * (most + 1))(), (c_int64 * (most + 1))()
         scores = (c_float * (most + 1))()
-        job = _Job.from_buffer_copy(self._job)
-        assert cache.buffer.whole is not None
-        job.threads, job.cache = torch.get_num_threads(), _numbers(cache.buffer.whole)
-        job.capacity, job.candidates = cache.capacity, len(table.rows)
-        job.head, job.head_bias, job.head_ids = self._scored(table), _data(table.bias), _data(table.ids)
-        job.num_rows, job.length, job.ids, job.features = n, length, addressof(ids), _numbers(features)
-        job.top_k, job.max_depth, job.num_nodes = tree_size.top_k, tree_size.max_depth, most
-        job.min_gain, job.pool = tree_size.min_gain, pool
-        job.temperature = state.sampling.temperature
-        job.stream = state.sampling.stream(state.sequence_id)
-        job.tree_ids, job.tree_parents = addressof(tree_ids), addressof(parents)
-        job.tree_scores = addressof(scores)
-        self._run(byref(job))
-        cache.set_length(length + n)
-        size = job.size
-        return DraftTree(tree_ids[:size], parents[:size], scores[:size], job.depth)
+        kept, at = (features, ids, table), table.rows.data_ptr()
+        if at not in tables:
+            tables[at] = _Head(self._scored(table), _data(table.bias), _data(table.ids), len(table.rows))
+        text.head = [*tables].index(at)
+        text.cache, text.capacity, text.length = _numbers(cache.buffer.whole), cache.capacity, cache.length
+        text.num_rows, text.ids, text.features = n, addressof(ids), _numbers(features)
+        text.max_depth, text.num_nodes, text.pool = tree_size.max_depth, most, pool
+        text.temperature = state.sampling.temperature
+        text.stream = state.sampling.stream(state.sequence_id)
+        text.tree_ids, text.tree_parents = addressof(tree_ids), addressof(parents)
+        text.tree_scores = addressof(scores)
+        return kept, tree_ids, parents, scores
 
     def _rotate(self, length: int) -> None:
         """Have cos, sin [length, d] float32 of all positions."""

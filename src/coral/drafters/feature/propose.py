@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from coral.decoding.state import State
-from coral.drafters.feature.native_drafting import NativeDrafter
+from coral.drafters.feature.native_drafting import NativeDrafter, Seed
 from coral.drafters.feature.network import Drafter
 from coral.drafters.heads.full import FullHead
 from coral.drafters.heads.store import Head
@@ -17,7 +17,7 @@ from coral.tree import DraftTree, TreeSize
 
 
 class Feature(Grower):
-    """A `DraftsByHead`; `native_drafting.py` grows its trees at once where that can be."""
+    """A `DraftsByHead`; `native_drafting.py` grows its trees in one call where that can be."""
 
     layers = (-1,)
 
@@ -37,15 +37,22 @@ class Feature(Grower):
     ) -> tuple[Tensor, Tensor]:
         return self.head.topk(features, k, states, scores)
 
-    def at_once(self, state: State, tree_size: TreeSize) -> DraftTree | None:
+    def at_once(self, states: Sequence[State], tree_size: TreeSize) -> dict[State, DraftTree]:
+        seeds = [seed for state in states if (seed := self._seed(state, tree_size))]
+        if self._native is None or not seeds:
+            return {}
+        return dict(zip((seed.state for seed in seeds), self._native.grow(seeds), strict=True))
+
+    def _seed(self, state: State, tree_size: TreeSize) -> Seed | None:
+        """What the tree of a sequence grows from in one call with others; None where that cannot be done."""
         sampling = state.sampling
         pool = self.pool if self.coupled and sampling.temperature > 0 else 0
         if (
             self._native is None
             or not state.unread.parts
-            or min(tree_size.max_depth, tree_size.num_nodes) == 0
             or (pool and sampling.filters)
             or (table := self.head.table(state)) is None
         ):
             return None
-        return self._native.grow(state, self.cache(state, tree_size), table, tree_size, pool)
+        cache = self.cache(state, tree_size)
+        return Seed(state, cache, table, tree_size.within(state.remaining), pool)

@@ -70,18 +70,21 @@ class Grower:
         """The k likeliest children of nodes with these draft features; see `coral.drafters.heads.store`."""
         raise NotImplementedError
 
-    def at_once(self, state: State, tree_size: TreeSize) -> DraftTree | None:
-        """The tree of one sequence in one call of native code; None where that cannot be done."""
-        return None
+    def at_once(self, states: Sequence[State], tree_size: TreeSize) -> dict[State, DraftTree]:
+        """The trees of those sequences that can grow theirs together, in one call of native code."""
+        return {}
 
     @torch.inference_mode()
     def propose(self, states: Sequence[State], tree_size: TreeSize) -> list[DraftTree]:
-        trees = [self.at_once(state, tree_size.within(state.remaining)) for state in states]
-        rest = [state for state, tree in zip(states, trees, strict=True) if tree is None]
-        grown = iter(self._level_by_level(rest, tree_size))
-        for state in states:
+        trees = {state: DraftTree.root(state.tokens[-1]) for state in states}
+        # What has no room for a draft is left unread.
+        drafting = [state for state in states if tree_size.within(state.remaining).max_depth > 0]
+        grown = self.at_once(drafting, tree_size)
+        rest = [state for state in drafting if state not in grown]
+        trees |= grown | dict(zip(rest, self._level_by_level(rest, tree_size), strict=True))
+        for state in drafting:
             state.has_read()
-        return [next(grown) if tree is None else tree for tree in trees]
+        return [trees[state] for state in states]
 
     def _level_by_level(self, states: Sequence[State], tree_size: TreeSize) -> list[DraftTree]:
         """The trees of several sequences, which share a forward a level."""

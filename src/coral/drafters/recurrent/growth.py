@@ -75,7 +75,7 @@ class Growth:
         self.wants_more = self.depth < self.tree_size.max_depth and (
             self.tree_size.min_gain == 0
             or has_queue(ids.device)
-            or float(self.scores.exp().sum()) >= self.tree_size.min_gain
+            or float(self.scores.max()) >= math.log(self.tree_size.min_gain)
         )
         if not self.wants_more:
             return

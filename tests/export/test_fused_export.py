@@ -173,6 +173,8 @@ def test_the_ways_in_which_others_publish_are_read(target, tmp_path):
     same = {
         "specforge": ({"embed_tokens.weight": embedding}, {"eagle_config": {
             "use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [1, 3, 4]}}),
+        "qwen": ({}, {"max_window_layers": 36, "sliding_window": 131072, "use_sliding_window": False,
+                      "target_model_type": "qwen2", "decoder_sparse_step": 1}),
         "vllm": ({}, {"eagle_aux_hidden_state_layer_ids": [2, 4, 5]}),
         "biased": ({"midlayer.self_attn.q_proj.bias": torch.zeros(16)}, {}),
     }  # fmt: skip
@@ -240,6 +242,7 @@ def test_speculators_is_read(target, tmp_path):
         ({}, {"eagle_config": [1]}, "config.json cannot be read"),
         ({}, {"norm_before_fc": True}, "norm_before_fc is True"),
         ({}, {"attention_bias": True}, "attention_bias is True"),
+        ({}, {"use_sliding_window": True}, "use_sliding_window is True"),
         ({}, {"num_hidden_layers": 2}, "num_hidden_layers is 2"),
         ({}, {"vocab_size": 300}, "vocab_size is 300"),
         ({}, {"residual_multiplier": 0.5}, "it says residual_multiplier, which is not known here"),

@@ -27,15 +27,17 @@ _MUST = {
     "norm_before_residual": False, "norm_before_fc": False, "attention_bias": False, "mlp_bias": False,
     "qkv_bias": False, "use_qk_norm": False, "use_aux_hidden_state": True, "use_last_layernorm": True,
     "use_input_layernorm_in_first_layer": True, "use_mtp_layernorm": False, "parallel_draft_step": 1,
-    "num_hidden_layers": 1,
+    "num_hidden_layers": 1, "use_sliding_window": False,
 }  # fmt: skip
 # Keys that are read, or whose values the tensors decide.
 _READ = fused_layout.KEYS | {"target_hidden_size", _LAYERS, _NESTED}
-# Keys that only say where a drafter comes from, or how it was trained.
+# Keys that only say where a drafter comes from, or how it was trained, and those of the target's family that
+# SpecForge's recipes carry along, which a Llama-shaped layer does not read.
 _ASIDE = {
     "auto_map", "eagle_decoder_type", "embed_requires_grad", "has_lm_head", "pretraining_tp",
     "speculators_config", "speculators_model_type", "speculators_version", "transformers_version",
-    "use_cache", "_name_or_path", "_attn_implementation",
+    "use_cache", "_name_or_path", "_attn_implementation", "target_model_type", "max_window_layers",
+    "sliding_window", "decoder_sparse_step",
 }  # fmt: skip
 
 

@@ -141,7 +141,7 @@ def _to_llama_cpp(
     served = llama_cpp_target.find(target, revision, trust_remote_code)
     llama_cpp.export(directory, output, served, dtype)
     print(f"drafter for {llama_cpp.NAME}: {output} ({output.stat().st_size / 1e6:.1f} MB)")
-    print("with several slots (-np), add --no-spec-draft-backend-sampling, or they share one's drafts")
+    print("with several slots (-np), add --no-spec-draft-backend-sampling, or little is accepted")
     print("serve it with:")
     print(llama_cpp.command(output, served))
 

@@ -2,10 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 # vLLM has an environment of its own: it pins what it needs, and nothing here depends on it.
 ENGINES ?= .venv-engines
-# So has llama.cpp, which benchmarks/real.sh measures.
+# So has llama.cpp: a wheel with all of llama-server.
 LLAMA ?= .venv-llama
 
-.PHONY: demo test test-real test-slow test-sanitized lint install attack test-engines test-endpoint
+.PHONY: demo test test-real test-slow test-sanitized lint install attack test-engines test-llama test-endpoint
 # One file marks the installed environment; it is remade when the dependencies change.
 install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
@@ -39,7 +39,10 @@ lint: install
 	$(BIN)/mypy
 
 test-engines: install $(ENGINES)/installed  ## the shipped drafter in a real vLLM; docs/vllm.md
-	HF_HUB_OFFLINE=1 PYTHONPATH=benchmarks $(BIN)/python checks/vllm_check.py --engine $(ENGINES)/bin/python $(ARGS)
+	HF_HUB_OFFLINE=1 PYTHONPATH=benchmarks:tests $(BIN)/python checks/vllm_check.py --engine $(ENGINES)/bin/python $(ARGS)
+
+test-llama: install $(LLAMA)/installed  ## a tiny EAGLE-3 drafter in a real llama.cpp, and ways to get it wrong; docs/llama.cpp.md
+	HF_HUB_OFFLINE=1 PYTHONPATH=benchmarks:tests $(BIN)/python checks/llama_cpp_check.py --engine $(LLAMA)/bin/python $(ARGS)
 
 test-endpoint: install $(ENGINES)/installed  ## a real vLLM server writes training answers; docs/data.md
 	HF_HUB_OFFLINE=1 $(BIN)/python checks/regenerate_check.py --engine $(ENGINES)/bin/python $(ARGS)

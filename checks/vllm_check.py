@@ -23,24 +23,27 @@ from typing import Any
 
 import torch
 from agreement import Counts, judge
+from chains import chain
 from publish import header, reproduce, save
 
 from coral.bench.equality import references, verdict_of
 from coral.bench.methods import ours
 from coral.cli.options import quiet_transformers
-from coral.decoding.cycle import Proposer, generate
-from coral.decoding.plain import Plain
+from coral.decoding.cycle import Proposer
 from coral.decoding.sampling import Sampling
-from coral.decoding.state import State
+from coral.drafters import checkpoint
 from coral.drafters.drafting import Drafting
 from coral.export import write
 from coral.native.memory import keep_freed_memory
 from coral.suites import prompts as suites
 from coral.target.default import TOY
+from coral.target.gguf.convert import convert
 from coral.target.target import Target
 from coral.tree import DEFAULT, TreeSize
 
 HERE = Path(__file__).parent
+METHODS = {"feature": "eagle", "eagle3": "eagle3"}
+"""What vLLM calls drafters of a kind."""
 NGRAM = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 
 
@@ -52,6 +55,7 @@ def main() -> int:
     parser.add_argument(
         "--heads", default="full", help="full, and those that the plug-in serves: static, ..."
     )
+    parser.add_argument("--overfitted", action="store_true", help="a tiny EAGLE-3 pair, made here, instead")
     parser.add_argument("--prompts", type=int, default=8, help="of each suite")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--draft-tokens", type=int, default=4)
@@ -63,18 +67,20 @@ def main() -> int:
         parser.error("--speed keeps what it has measured, and goes on there: name a directory with --output")
     keep_freed_memory()
     quiet_transformers()
-    target = Target.load(options.target, dtype="float32")
-    job = {
-        "target": str(options.target.resolve()),
-        "prompts": first_prompts(target, options.prompts, options.tokens + options.draft_tokens + 1),
-        "length": options.tokens,
-        "at_once": options.at_once,
-        "eager": True,
-    }
     with tempfile.TemporaryDirectory() as scratch:
+        prompts = make_pair(options, Path(scratch)) if options.overfitted else None
+        target = Target.load(options.target, dtype="float32")
+        room = options.tokens + options.draft_tokens + 1
+        job = {
+            "target": str(options.target.resolve()),
+            "prompts": prompts or first_prompts(target, options.prompts, room),
+            "length": options.tokens,
+            "at_once": options.at_once,
+            "eager": True,
+        }
         served = {
             head: {
-                "method": "eagle",
+                "method": METHODS[checkpoint.read_config(options.drafter)["kind"]],
                 "model": str(export(options.drafter, head, Path(scratch, head))),
                 "num_speculative_tokens": options.draft_tokens,
             }
@@ -101,6 +107,16 @@ def main() -> int:
         results["checks"] = checks
         save(options.output, results, shares(results))
     return int(any(check["failed"] for check in checks.values()))
+
+
+def make_pair(options: argparse.Namespace, scratch: Path) -> list[list[int]]:
+    """Let `options` name a pair whose drafter knows its texts by heart; returns their prompts."""
+    import overfitted  # which needs tests/ on the path
+
+    pair = overfitted.make(scratch)
+    options.target, options.drafter, options.tokens = scratch / "target", pair.drafter, overfitted.LENGTH
+    convert([pair.gguf], options.target, "float32")
+    return pair.prompts
 
 
 def compare_with_vllm(
@@ -145,26 +161,10 @@ def first_prompts(target: Target, count: int, room: int) -> list[list[int]]:
 def chains(
     target: Target, proposer: Proposer, prompts: Sequence[list[int]], length: int, draft_tokens: int
 ) -> tuple[list[list[int]], Counts]:
-    """Our texts of `length` tokens, and the cycles of chain drafting that vLLM counts while it writes them.
-
-    vLLM's first token comes from the prefill and is no cycle; each later cycle drafts a whole chain and is
-    counted with all that was accepted, also behind the end of the text. So the first token is written alone
-    here, and drafting goes on as if the text had room for the last cycle's chain.
-    """
-    tree_size = TreeSize(top_k=1, max_depth=draft_tokens, num_nodes=draft_tokens)
-    texts, accepted = [], []
-    for prompt in prompts:
-        text = ours(target, Plain(), tree_size)(prompt, Sampling(), 0, 1).tokens
-        end = len(prompt) + length + draft_tokens
-        state = State([*prompt, *text], end, target.new_cache(end + draft_tokens + 1))
-        for (cycle,) in generate(target, proposer, [state], tree_size):
-            assert cycle.depth == draft_tokens and not cycle.cut
-            text = [*text, *cycle.tokens]
-            accepted.append(cycle.num_accepted)
-            if len(text) >= length:
-                break
-        texts.append(text[:length])
-    return texts, Counts.of(accepted, draft_tokens)
+    """Our texts of `length` tokens, and the cycles of chain drafting that vLLM counts as it writes them."""
+    found = [chain(target, proposer, prompt, length, draft_tokens) for prompt in prompts]
+    accepted = [number for _, numbers in found for number in numbers]
+    return [text for text, _ in found], Counts.of(accepted, draft_tokens)
 
 
 def export(drafter: Path, head: str, directory: Path) -> Path:

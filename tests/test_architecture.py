@@ -115,6 +115,12 @@ HEADS = (*heads.OF_TARGET, *heads.KINDS)
 NAMES_A_KIND = dict.fromkeys(
     (f"coral.export.{name}" for name in ("eagle", "layout", "read", "sglang", "vllm", "vllm_coral")),
     "the plain EAGLE layout is that of the kind `feature`",
+) | dict.fromkeys(
+    (
+        f"coral.export.{name}"
+        for name in ("fused_eagle", "fused_layout", "fused_read", "fused_vllm", "llama_cpp", "read")
+    ),
+    "the EAGLE-3 layout is that of the kind `eagle3`",
 )
 NAMES_A_HEAD = {
     "coral.bench.recall": "recall is of the routed head's groups",

@@ -91,9 +91,20 @@ def atomic_text(path: Path, text: str) -> None:
 
 
 def atomic_bytes(path: Path, content: bytes) -> None:
-    """Replace the file at `path` with `content` in one step; raises CoralError when the disk refuses.
+    """Replace the file at `path` with `content` in one step; raises CoralError when the disk refuses."""
+    with atomic_file(path) as aside:
+        aside.write_bytes(content)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a name beside the file `path`; on success what was written there replaces it in one step, on any
+    failure it is removed.
 
     The file keeps its mode. A symbolic link stays, and what it names is replaced.
+
+    Raises:
+        CoralError: the disk refuses.
     """
     path = Path(os.path.realpath(path))
     aside = path.with_name(f".{path.name}.{uuid4().hex}")  # process ids repeat on other nodes
@@ -102,7 +113,7 @@ def atomic_bytes(path: Path, content: bytes) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 aside.touch(0o600)
-            aside.write_bytes(content)
+            yield aside
             if path.exists():
                 shutil.copymode(path, aside)
             _flush(aside)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import chains
 import pytest
 import torch
 import vllm_check
@@ -53,6 +54,27 @@ def test_counts() -> None:
     counts = Counts.of([0, 1, 4, 4], 4)
     assert counts.accepted_by_position == [3, 2, 2, 2] and counts.tau == 1 + 9 / 4
     assert counts.by_position == [0.75, 0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("accepted", "written", "expected"),
+    [
+        ([4, 4], 11, [(4, 4), (4, 4)]),  # 1 + 5 + 5
+        ([4, 4], 10, [(4, 4), (3, 3)]),  # the last of all is the target's own
+        ([4, 3, 0], 10, [(4, 4), (3, 3)]),
+        ([2, 4, 3], 9, [(4, 2), (4, 4)]),
+        ([4, 2, 1], 10, [(4, 4), (3, 2)]),  # and one without a draft
+    ],
+)
+def test_llama_cpp_drafts_no_further_than_a_text_goes(accepted, written, expected) -> None:
+    """Stops counts that differ in the last cycle of each text, and are therefore not compared at all."""
+    assert chains.shortened(accepted, written, written, 4) == expected
+
+
+@pytest.mark.parametrize(("ends_at", "counted"), [(1, 0), (2, 1), (3, 2), (4, 4)])
+def test_llama_cpp_looks_no_further_than_the_end_token(ends_at, counted) -> None:
+    """Stops the same where a drafted token ends the text: nothing is checked behind it."""
+    assert chains.shortened([4], 1 + ends_at, 64, 4) == [(4, counted)]
 
 
 def test_our_chains_are_cut_nowhere(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def make(directory: Path, target: Target, dtype=torch.float32, seed=3, **options
 
 def exported(directory: Path, to: str, target: Target, **options) -> Path:
     output = directory.with_name(f"{directory.name}-{to}")
-    reads = target if write.FORMATS[to].READS_TARGET else None
+    reads = target if write.FORMATS[to]["feature"].READS_TARGET else None
     write.export(directory, to, output, served="T", target=reads, **options)
     return output
 
@@ -99,9 +99,9 @@ def test_a_directory_holds_what_its_engine_reads(to, target, tmp_path):
     """Stops: a tensor too few, which engines replace by random memory, or one too many, which they refuse."""
     directory = exported(make(tmp_path / "d", target), to, target)
     assert stored(directory).keys() == TENSORS[to]
-    assert config(directory).keys() == write.FORMATS[to].KEYS
+    assert config(directory).keys() == write.FORMATS[to]["feature"].KEYS
     files = {path.name for path in directory.iterdir()}
-    assert files == {"config.json", write.FORMATS[to].FILE, "coral"}
+    assert files == {"config.json", write.FORMATS[to]["feature"].FILE, "coral"}
 
 
 def test_vllm_config(target, tmp_path):
@@ -263,7 +263,7 @@ def test_an_option_of_the_drafter_is_carried_or_refused():
 @pytest.mark.parametrize("to", TENSORS)
 def test_a_drafter_with_another_tensor_is_refused(to, target, tmp_path, monkeypatch):
     """Stops: a directory of which a tensor is silently dropped or missing."""
-    directory, format = make(tmp_path / "d", target), write.FORMATS[to]
+    directory, format = make(tmp_path / "d", target), write.FORMATS[to]["feature"]
     made = format.tensors
     monkeypatch.setattr(format, "tensors", lambda *given: {**made(*given), "new.weight": torch.ones(1)})
     with pytest.raises(checkpoint.CoralError, match=r"differ in the tensors new\.weight"):

@@ -249,8 +249,7 @@ def test_what_is_no_eagle_drafter_is_named(tmp_path):
     """Stops a list of tensors without a place, where one word says what a directory is."""
     weights, drafter = {"x": torch.ones(1)}, published()
     kinds = {
-        "an EAGLE-3 drafter": write(tmp_path / "3", drafter | {"d2t": torch.zeros(3)}),
-        "an EAGLE-3": write(tmp_path / "3c", drafter, draft_vocab_size=3),
+        "no place for: d2t": write(tmp_path / "3", drafter | {"d2t": torch.zeros(3)}),
         "Medusa heads": write(tmp_path / "m", weights, medusa_num_heads=3),
         "Medusa": write(tmp_path / "mt", {"medusa_heads.0.0.linear.weight": torch.ones(1)}),
         "a LoRA adapter": write(tmp_path / "l", {"layers.0.q_proj.lora_A.weight": torch.ones(1)}),

@@ -13,20 +13,31 @@ from coral.cli import options
 from coral.errors import CoralError
 from coral.progress import spinner
 
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 def export(
     drafter: Annotated[str, typer.Argument(help="Drafter that `coral train` wrote: a directory or hub id.")],
-    to: Annotated[str, typer.Option(help="vllm, vllm-coral, sglang or eagle.")],
-    output: Annotated[Path, typer.Option(help="Directory to write: new, empty or an older export.")],
+    to: Annotated[str, typer.Option(help="vllm, vllm-coral, sglang, eagle or llama.cpp.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="Directory to write, for llama.cpp a file OUTPUT.gguf: new, empty or an older export."
+        ),
+    ],
     target: Annotated[
         str | None,
         typer.Option(
-            help="Target: a directory or hub id, named in the command that serves; eagle reads it. "
+            help="Target: a directory or hub id, named in the command that serves; eagle and llama.cpp "
+            "read it, llama.cpp from a GGUF file, too. "
             "Default: the one that the drafter was trained for."
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Store as auto (as it is), float32, bfloat16 or float16.")
+        str,
+        typer.Option(
+            help="Store as auto (as it is), float32, bfloat16 or float16; llama.cpp: f32, f16, bf16 or q8_0."
+        ),
     ] = "auto",
     head: Annotated[
         str, typer.Option(help="For vllm-coral: routed, static, low_rank, or auto for its own.")
@@ -37,34 +48,58 @@ def export(
     """Write a drafter as another engine loads it, and print the command that serves it.
 
     \b
-    vllm         vLLM, method eagle: drafts a chain with the full LM head.
+    vllm         vLLM, method eagle or, for drafters of kind eagle3, eagle3:
+                 drafts a chain with the full LM head.
     vllm-coral   The same with a cheaper head, which needs this package in
                  vLLM's environment (pip install --no-deps coral-drafter).
                  Experimental.
-    sglang       SGLang, algorithm EAGLE: drafts a tree. A static head (coral
-                 train-head --kind static) goes along as its token map.
-    eagle        The EAGLE code base: pytorch_model.bin with the target's
-                 embedding.
+    sglang       SGLang, algorithm EAGLE or EAGLE3: drafts a tree. With EAGLE,
+                 a static head (coral train-head --kind static) goes along as
+                 its token map.
+    eagle        The EAGLE code base: pytorch_model.bin, without kind eagle3
+                 with the target's embedding.
+    llama.cpp    llama-server and what is built on it, --spec-type
+                 draft-eagle3: one GGUF file for drafters of kind eagle3.
 
     What a format cannot carry is refused by name; heads that it has no place for are left out, and named.
-    `coral import` reads each of them back.
+    `coral import` reads all of them back but llama.cpp's.
     """
     with spinner("Loading"):
-        import torch
-
         from coral.drafters import checkpoint
-        from coral.export import write
-        from coral.target import default as models
+        from coral.export import llama_cpp, write
 
-    format = write.find(to)
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise CoralError(f"dtype {dtype!r} is not known; use auto, float32, bfloat16 or float16.")
+    if to != llama_cpp.NAME:
+        write.find(to)
+    known = ("auto", *llama_cpp.DTYPES) if to == llama_cpp.NAME else _DTYPES
+    if dtype not in known:
+        raise CoralError(f"dtype {dtype!r} is not known; use {', '.join(known[:-1])} or {known[-1]}.")
     directory = checkpoint.locate(drafter)
     recorded = checkpoint.read_config(directory)["target"]
     if target is None:
         target = recorded["name"]
         revision = revision or recorded["revision"]
-    loaded = None
+    if to == llama_cpp.NAME:
+        _to_llama_cpp(directory, output, target, dtype, revision, trust_remote_code)
+    else:
+        _to_directory(directory, to, output, target, dtype, head, revision, trust_remote_code)
+
+
+def _to_directory(
+    directory: Path,
+    to: str,
+    output: Path,
+    target: str,
+    dtype: str,
+    head: str,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> None:
+    import torch
+
+    from coral.export import write
+    from coral.target import default as models
+
+    format, loaded = write.format_of(to, directory), None
     if format.READS_TARGET:
         known = None if target == models.SMOLLM2.name else target  # which is at hand, or fetched
         loaded = options.load_target(known, "auto", None, revision, trust_remote_code)
@@ -87,12 +122,28 @@ def export(
     if format.READS_TOKEN_MAP and done.token_map is None:
         print(
             "no token map: for drafting with fewer ids, run `coral train-head "
-            f"{drafter} --data DATA --kind static`, and export again"
+            f"{directory} --data DATA --kind static`, and export again"
         )
     print("serve it with:")
     if served != target:
         print(f"coral convert {shlex.quote(target)} {shlex.quote(served)}")
     print(done.command)
+
+
+def _to_llama_cpp(
+    directory: Path, output: Path, target: str, dtype: str, revision: str | None, trust_remote_code: bool
+) -> None:
+    from coral.export import llama_cpp, llama_cpp_target
+    from coral.target import default as models
+
+    if target == models.SMOLLM2.name:
+        target = str(models.fetch())  # which is at hand, or fetched
+    served = llama_cpp_target.find(target, revision, trust_remote_code)
+    llama_cpp.export(directory, output, served, dtype)
+    print(f"drafter for {llama_cpp.NAME}: {output} ({output.stat().st_size / 1e6:.1f} MB)")
+    print("with several slots (-np), add --no-spec-draft-backend-sampling, or little is accepted")
+    print("serve it with:")
+    print(llama_cpp.command(output, served))
 
 
 def _served(target: str) -> str:
@@ -108,7 +159,7 @@ def _served(target: str) -> str:
 def import_(
     source: Annotated[
         str,
-        typer.Argument(help="EAGLE, EAGLE-2 or HASS drafter: a directory or hub id, perhaps ID@REVISION."),
+        typer.Argument(help="EAGLE-1, -2, -3 or HASS drafter: a directory or hub id, perhaps ID@REVISION."),
     ],
     target: Annotated[str, typer.Option(help="Target that it was trained for: a directory or hub id.")],
     output: Annotated[
@@ -140,6 +191,6 @@ def import_(
         print(outdated, file=sys.stderr)
     checkpoint.save(drafter, output, target=record, recipe={"imported_from": source})
     dtype = str(drafter.fc.weight.dtype).removeprefix("torch.")
-    bias = ", with the trained bias of its fc" if drafter.config.fc_bias else ""
+    bias = ", with the trained bias of its fc" if getattr(drafter.config, "fc_bias", False) else ""
     print(f"drafter of {drafter.num_parameters:,} parameters, {dtype}{bias}: {output}")
     print(f"write with it: coral generate --target {target} --drafter {output}")

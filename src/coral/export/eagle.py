@@ -14,6 +14,7 @@ from torch import Tensor
 
 from coral.drafters.feature import engine_config
 from coral.drafters.feature.network import Drafter, DrafterConfig
+from coral.drafters.recurrent.sizes import LlamaSizes
 from coral.export import layout
 from coral.target.target import Target
 from coral.tree import DEFAULT
@@ -31,7 +32,12 @@ def names(config: DrafterConfig) -> set[str]:
 
 
 def lacks(config: DrafterConfig) -> list[str]:
-    lacks, rope = layout.lacks_everywhere(config), config.rope_parameters
+    return layout.lacks_everywhere(config) + lacks_in_layer(config)
+
+
+def lacks_in_layer(config: LlamaSizes) -> list[str]:
+    """What of a Llama-shaped layer that code does not compute."""
+    lacks, rope = [], config.rope_parameters
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         lacks.append(f"head_dim {config.head_dim} (only hidden_size / num_attention_heads)")
     if rope["rope_type"] not in ("default", "linear"):
@@ -49,12 +55,17 @@ def tensors(drafter: Drafter, target: Target | None) -> dict[str, Tensor]:
 
 def config_json(config: DrafterConfig, dtype: torch.dtype) -> dict[str, Any]:
     content = {key: value for key, value in engine_config(config, dtype).items() if key in KEYS}
-    if (rope := config.rope_parameters)["rope_type"] == "linear":  # two keys and a float, or it is refused
-        content["rope_scaling"] = {"type": "linear", "factor": float(rope["factor"])}
-    return {**content, "architectures": ["LlamaForCausalLM"], "bias": config.fc_bias}
+    told = {"architectures": ["LlamaForCausalLM"], "bias": config.fc_bias}
+    return {**content, "rope_scaling": rope_scaling(config), **told}
 
 
-def command(target: str, directory: Path, token_map: Path | None) -> str:
+def rope_scaling(config: LlamaSizes) -> dict[str, Any] | None:
+    """As that code reads it: two keys, one of them a float, or it refuses."""
+    rope = config.rope_parameters
+    return {"type": "linear", "factor": float(rope["factor"])} if rope["rope_type"] == "linear" else None
+
+
+def command(target: str, directory: Path, token_map: Path | None, eagle3: bool = False) -> str:
     """Python, to be run in the root of the EAGLE code base; its tree counts the root and has a level more
     than its depth says.
     """
@@ -62,5 +73,5 @@ def command(target: str, directory: Path, token_map: Path | None) -> str:
     return (
         "from eagle.model.ea_model import EaModel\n"
         f"EaModel.from_pretrained(base_model_path={target!r}, ea_model_path={str(directory)!r}, {tree}, "
-        'use_eagle3=False, torch_dtype="auto", device_map="auto")'
+        f'use_eagle3={eagle3}, torch_dtype="auto", device_map="auto")'
     )

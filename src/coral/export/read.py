@@ -7,28 +7,33 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from coral.drafters.eagle3.fused_network import FusedDrafter
 from coral.drafters.feature.network import Drafter
 from coral.errors import CoralError
-from coral.export import layout, speculators
+from coral.export import fused_read, layout, speculators
+from coral.export.published import EagleTarget, open_
 
 
-def read(directory: Path, target: layout.EagleTarget) -> Drafter:
-    """The drafter in a directory: plain EAGLE (so EAGLE-2, HASS, vLLM, SGLang), or speculators' `eagle`.
+def read(directory: Path, target: EagleTarget) -> Drafter | FusedDrafter:
+    """The drafter in a directory: plain EAGLE (so EAGLE-2, HASS, vLLM, SGLang), EAGLE-3, or what speculators
+    has of both.
 
     Its tensors decide what it is, and are kept as they are stored.
 
     Raises:
-        CoralError: see `coral.export.layout.open_` and `build`; a drafter of ours; or what is none of these,
-            which is named.
+        CoralError: see `open_` of `published`, and `build` of `layout` and `fused_read`; a drafter of ours;
+            or what is none of these, which is named.
     """
     refuse_foreign(directory)
-    stored = layout.open_(directory)
+    stored = open_(directory)
     _refuse(directory, stored.config, stored.tensors)
+    if fused_read.is_in(stored):
+        return fused_read.build(stored, target)
     return layout.build(speculators.to_plain(stored) if speculators.is_in(stored) else stored, target)
 
 
 def refuse_foreign(source: str | Path) -> None:
-    """Raise CoralError for what can be told to be no EAGLE drafter before any tensor is read."""
+    """Raise CoralError for what can be told to be no drafter that is read here before any tensor is read."""
     place = Path(source)
     if place.is_file():
         what = "a GGUF model" if place.suffix.lower() == ".gguf" else "a file"
@@ -49,25 +54,18 @@ def refuse_foreign(source: str | Path) -> None:
     _refuse(place, config, [file.name for file in place.iterdir()])
 
 
-_GIVE = "give a drafter in the layout of EAGLE, EAGLE-2 or HASS"
+_GIVE = "give a drafter in the layout of EAGLE, EAGLE-2, EAGLE-3 or HASS"
 
 
 def _refuse(directory: Path, config: Any, names: Iterable[str]) -> None:
-    """Name what a config and the names of tensors or files are of, unless it is EAGLE."""
+    """Name what a config and the names of tensors or files are of, unless it may be EAGLE."""
     config = config if isinstance(config, dict) else {}
-    made = str(config.get("architectures")), str(config.get("speculators_model_type"))
     inside = {str(name) for name in names}
 
     def holds(*parts: str) -> bool:
         return any(part in name for name in inside for part in parts)
 
-    if (
-        "draft_vocab_size" in config
-        or any("eagle3" in each.lower() for each in made)
-        or holds("d2t", "t2d", "midlayer.")
-    ):
-        what = "an EAGLE-3 drafter, which reads several layers of its target, and ours reads one"
-    elif "medusa_num_heads" in config or holds("medusa"):
+    if "medusa_num_heads" in config or holds("medusa"):
         what = "Medusa heads, which draft without the features that ours reads"
     elif holds("lora_A", "lora_B"):
         what = "a LoRA adapter, which drafts nothing by itself"

@@ -42,9 +42,9 @@ def config_json(config: DrafterConfig, dtype: torch.dtype) -> dict[str, Any]:
     return {**engine_config(config, dtype), "architectures": ["LlamaForCausalLMEagle"]}
 
 
-def command(target: str, directory: Path, token_map: Path | None) -> str:
+def command(target: str, directory: Path, token_map: Path | None, algorithm: str = "EAGLE") -> str:
     words = ["python", "-m", "sglang.launch_server", "--model-path", target]
-    words += ["--speculative-algorithm", "EAGLE", "--speculative-draft-model-path", str(directory)]
+    words += ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(directory)]
     words += ["--speculative-num-steps", str(DEFAULT.max_depth)]
     words += ["--speculative-eagle-topk", str(DEFAULT.top_k)]
     words += ["--speculative-num-draft-tokens", str(DEFAULT.num_nodes + 1)]  # the root is counted there

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from coral.errors import CoralError
 from coral.export import layout
-from coral.export.layout import Stored
+from coral.export.published import Stored
 
 # A name there -> the drafter's.
 _NAMES = {"fusion_fc.weight": "fc.weight", "fusion_fc.bias": "fc.bias"} | {
@@ -28,7 +28,5 @@ def to_plain(stored: Stored) -> Stored:
     """
     config = stored.config.get("transformer_layer_config")
     if not isinstance(config, dict):
-        raise CoralError(
-            f"{stored.file.with_name('config.json')} has no transformer_layer_config; copy the drafter again."
-        )
+        raise CoralError(f"{stored.config_file} has no transformer_layer_config; copy the drafter again.")
     return Stored(stored.file, {_NAMES.get(name, name): t for name, t in stored.tensors.items()}, config)

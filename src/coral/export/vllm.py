@@ -43,9 +43,9 @@ def config_json(config: DrafterConfig, dtype: torch.dtype) -> dict[str, Any]:
     return engine_config(config, dtype)
 
 
-def command(target: str, directory: Path, token_map: Path | None) -> str:
+def command(target: str, directory: Path, token_map: Path | None, method: str = "eagle") -> str:
     drafting = {
-        "method": "eagle",
+        "method": method,
         "model": str(directory),
         "num_speculative_tokens": CHAIN,
         "draft_tensor_parallel_size": 1,

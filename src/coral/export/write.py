@@ -17,7 +17,7 @@ from coral.drafters import checkpoint
 from coral.drafters.heads import store as heads
 from coral.drafters.heads.static import write_token_map
 from coral.errors import CoralError
-from coral.export import eagle, layout, sglang, vllm, vllm_coral
+from coral.export import eagle, fused_eagle, fused_sglang, fused_vllm, sglang, vllm, vllm_coral
 from coral.files import atomic_directory
 from coral.target.record import TargetRecord
 from coral.target.target import Target
@@ -56,12 +56,13 @@ class Format(Protocol):
         ...
 
 
-FORMATS: dict[str, Format] = {
-    "vllm": vllm,
-    "vllm-coral": vllm_coral,
-    "sglang": sglang,
-    "eagle": eagle,
+FORMATS: dict[str, dict[str, Format]] = {
+    "vllm": {"feature": vllm, "eagle3": fused_vllm},
+    "vllm-coral": {"feature": vllm_coral},
+    "sglang": {"feature": sglang, "eagle3": fused_sglang},
+    "eagle": {"feature": eagle, "eagle3": fused_eagle},
 }
+"""By the name of the engine, and by the kind of the drafters."""
 
 
 class Exported(NamedTuple):
@@ -73,20 +74,31 @@ class Exported(NamedTuple):
     command: str
 
 
-def find(name: str) -> Format:
-    """Raises CoralError when there is no such format."""
+def find(name: str) -> dict[str, Format]:
+    """A format's modules by kind; raises CoralError when there is no such format."""
     if name not in FORMATS:
-        raise CoralError(f"format {name!r} is not known; use {', '.join(FORMATS)}.")
+        raise CoralError(f"format {name!r} is not known; use {', '.join(FORMATS)} or llama.cpp.")
     return FORMATS[name]
+
+
+def format_of(to: str, directory: Path) -> Format:
+    """The module that writes the drafter in `directory`. Raises CoralError when there is none."""
+    modules, kind = find(to), checkpoint.read_config(directory)["kind"]
+    if kind not in modules:
+        others = [name for name, each in FORMATS.items() if kind in each]
+        instead = f"use {' or '.join(others)}" if others else "use a drafter of another kind"
+        raise CoralError(f"{to} cannot carry drafters of kind {kind!r}; {instead}.")
+    return modules[kind]
 
 
 def lacks(to: str, ours: dict[str, Any]) -> list[str]:
     """What the format `to` cannot carry of the drafter with this record (see `checkpoint.read_config`), in
     words.
     """
-    if ours["kind"] != layout.KIND:
-        return [f"drafters of kind {ours['kind']!r}"]
-    return find(to).lacks(checkpoint.config_of(ours))
+    modules, kind = find(to), ours["kind"]
+    if kind not in modules:
+        return [f"drafters of kind {kind!r}"]
+    return modules[kind].lacks(checkpoint.config_of(ours))
 
 
 def export(
@@ -112,7 +124,7 @@ def export(
         CoralError: not a drafter of ours, or one of another target; a feature that the format cannot carry,
             which is named; a head that was not made; an output that holds other files; a disk that refuses.
     """
-    format, ours = find(to), checkpoint.read_config(directory)
+    format, ours = format_of(to, directory), checkpoint.read_config(directory)
     output = output.absolute()
     _refuse_foreign(output)
     if missing := lacks(to, ours):

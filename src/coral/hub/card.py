@@ -9,7 +9,7 @@ import yaml
 
 from coral.bench.acceptance import CHAIN, TREE
 from coral.drafters import checkpoint
-from coral.export import layout, write
+from coral.export import fused_layout, layout, write
 
 _PACKAGE = "coral-drafter"
 _DRAFTS = {"chain": f"chain of {CHAIN.num_nodes}", "tree": f"tree of {TREE.num_nodes}"}
@@ -52,7 +52,7 @@ def card(
 
 
 def _metadata(target: str | None, revision: str | None, license: str | None, kind: str) -> str:
-    own = ["eagle"] if kind == layout.KIND else []
+    own = {layout.KIND: ["eagle"], fused_layout.KIND: ["eagle3"]}.get(kind, [])
     entries = {
         "base_model": target,
         "base_model_revision": revision,
@@ -95,14 +95,17 @@ def _use(repo_id: str, target: str, ours: dict[str, Any]) -> str:
     if lacks := write.lacks("vllm", ours):
         parts.append(f"vLLM cannot serve it, for it knows no {' and '.join(lacks)}.")
     else:
-        parts += ["In vLLM:", _code("bash", write.find("vllm").command(target, Path(repo_id), None))]
+        parts += [
+            "In vLLM:",
+            _code("bash", write.find("vllm")[ours["kind"]].command(target, Path(repo_id), None)),
+        ]
     if lacks := write.lacks("sglang", ours):
         parts.append(f"SGLang cannot serve it, for it knows no {' and '.join(lacks)}.")
     else:
         steps = [
             f"hf download {repo_id} --local-dir drafter",
             "coral export drafter --to sglang --output for-sglang",
-            write.find("sglang").command(target, Path("for-sglang"), None),
+            write.find("sglang")[ours["kind"]].command(target, Path("for-sglang"), None),
         ]
         parts += [
             "In SGLang, which reads the same network under other names:",

@@ -40,7 +40,6 @@ def engine_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
 
     vLLM and llama.cpp number the layers by what enters them, SGLang by what leaves them.
     """
-    newer = {name: True for name in ("fc_norm", "norm_output") if getattr(config, name)}
     return {
         **config.for_engines("LlamaForCausalLMEagle3", 1, dtype),
         "draft_vocab_size": config.draft_vocab_size,
@@ -49,7 +48,9 @@ def engine_config(config: Config, dtype: torch.dtype) -> dict[str, Any]:
             "use_aux_hidden_state": True,
             "eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in config.layers],
         },
-        **newer,
+        "norm_before_residual": False,  # vLLM takes it for true in a directory of speculators
+        "fc_norm": config.fc_norm,
+        "norm_output": config.norm_output,
     }
 
 

@@ -82,7 +82,7 @@ OPTIONS = {
         "--output", "--target", "--drafter", "--suite", "--gate", "--batch", "--limit", "--deepen", "--dtype",
         "--temperature", "--uncoupled", "--peers", "--no-peers", "--assistant", "--backend", "--head",
         "--fallback", "--no-fallback", "--max-new-tokens", "--ignore-eos", "--tree", "--note", "--seed",
-        "--device", "--batch",
+        "--device",
     },
     "bench compare": set(),
     "export": {"--to", "--head", "--output", "--target", "--dtype", "--revision", "--trust-remote-code"},

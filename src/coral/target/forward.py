@@ -161,7 +161,8 @@ class ModelForward:
         layers: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor]:
         """Features [B, N, h] and the states of `layers`, [B, N, len(layers) * h]; no others are kept."""
-        inner, nothing = {*layers} - {-1}, dict[int, Tensor]()
+        inner = {*layers} - {-1}
+        nothing: dict[int, Tensor] = {}  # torch compiles this, but not a call of dict[int, Tensor]
         with _entering(self.decoder.layers, inner) if inner else nullcontext(nothing) as states:
             output = self.decoder(
                 input_ids=ids,
@@ -171,8 +172,8 @@ class ModelForward:
                 use_cache=cache is not None,
             )
         states[-1] = features = output.last_hidden_state.to(self.device)
-        wanted = [states[layer].to(self.device) for layer in layers]
-        return features, wanted[0] if len(wanted) == 1 else torch.cat([features[..., :0], *wanted], -1)
+        wanted = [states[layer].to(self.device) for layer in layers] or [features[..., :0]]
+        return features, torch.cat(wanted, -1) if len(wanted) > 1 else wanted[0]
 
     def _forward_and_score(
         self,

@@ -10,14 +10,13 @@ Shapes: B sequences, N rows, V vocabulary, D draft vocabulary, h hidden size, H 
 head size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coral.cache import Layer
 from coral.drafters.recurrent.llama import Attention, GatedMLP, RMSNorm, Rotary, product_dtype, randomise
 from coral.drafters.recurrent.sizes import LlamaSizes
 from coral.drafters.recurrent.step import draft_step
@@ -153,16 +152,7 @@ class FusedDrafter(nn.Module):
         dtype = product_dtype(features, self.fc.weight)
         return torch.cat([embeddings.to(dtype), features.to(dtype)], -1)
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        features: Tensor,
-        positions: Tensor,
-        cache: Sequence[Layer] | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """See `draft_step`."""
-        return draft_step(self, embeddings, features, positions, cache, mask)
+    forward = draft_step
 
     def feedback(self, draft_features: Tensor) -> Tensor:
         return self.norm(draft_features) if self.config.norm_output else draft_features

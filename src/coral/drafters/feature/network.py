@@ -8,7 +8,6 @@ Shapes: B sequences, N rows, M rows that are attended to, h hidden size, H heads
 size.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Self
 
@@ -17,7 +16,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coral.cache import Layer
 from coral.drafters.recurrent.llama import (
     Attention,
     GatedMLP,
@@ -103,16 +101,7 @@ class Drafter(nn.Module):
         embeddings = embeddings.to(dtype) if scale == 1 else embeddings.to(dtype) * scale
         return self.fc(torch.cat([embeddings, features.to(dtype)], dim=-1))
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        features: Tensor,
-        positions: Tensor,
-        cache: Sequence[Layer] | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """See `draft_step`."""
-        return draft_step(self, embeddings, features, positions, cache, mask)
+    forward = draft_step
 
     def feedback(self, draft_features: Tensor) -> Tensor:
         """What the next draft step reads as its features: the draft features, brought to unit RMS if so
